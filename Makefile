@@ -1,0 +1,66 @@
+# `make` alone makes the environment; every other target makes it first when it is missing or out of date.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SEED ?= 0
+
+# The first interpreter on this machine that is new enough.
+PYTHON ?= $(shell for python in python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$python; break; }; done)
+# uv of the machine when it has one, else the locked one, installed into the environment.
+UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
+
+export UV_HTTP_TIMEOUT ?= 300
+
+.DEFAULT_GOAL := setup
+.PHONY: setup test check format bench demo lock clean help
+
+setup: $(READY)  ## the environment, from requirements.lock
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.12 or newer is needed: install it, or say make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed: install Python's venv module (Debian: python3-venv)" >&2; exit 1; }
+
+# The lock first, exactly; then this package on top of it, which can change no pin.
+$(READY): requirements.lock pyproject.toml | $(BIN)/python
+	@rm -f $@
+	@$(UV) --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --constraint requirements.lock uv
+	@echo "Installing requirements.lock (several GB with torch's CUDA libraries on Linux; minutes the first time)"
+	@$(UV) pip sync --compile-bytecode --python $(BIN)/python requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: setup  ## the tests
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## lint, format, types and the import contract
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup  ## the benchmarks: a table, and JSON under benchmarks/results
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py $(ARGS)
+
+demo: setup  ## demonstrations, supervised training, PI-RL and evaluation (SEED=0)
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/metaworld_demo.py --seed $(SEED)
+
+# `make lock` keeps the present pins where it can; `make lock ARGS=--upgrade` takes the newest.
+lock: | $(BIN)/python  ## write requirements.lock anew from pyproject.toml
+	@$(UV) --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
+	$(UV) pip compile pyproject.toml --extra metaworld --extra dev --universal --python-version 3.12 \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		--quiet --output-file requirements.lock $(ARGS)
+
+clean:  ## remove the environment and everything generated
+	rm -rf $(VENV) build dist outputs .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10

@@ -1,0 +1,146 @@
+"""`lerobot-pi-rl-train`: learner and actors on one machine, started, watched and stopped together."""
+
+import ctypes
+import datetime as dt
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+
+# Modules with heavy imports stay out of this file: the processes it starts need the cores for theirs.
+MODULE = "lerobot_policy_pi_rl.scripts"
+# Seconds a process gets to leave by itself before it is terminated, and then killed.
+LEAVE_S = 20.0
+# Seconds between looks at the processes.
+POLL_S = 0.2
+# An actor that dies is started again this often.
+MAX_RESTARTS = 3
+# prctl(PR_SET_PDEATHSIG): Linux sends the signal to a child whose parent dies.
+PR_SET_PDEATHSIG = 1
+
+
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """Value of `--name=value` or `--name value`, the last one given."""
+    value = None
+    for position, argument in enumerate(arguments):
+        if argument.startswith(f"--{name}="):
+            value = argument.partition("=")[2]
+        elif argument == f"--{name}" and position + 1 < len(arguments):
+            value = arguments[position + 1]
+    return value
+
+
+def setting(arguments: Sequence[str], name: str) -> object:
+    """A setting from the command line, or from the configuration file, or None."""
+    if (given := option(arguments, name)) is not None:
+        return given
+    path = option(arguments, "config_path")
+    if path is None or not Path(path).is_file():
+        return None
+    value: object = json.loads(Path(path).read_text())
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def with_output_dir(arguments: list[str]) -> list[str]:
+    """Names an output folder where none is named, so that learner and actors share one."""
+    if setting(arguments, "output_dir"):
+        return arguments
+    now = dt.datetime.now()
+    return [*arguments, f"--output_dir=outputs/train/{now:%Y-%m-%d}/{now:%H-%M-%S}_pi_rl"]
+
+
+def start(name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"{MODULE}.{name}", *arguments], start_new_session=True, preexec_fn=_die_with_parent
+    )
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Supervisor:
+    """Owns the processes of a run."""
+
+    def __init__(self, arguments: list[str], num_actors: int) -> None:
+        """Starts them."""
+        self._arguments = arguments
+        self._learner = start("learner", arguments)
+        self._actors = {number: self._start_actor(number) for number in range(num_actors)}
+        self._restarts = 0
+
+    def _start_actor(self, number: int) -> subprocess.Popen[bytes]:
+        return start("actor", [*self._arguments, f"--algorithm.collection.actor_id={number}"])
+
+    def watch(self, stop: Event) -> int:
+        """Waits for the end of the run; returns its exit code."""
+        while self._learner.poll() is None and not stop.is_set():
+            for number, actor in self._actors.items():
+                if actor.poll() not in (None, 0) and self._learner.poll() is None:
+                    self._revive(number, actor.returncode)
+            stop.wait(POLL_S)
+        return self._end()
+
+    def _revive(self, number: int, code: int) -> None:
+        """Starts a dead actor again, or ends the run when that does not help."""
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            say(f"actor {number} ended again (exit code {code}); ending the run, see its log")
+            self._learner.terminate()
+            self._wait([self._learner])
+            return
+        say(f"actor {number} ended (exit code {code}); starting it again")
+        self._actors[number] = self._start_actor(number)
+
+    def _end(self) -> int:
+        """Ends the learner first: it saves a checkpoint and sends the actors home."""
+        if self._learner.poll() is None:
+            say("stopping: the learner saves a checkpoint")
+            self._learner.terminate()
+        self._wait([self._learner])
+        if self._learner.returncode != 0:
+            for actor in self._actors.values():
+                actor.terminate()
+        self._wait(list(self._actors.values()))
+        return self._learner.returncode
+
+    @staticmethod
+    def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
+        """Waits for processes to leave; one that does not is terminated, then killed."""
+        for end in (subprocess.Popen.terminate, subprocess.Popen.kill, None):
+            deadline = time.monotonic() + LEAVE_S
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            for process in processes:
+                if process.poll() is None and end is not None:
+                    end(process)
+
+
+def say(text: str) -> None:
+    """Prints a line beside the progress bar."""
+    print(f"lerobot-pi-rl-train: {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Entry point."""
+    arguments = with_output_dir(sys.argv[1:])
+    if "--help" in arguments or "-h" in arguments:
+        raise SystemExit(subprocess.call([sys.executable, "-m", f"{MODULE}.learner", *arguments]))
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    num_actors = int(str(setting(arguments, "algorithm.collection.num_actors") or 1))
+    say(f"starting one learner and {num_actors} actor(s); logs in {setting(arguments, 'output_dir')}/logs")
+    raise SystemExit(Supervisor(arguments, num_actors).watch(stop))
+
+
+if __name__ == "__main__":
+    main()

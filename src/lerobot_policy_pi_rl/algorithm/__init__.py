@@ -1,0 +1,1 @@
+"""What learns: critic, advantages, objective and optimizer."""

@@ -1,0 +1,176 @@
+"""Configuration of the `pi_rl` algorithm: collection, objective and stability."""
+
+import sys
+from dataclasses import dataclass, field
+
+from lerobot.rl.algorithms.configs import RLAlgorithmConfig
+
+from ..configuration_pi_rl import PIRLConfig
+from ..errors import check
+
+LR_SCHEDULES = ("adaptive", "constant")
+LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean")
+
+# LeRobot's own commands keep a replay buffer of single steps and cannot carry chunks and their denoising records.
+STOCK_COMMANDS = {
+    "lerobot.rl.learner": "lerobot-pi-rl-learner",
+    "lerobot.rl.actor": "lerobot-pi-rl-actor",
+}
+
+
+@dataclass
+class CollectionConfig:
+    """How actors collect decisions."""
+
+    # Number of environments an actor steps at once.
+    num_envs: int = 32
+    # Number of worker processes that step them; 0 steps them inside the actor.
+    num_workers: int = 2
+    # Decisions per environment and iteration.
+    decisions: int = 16
+    # Number of actors the learner waits for before the first iteration.
+    num_actors: int = 1
+    # Most actors that may be connected at once.
+    max_actors: int = 8
+    # Number of this actor among all; set it on the command line of every further actor.
+    actor_id: int = 0
+    # Seconds an actor waits for the learner (at the start, and again after losing it) before it gives up.
+    connect_timeout_s: float = 120.0
+    # Seconds without any decision after which the learner says that it is waiting, and for whom.
+    idle_warning_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        name = "algorithm.collection"
+        for key, least in (("num_envs", 1), ("num_workers", 0), ("decisions", 1), ("num_actors", 1), ("actor_id", 0)):
+            value = getattr(self, key)
+            check(value >= least, f"{name}.{key}", f"must be at least {least}, got {value}")
+        check(
+            self.num_actors <= self.max_actors,
+            f"{name}.num_actors",
+            f"must be at most max_actors={self.max_actors}, got {self.num_actors}",
+        )
+
+
+@RLAlgorithmConfig.register_subclass("pi_rl")
+@dataclass
+class PIRLAlgorithmConfig(RLAlgorithmConfig):
+    """PPO over the denoising steps of a flow policy (pi_RL, arXiv 2510.25889).
+
+    Command line: `--algorithm.type=pi_rl`.
+    """
+
+    # How decisions are collected.
+    collection: CollectionConfig = field(default_factory=CollectionConfig)
+
+    # Discount per decision (not per environment step).
+    gamma: float = 0.99
+    # Exponential weight of generalised advantage estimation.
+    gae_lambda: float = 0.95
+
+    # Passes over each rollout.
+    epochs: int = 6
+    # Decisions per gradient step.
+    minibatch_size: int = 256
+    # Clip range of the probability ratio.
+    clip_ratio: float = 0.2
+    # Lower bound of the objective for negative advantages, as a multiple of the advantage (dual clip); null is off.
+    dual_clip: float | None = None
+    # How the log-probability of a decision is reduced: `sum` (exact), `mean_steps` (over the recorded denoising
+    # steps, as the reference implementation does) or `mean` (over every executed action component as well).
+    log_prob_reduction: str = "sum"
+    # Weight of the entropy bonus; only a learned deviation (flow_noise) has a gradient.
+    entropy_coef: float = 0.0
+    # Weight of the divergence from the policy before reinforcement learning; 0 is off.
+    kl_coef: float = 0.0
+
+    # Learning rate of the policy at the start.
+    lr: float = 2e-4
+    # Learning rate of the critic.
+    critic_lr: float = 1e-3
+    # Largest norm of the policy's and of the critic's gradient.
+    grad_clip_norm: float = 1.0
+    # `adaptive`: divide or multiply lr by lr_factor when the measured KL leaves [target_kl / 2, target_kl * 2].
+    lr_schedule: str = "adaptive"
+    lr_factor: float = 1.5
+    lr_min: float = 1e-6
+    lr_max: float = 1e-3
+    # Wanted divergence between the policies before and after an iteration, in nats per decision.
+    target_kl: float = 0.1
+    # The remaining epochs of an iteration are skipped once its divergence passes this multiple of target_kl.
+    kl_stop: float = 3.0
+
+    # Hidden layers of the critic.
+    critic_hidden_dims: list[int] = field(default_factory=lambda: [256, 256])
+    # Iterations at the start in which only the critic learns.
+    critic_warmup: int = 2
+    # Range within which the value may move in one iteration (value clip); null is off.
+    value_clip: float | None = 0.2
+    # Residual at which the value loss turns from quadratic to linear (Huber).
+    huber_delta: float = 1.0
+
+    # Training ends early once the validation success (every env_eval_freq iterations) reaches this; null is never.
+    stop_success: float | None = None
+
+    # Largest distance of the first minibatch's ratio from 1; null takes 1e-3 in float32 and 0.1 in bfloat16.
+    ratio_tolerance: float | None = None
+
+    # Filled in by LeRobot with the policy's configuration.
+    policy_config: PIRLConfig | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields, and that the command is one that can run this algorithm."""
+        refuse_stock_command()
+        self._check_ranges()
+        check(
+            self.lr_schedule in LR_SCHEDULES,
+            "algorithm.lr_schedule",
+            f"{self.lr_schedule!r} is unknown; choose one of {list(LR_SCHEDULES)}",
+        )
+        check(
+            self.log_prob_reduction in LOG_PROB_REDUCTIONS,
+            "algorithm.log_prob_reduction",
+            f"{self.log_prob_reduction!r} is unknown; choose one of {list(LOG_PROB_REDUCTIONS)}",
+        )
+        check(
+            self.dual_clip is None or self.dual_clip > 1,
+            "algorithm.dual_clip",
+            f"must be above 1 or null, got {self.dual_clip}",
+        )
+        check(
+            self.lr_min <= self.lr <= self.lr_max,
+            "algorithm.lr",
+            f"must be between lr_min={self.lr_min} and lr_max={self.lr_max}, got {self.lr}",
+        )
+
+    def _check_ranges(self) -> None:
+        for name in ("gamma", "gae_lambda"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"algorithm.{name}", f"must be between 0 and 1, got {value}")
+        for name in ("epochs", "minibatch_size"):
+            value = getattr(self, name)
+            check(value >= 1, f"algorithm.{name}", f"must be at least 1, got {value}")
+        for name in ("clip_ratio", "lr", "critic_lr", "grad_clip_norm", "target_kl", "kl_stop", "huber_delta"):
+            value = getattr(self, name)
+            check(value > 0, f"algorithm.{name}", f"must be above 0, got {value}")
+        check(self.lr_factor > 1, "algorithm.lr_factor", f"must be above 1, got {self.lr_factor}")
+
+    @classmethod
+    def from_policy_config(cls, policy_cfg: PIRLConfig) -> "PIRLAlgorithmConfig":
+        """Default algorithm for a policy."""
+        return cls(policy_config=policy_cfg)
+
+
+def refuse_stock_command() -> None:
+    """Leaves LeRobot's own learner and actor with one line that names the command to use instead.
+
+    Raises:
+        SystemExit: Under `python -m lerobot.rl.learner` or `lerobot.rl.actor`.
+    """
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    command = STOCK_COMMANDS.get(getattr(spec, "name", "") or "")
+    if command:
+        raise SystemExit(
+            f"error: {spec.name} keeps a replay buffer of single steps and cannot train pi_rl; "
+            f"run {command} with the same arguments instead"
+        )

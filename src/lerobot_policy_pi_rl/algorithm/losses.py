@@ -1,0 +1,83 @@
+"""The objective: pure functions of log-probabilities, advantages and values."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The clipped objective and what to log of it, all scalars on the device.
+
+    Attributes:
+        loss: To be minimised.
+        approx_kl: Divergence of the new policy from the behaviour policy (k3 estimator), nats per decision.
+        clip_fraction: Share of decisions whose ratio left the clip range.
+    """
+
+    loss: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+def policy_loss(
+    log_ratio: Tensor, advantage: Tensor, clip_ratio: float, dual_clip: float | None = None
+) -> PolicyLoss:
+    """Clipped surrogate objective (PPO, arXiv 1707.06347, eq. 7), optionally with a dual clip.
+
+    The dual clip (arXiv 1912.09729, eq. 5) bounds the objective of a decision with a negative advantage by
+    `dual_clip * advantage`, so that a huge ratio cannot dominate the step.
+
+    Args:
+        log_ratio: `log p_new - log p_behaviour` per decision, `[B]`.
+        advantage: `[B]`.
+        clip_ratio: Half-width of the clip range.
+        dual_clip: Factor above 1, or None.
+
+    Returns:
+        The loss and its diagnostics.
+    """
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    objective = torch.minimum(ratio * advantage, clipped * advantage)
+    if dual_clip is not None:
+        floor = torch.maximum(objective, dual_clip * advantage)
+        objective = torch.where(advantage < 0, floor, objective)
+    with torch.no_grad():
+        approx_kl = approximate_kl(log_ratio)
+        clip_fraction = ((ratio - 1).abs() > clip_ratio).to(ratio.dtype).mean()
+    return PolicyLoss(-objective.mean(), approx_kl, clip_fraction)
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """The k3 estimator `mean(ratio - 1 - log ratio)`: unbiased, never negative (Schulman, 2020)."""
+    return (torch.expm1(log_ratio) - log_ratio).mean()
+
+
+def value_loss(
+    value: Tensor, target: Tensor, old_value: Tensor, value_clip: float | None, huber_delta: float
+) -> Tensor:
+    """Huber loss of the value, with the value's move in one iteration clipped.
+
+    Args:
+        value: Current value, `[B]`.
+        target: Return to fit, `[B]`.
+        old_value: Value at collection, `[B]`.
+        value_clip: Half-width of the allowed move, or None.
+        huber_delta: Residual at which the loss turns linear.
+
+    Returns:
+        Scalar mean.
+    """
+    loss = torch.nn.functional.huber_loss(value, target, reduction="none", delta=huber_delta)
+    if value_clip is not None:
+        near = old_value + (value - old_value).clamp(-value_clip, value_clip)
+        clipped = torch.nn.functional.huber_loss(near, target, reduction="none", delta=huber_delta)
+        loss = torch.maximum(loss, clipped)
+    return loss.mean()
+
+
+def explained_variance(value: Tensor, target: Tensor) -> Tensor:
+    """Share of the return's variance that the value explains: 1 is perfect, 0 no better than the mean."""
+    return 1 - (target - value).var() / target.var().clamp(min=1e-8)

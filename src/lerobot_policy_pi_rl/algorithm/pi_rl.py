@@ -1,0 +1,356 @@
+"""The `pi_rl` algorithm: PPO on the log-probabilities of denoising steps."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lerobot.rl.algorithms.base import RLAlgorithm
+from lerobot.rl.algorithms.configs import TrainingStats
+
+from ..flow.density import kl_divergence
+from ..flow.sampler import Score, executed_sum
+from ..flow.transition import Gaussian
+from ..modeling_pi_rl import PIRLPolicy
+from .advantages import advantages, normalise
+from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from .critic import Critic
+from .losses import explained_variance, policy_loss, value_loss
+from .storage import Rollout, minibatches
+
+ROWS_AT_ONCE = 4096
+
+
+class RatioError(RuntimeError):
+    """The policy that scores is not the policy that sampled."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout on the policy's device, as the update reads it; N rows.
+
+    Attributes:
+        observation: Preprocessed observations.
+        chain: `[N, S + 1, H, D]`.
+        step: `[N, S]`.
+        executed: `[N]`.
+        log_prob: Reduced behaviour log-probability `[N]`.
+        advantage: Normalised, `[N]`.
+        critic_features: `[N, F]`.
+        value: Value at collection, `[N]`.
+        value_target: `[N]`.
+        reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
+    """
+
+    observation: dict[str, Tensor]
+    chain: Tensor
+    step: Tensor
+    executed: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    critic_features: Tensor
+    value: Tensor
+    value_target: Tensor
+    reference: Gaussian | None
+
+    def rows(self, rows: Tensor) -> "Batch":
+        """The given rows."""
+        rows = rows.to(self.value.device)
+        tensors = {
+            name: value[rows] for name, value in vars(self).items() if name not in ("observation", "reference")
+        }
+        reference = self.reference and Gaussian(self.reference.mean[rows], self.reference.std[rows])
+        observation = {key: value[rows] for key, value in self.observation.items()}
+        return Batch(observation=observation, reference=reference, **tensors)
+
+
+class Averages:
+    """Sums of scalars that stay on the device until they are read once."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **values: Tensor) -> None:
+        """Adds one observation of each named value."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def mean(self, name: str) -> float:
+        """Mean of a value; 0 if it was never added."""
+        return float(self._sums[name]) / self._counts[name] if name in self._sums else 0.0
+
+    def means(self) -> dict[str, float]:
+        """Mean of every value."""
+        return {name: self.mean(name) for name in self._sums}
+
+
+class PIRLAlgorithm(RLAlgorithm):
+    """PPO over decisions, whose log-probability is that of their recorded denoising steps.
+
+    Source: pi_RL, arXiv 2510.25889, section 4.
+    """
+
+    config_class = PIRLAlgorithmConfig
+    name = "pi_rl"
+
+    def __init__(self, policy: PIRLPolicy, config: PIRLAlgorithmConfig) -> None:
+        """Builds the critic.
+
+        Args:
+            policy: The policy to improve.
+            config: Settings; `policy_config` must be that of the policy.
+        """
+        self.policy, self.config = policy, config
+        self.device = next(policy.parameters()).device
+        self.critic = Critic(policy.base.critic_dim, config.critic_hidden_dims).to(self.device)
+        self.reference = self._freeze_copy(policy) if config.kl_coef > 0 else None
+        self.optimizers: dict[str, Optimizer] = {}
+        self.seed = 0
+        tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 else 0.1
+        self.ratio_tolerance = tolerance if config.ratio_tolerance is None else config.ratio_tolerance
+
+    @staticmethod
+    def _freeze_copy(policy: PIRLPolicy) -> PIRLPolicy:
+        return copy.deepcopy(policy).eval().requires_grad_(False)
+
+    # LeRobot's contract: optimizers, weights, state
+
+    def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
+        """Builds the optimizers of the policy and of the critic."""
+        self.optimizers = {
+            "policy": Adam(self._policy_parameters(), lr=self.config.lr, eps=1e-5),
+            "critic": Adam(self.critic.parameters(), lr=self.config.critic_lr, eps=1e-5),
+        }
+        return self.optimizers
+
+    def get_optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers, by name."""
+        return self.optimizers
+
+    def configure_data_iterator(
+        self, data_mixer: Any, batch_size: int, *, async_prefetch: bool = True, queue_size: int = 2
+    ) -> Iterator[Rollout]:
+        """Reads whole rollouts: PPO shuffles its minibatches itself, so nothing is sampled or prefetched."""
+        return iter(data_mixer)
+
+    def get_weights(self) -> dict[str, Tensor]:
+        """What actors need to act like the current policy: its trainable tensors, by name."""
+        return self.policy.trainable_state()
+
+    def load_weights(self, weights: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
+        """Copies pushed tensors into the policy, wherever it lives; see `PIRLPolicy.load_trainable_state`."""
+        self.policy.load_trainable_state(weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The critic and, if there is one, the reference policy."""
+        state = {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
+        if self.reference is not None:
+            state |= {f"reference.{name}": value.clone() for name, value in self.reference.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
+        """Loads what `state_dict` gave."""
+        parts: dict[str, dict[str, Tensor]] = {"critic": {}, "reference": {}}
+        for name, value in state_dict.items():
+            owner, _, rest = name.partition(".")
+            parts[owner][rest] = value
+        self.critic.load_state_dict(parts["critic"])
+        if self.reference is not None:
+            self.reference.load_state_dict(parts["reference"])
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the policy in force."""
+        return float(self.optimizers["policy"].param_groups[0]["lr"])
+
+    # One iteration
+
+    def update(self, batch_iterator: Iterator[Rollout]) -> TrainingStats:
+        """One PPO iteration on the next rollout.
+
+        Args:
+            batch_iterator: Yields rollouts.
+
+        Returns:
+            Losses, gradient norms and diagnostics, averaged over the minibatches.
+
+        Raises:
+            RatioError: If the first minibatch's ratio is not 1.
+        """
+        rollout = next(batch_iterator)
+        self.policy.eval()
+        batch = self.evaluate(rollout)
+        averages, extra = Averages(), self._rollout_statistics(batch, rollout)
+        learn_policy = self.optimization_step >= self.config.critic_warmup
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.optimization_step)
+        skipped, epochs = 0, 0
+        for epoch in range(self.config.epochs):
+            last_epoch = Averages()
+            for number, rows in enumerate(minibatches(rollout.usable, self.config.minibatch_size, generator)):
+                part = batch.rows(rows)
+                if epoch == number == 0:
+                    extra["ratio_first_error"] = self.check_ratio(part, rollout.decisions.version[rows])
+                skipped += self._critic_step(part, averages)
+                if learn_policy:
+                    skipped += self._policy_step(part, averages, last_epoch)
+            epochs += 1
+            if learn_policy and last_epoch.mean("approx_kl") > self.config.kl_stop * self.config.target_kl:
+                break
+        if learn_policy:
+            self._adapt_lr(last_epoch.mean("approx_kl"))
+        self.optimization_step += 1
+        return self._stats(averages, extra | {"epochs": epochs, "skipped_steps": skipped, "lr": self.lr})
+
+    @torch.no_grad()
+    def evaluate(self, rollout: Rollout) -> Batch:
+        """Values, advantages and reference steps of a rollout, computed once."""
+        config, decisions = self.config, rollout.decisions
+        features = self.policy.base.critic_features(rollout.batch)
+        value = self.critic.value(features)
+        has_next = bool(rollout.next_batch)
+        next_features = self.policy.base.critic_features(rollout.next_batch) if has_next else features[:0]
+        targets = advantages(
+            decisions, value, self.critic.value(next_features), config.gamma, config.gae_lambda
+        )
+        usable = rollout.usable.to(self.device)
+        advantage = torch.zeros_like(value)
+        advantage[usable] = normalise(targets.advantage[usable])
+        chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
+        executed = decisions.executed.to(self.device)
+        return Batch(
+            observation={k: v for k, v in rollout.batch.items() if isinstance(v, Tensor)},
+            chain=chain,
+            step=step,
+            executed=executed,
+            log_prob=self.reduce(decisions.log_prob.to(self.device), executed),
+            advantage=advantage,
+            critic_features=features,
+            value=value,
+            value_target=targets.value_target,
+            reference=self._reference_steps(rollout.batch, chain, step),
+        )
+
+    def reduce(self, per_step: Tensor, executed: Tensor) -> Tensor:
+        """Reduces a quantity per chunk step `[B, H]` to one per decision `[B]`, as `log_prob_reduction` says."""
+        total = executed_sum(per_step, executed)
+        if self.config.log_prob_reduction == "sum":
+            return total
+        total = total / self.policy.recorded_steps()
+        if self.config.log_prob_reduction == "mean_steps":
+            return total
+        return total / (executed * self.policy.base.real_action_dim)
+
+    @torch.no_grad()
+    def check_ratio(self, part: Batch, version: Tensor) -> float:
+        """Largest distance from 1 of the ratio of decisions that the current weights made.
+
+        Raises:
+            RatioError: If it passes the tolerance: sampling and scoring do not agree, and PPO would be wrong.
+        """
+        current = (version == self.optimization_step).to(self.device)
+        if not bool(current.any()):
+            return 0.0
+        log_ratio = self._log_ratio(part, self._score(part))[current]
+        error = float((log_ratio.exp() - 1).abs().max())
+        if not error <= self.ratio_tolerance:
+            raise RatioError(
+                f"the first minibatch's probability ratio is off by {error:.2e} (tolerance {self.ratio_tolerance:.0e}): "
+                "actor and learner do not compute the same density; check that both run the same version and config"
+            )
+        return error
+
+    def _score(self, part: Batch) -> Score:
+        return self.policy.score(part.observation, part.chain, part.step)
+
+    def _log_ratio(self, part: Batch, score: Score) -> Tensor:
+        return self.reduce(score.log_prob, part.executed) - part.log_prob
+
+    def _reference_steps(self, batch: dict[str, Tensor], chain: Tensor, step: Tensor) -> Gaussian | None:
+        if self.reference is None:
+            return None
+        return self.reference.score(batch, chain, step).steps
+
+    def _policy_step(self, part: Batch, averages: Averages, last_epoch: Averages) -> int:
+        config, score = self.config, self._score(part)
+        result = policy_loss(self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip)
+        entropy = executed_sum(score.entropy, part.executed).mean()
+        loss = result.loss - config.entropy_coef * entropy
+        if part.reference is not None:
+            kl = self._reference_kl(part, score)
+            loss = loss + config.kl_coef * kl
+            averages.add(reference_kl=kl)
+        averages.add(
+            policy_loss=result.loss, approx_kl=result.approx_kl, clip_fraction=result.clip_fraction, entropy=entropy
+        )
+        last_epoch.add(approx_kl=result.approx_kl)
+        return self._step("policy", loss, averages)
+
+    def _reference_kl(self, part: Batch, score: Score) -> Tensor:
+        assert part.reference is not None
+        dims, correlation = self.policy.base.real_action_dim, self.policy.noise.correlation
+        per_step = kl_divergence(score.steps, part.reference, dims, correlation).sum(1)
+        return executed_sum(per_step, part.executed).mean()
+
+    def _critic_step(self, part: Batch, averages: Averages) -> int:
+        config, value = self.config, self.critic(part.critic_features)
+        loss = value_loss(value, part.value_target, part.value, config.value_clip, config.huber_delta)
+        averages.add(value_loss=loss)
+        return self._step("critic", loss, averages)
+
+    def _step(self, name: str, loss: Tensor, averages: Averages) -> int:
+        """Takes a gradient step; a non-finite gradient is never applied. Returns how many steps were skipped."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip_norm)
+        if not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+            return 1
+        averages.add(**{f"{name}_grad_norm": norm})
+        optimizer.step()
+        return 0
+
+    def _adapt_lr(self, kl: float) -> None:
+        """Keeps the divergence of an iteration near its target by moving the learning rate (as rsl_rl does)."""
+        config = self.config
+        if config.lr_schedule != "adaptive":
+            return
+        lr = self.lr
+        if not kl <= config.target_kl * 2:
+            lr = max(lr / config.lr_factor, config.lr_min)
+        elif kl < config.target_kl / 2:
+            lr = min(lr * config.lr_factor, config.lr_max)
+        for group in self.optimizers["policy"].param_groups:
+            group["lr"] = lr
+
+    def _policy_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def _rollout_statistics(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
+        usable = rollout.usable.to(self.device)
+        return {
+            "explained_variance": float(explained_variance(batch.value[usable], batch.value_target[usable])),
+            "value": float(batch.value.mean()),
+            "orphaned": len(rollout.decisions) - len(rollout.usable),
+        }
+
+    @staticmethod
+    def _stats(averages: Averages, extra: dict[str, float]) -> TrainingStats:
+        stats = TrainingStats()
+        for name, value in averages.means().items():
+            group = stats.losses if name.endswith("_loss") else stats.extra
+            if name.endswith("_grad_norm"):
+                stats.grad_norms[name.removesuffix("_grad_norm")] = value
+            else:
+                group[name] = value
+        stats.extra.update(extra)
+        return stats

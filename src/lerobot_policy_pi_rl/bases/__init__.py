@@ -1,0 +1,1 @@
+"""The flow policies that PI-RL can train, each behind one adapter."""

@@ -1,0 +1,54 @@
+"""Which base policies exist: a registry of their configurations."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import draccus
+
+from ..errors import ConfigError
+
+# Observation key under which the preprocessor puts the hashed task text.
+TASK_EMBEDDING = "observation.task_embedding"
+
+
+@dataclass
+class BaseConfig(draccus.ChoiceRegistry):
+    """Registry of flow-matching base policies.
+
+    A registry of its own, because a field typed `PreTrainedConfig` inside a policy configuration makes draccus
+    expand every registered policy inside every other one without end.
+    """
+
+    @property
+    def type(self) -> str:
+        """Registered name of this base."""
+        return self.get_choice_name(self.__class__)
+
+    @classmethod
+    def get_choice_class(cls, name: str) -> Any:
+        """Configuration class of a base; an unknown name is one clear line."""
+        choices = cls.get_known_choices()
+        if name not in choices:
+            raise ConfigError(
+                "policy.base.type", f"{name!r} is not a flow-matching base policy; choose one of {sorted(choices)}"
+            )
+        return choices[name]
+
+
+@BaseConfig.register_subclass("compact")
+@dataclass
+class CompactConfig(BaseConfig):
+    """A small flow-matching chunk policy that trains and runs on a CPU, with no downloads."""
+
+    # Width of the hidden layers.
+    hidden_dim: int = 256
+    # Number of residual blocks of the velocity network.
+    num_blocks: int = 3
+    # Number of sine and cosine features of the denoising time.
+    time_dim: int = 32
+    # Width of the hashed task embedding; 0 leaves the task text out (a single-task policy).
+    task_dim: int = 64
+    # Width of each camera's features after the convolutional encoder.
+    image_dim: int = 128
+    # Normalised state components are clipped to this many standard deviations.
+    state_clip: float = 8.0

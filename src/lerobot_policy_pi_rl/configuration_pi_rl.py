@@ -1,0 +1,178 @@
+"""Configuration of the `pi_rl` policy: a base flow policy and an explorer."""
+
+from dataclasses import dataclass, field
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig
+from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig
+from lerobot.policies.gaussian_actor.configuration_gaussian_actor import ActorLearnerConfig, ConcurrencyConfig
+from lerobot.utils.constants import ACTION
+
+from .bases.configuration import BaseConfig, CompactConfig
+from .errors import ConfigError, check
+
+EXPLORERS = ("flow_sde", "flow_cps", "flow_noise")
+RECORDINGS = ("hybrid", "joint")
+
+
+@dataclass
+class ExplorerConfig:
+    """How denoising steps become Gaussians while the policy explores. Evaluation is always the ODE."""
+
+    # `flow_sde` (no parameters), `flow_cps` (no parameters) or `flow_noise` (a small network learns the deviation).
+    kind: str = "flow_sde"
+    # `hybrid`: one stochastic step per decision, drawn per environment; `joint`: every step. Null takes the kind's
+    # default: hybrid for flow_sde and flow_cps, joint for flow_noise.
+    recording: str | None = None
+    # Scale of the noise of flow_sde and flow_cps. The first flow_sde step has exactly this standard deviation, in
+    # units of the normalised action.
+    noise_level: float = 0.5
+    # Correlation of the noise between neighbouring steps of a chunk, 0 to below 1 (flow_sde and flow_cps).
+    noise_correlation: float = 0.5
+    # Range of the standard deviation that flow_noise learns, in units of the normalised action.
+    noise_std_min: float = 0.08
+    noise_std_max: float = 0.16
+    # Width of the flow_noise network's hidden layer.
+    noise_hidden_dim: int = 64
+
+    def __post_init__(self) -> None:
+        """Checks the fields against each other."""
+        name = "policy.explorer"
+        check(self.kind in EXPLORERS, f"{name}.kind", f"{self.kind!r} is unknown; choose one of {list(EXPLORERS)}")
+        if self.recording is None:
+            self.recording = "joint" if self.kind == "flow_noise" else "hybrid"
+        check(
+            self.recording in RECORDINGS,
+            f"{name}.recording",
+            f"{self.recording!r} is unknown; choose one of {list(RECORDINGS)}",
+        )
+        check(self.noise_level > 0, f"{name}.noise_level", f"must be above 0 to explore, got {self.noise_level}")
+        check(
+            self.kind != "flow_cps" or self.noise_level <= 1,
+            f"{name}.noise_level",
+            f"flow_cps takes a level of at most 1, got {self.noise_level}",
+        )
+        check(
+            0 <= self.noise_correlation < 1,
+            f"{name}.noise_correlation",
+            f"must be at least 0 and below 1, got {self.noise_correlation}",
+        )
+        check(
+            0 < self.noise_std_min <= self.noise_std_max,
+            f"{name}.noise_std_min",
+            f"the range [{self.noise_std_min}, {self.noise_std_max}] is upside down or not positive; "
+            "noise_std_min must be above 0 and at most noise_std_max",
+        )
+
+    @property
+    def correlation(self) -> float:
+        """Correlation in force: the learned deviation of flow_noise goes with independent noise."""
+        return 0.0 if self.kind == "flow_noise" else self.noise_correlation
+
+
+@PreTrainedConfig.register_subclass("pi_rl")
+@dataclass
+class PIRLConfig(PreTrainedConfig):
+    """A flow policy that can be improved by online reinforcement learning (pi_RL, arXiv 2510.25889).
+
+    Command line: `--policy.type=pi_rl`.
+    """
+
+    # The flow policy that acts. Null means the compact base with its defaults.
+    base: BaseConfig | None = None
+    # Exploration during online training.
+    explorer: ExplorerConfig = field(default_factory=ExplorerConfig)
+
+    # Number of actions H the policy predicts at a time.
+    chunk_size: int = 5
+    # Number of actions of a chunk that are executed before the next observation is looked at, at most chunk_size.
+    n_action_steps: int = 5
+    # Number of denoising steps K from noise to a chunk.
+    num_inference_steps: int = 4
+
+    # How each kind of feature is normalised.
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ENV": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MEAN_STD,
+        }
+    )
+
+    # Supervised training (lerobot-train).
+    optimizer_lr: float = 1e-3
+    optimizer_weight_decay: float = 1e-4
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 50
+
+    # Fields that LeRobot's reinforcement-learning runtime reads.
+    # Where the learner keeps rollouts between updates.
+    storage_device: str = "cpu"
+    # Environment steps of online training after which the learner stops.
+    online_steps: int = 1_000_000
+    # Where the learner listens and actors connect.
+    actor_learner_config: ActorLearnerConfig = field(default_factory=ActorLearnerConfig)
+    # Read by LeRobot's own learner and actor only; PI-RL's always use threads.
+    concurrency: ConcurrencyConfig = field(default_factory=ConcurrencyConfig)
+
+    def __post_init__(self) -> None:
+        """Resolves the base and checks the fields against each other."""
+        super().__post_init__()
+        if self.base is None:
+            self.base = CompactConfig()
+        check(
+            self.num_inference_steps >= 1,
+            "policy.num_inference_steps",
+            f"needs at least 1 denoising step, got {self.num_inference_steps}",
+        )
+        check(self.chunk_size >= 1, "policy.chunk_size", f"must be at least 1, got {self.chunk_size}")
+        check(
+            1 <= self.n_action_steps <= self.chunk_size,
+            "policy.n_action_steps",
+            f"must be between 1 and chunk_size={self.chunk_size}, got {self.n_action_steps}",
+        )
+        check(
+            self.explorer.kind != "flow_cps" or self.num_inference_steps >= 2,
+            "policy.num_inference_steps",
+            "flow_cps needs at least 2 denoising steps, because its last one has no noise",
+        )
+
+    @property
+    def observation_delta_indices(self) -> None:
+        """The policy looks at the current observation only."""
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """The actions of one chunk."""
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """Supervised training does not read rewards."""
+        return None
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        """Optimizer of supervised training."""
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> CosineAnnealingWithWarmupSchedulerConfig:
+        """Learning-rate schedule of supervised training: warm-up, then cosine to zero."""
+        return CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=self.scheduler_warmup_steps)
+
+    def validate_features(self) -> None:
+        """Checks that there is something to see and something to do.
+
+        Raises:
+            ConfigError: If no observation or no action feature is there.
+        """
+        if not self.input_features:
+            raise ConfigError("policy.input_features", "is empty; the data set or environment must give observations")
+        if self.action_feature is None:
+            raise ConfigError("policy.output_features", f"has no {ACTION!r}; the data set or environment must give it")
+

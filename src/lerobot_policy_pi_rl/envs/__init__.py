@@ -1,0 +1,1 @@
+"""Simulated environments of this package; importing it loads no simulator."""

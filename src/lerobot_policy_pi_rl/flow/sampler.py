@@ -1,0 +1,215 @@
+"""Sampling a chunk by the ODE or with recorded noise, and scoring what was recorded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .density import colour, entropy, log_prob
+from .grid import time_grid
+from .transition import FieldOutput, Gaussian, StepKind, transition
+
+# (x_t [B, H, D], t [B]) -> velocity and, with a noise network, the deviation.
+Field = Callable[[Tensor, Tensor], FieldOutput]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How a denoising step is made stochastic.
+
+    Attributes:
+        kind: `flow_sde`, `flow_cps` or `flow_noise`.
+        level: Scale of the noise for the kinds with a closed form.
+        correlation: AR(1) coefficient of the noise along the chunk, in `[0, 1)`.
+    """
+
+    kind: StepKind
+    level: float = 0.5
+    correlation: float = 0.0
+
+    def stochastic_steps(self, num_steps: int) -> int:
+        """How many of the K steps have noise, counted from the first: Flow-CPS ends without any."""
+        return num_steps - 1 if self.kind == "flow_cps" else num_steps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A chunk and what scoring it needs.
+
+    Attributes:
+        x: The chunk `x_0` in the policy's normalised space, `[B, H, D]`.
+        chain: Recorded states `[B, S + 1, H, D]`.
+        step: Step index of each recorded transition, `[B, S]` int64.
+        log_prob: `[B, H]`, summed over recorded steps and real dimensions.
+    """
+
+    x: Tensor
+    chain: Tensor
+    step: Tensor
+    log_prob: Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """The density of recorded transitions under a policy.
+
+    Attributes:
+        log_prob: `[B, H]`, summed over recorded steps and real dimensions.
+        entropy: `[B, H]`, likewise.
+        steps: The S Gaussians, mean and deviation `[B, S, H, D]`.
+    """
+
+    log_prob: Tensor
+    entropy: Tensor
+    steps: Gaussian
+
+
+def sample_ode(field: Field, noise: Tensor, num_steps: int) -> Tensor:
+    """Integrates the ODE from noise to a chunk.
+
+    Args:
+        field: Velocity field.
+        noise: `x` at `t = 1`, `[B, H, D]`.
+        num_steps: Number of Euler steps K.
+
+    Returns:
+        The chunk `[B, H, D]`.
+    """
+    x, batch = noise, noise.shape[0]
+    grid = time_grid(num_steps, noise.device)
+    for k in range(num_steps):
+        t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
+        x = transition("ode", x, field(x, t), t, t_next).mean
+    return x
+
+
+def sample_hybrid(
+    field: Field,
+    noise: Tensor,
+    num_steps: int,
+    how: Noise,
+    real_dims: int,
+    generator: torch.Generator | None = None,
+) -> Sample:
+    """Samples a chunk with one stochastic step per row; the other steps follow the ODE.
+
+    The stochastic step is drawn for each row, so that one batch explores every noise scale.
+
+    Args:
+        field: Velocity field.
+        noise: `x` at `t = 1`, `[B, H, D]`.
+        num_steps: Number of denoising steps K.
+        how: The noise.
+        real_dims: Number of action dimensions that are not padding.
+        generator: Source of randomness.
+
+    Returns:
+        The sample, with `S = 1` recorded transition per row.
+    """
+    batch = noise.shape[0]
+    chosen = _randint(how.stochastic_steps(num_steps), batch, noise, generator)
+    push = colour(_randn_like(noise, generator), how.correlation)
+    grid = time_grid(num_steps, noise.device)
+    x, before, after = noise, torch.zeros_like(noise), torch.zeros_like(noise)
+    log_p = noise.new_zeros(noise.shape[:2])
+    for k in range(num_steps):
+        t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
+        output = field(x, t)
+        here = (chosen == k)[:, None, None]
+        ode = transition("ode", x, output, t, t_next).mean
+        if k >= how.stochastic_steps(num_steps):
+            x = ode
+            continue
+        step = transition(how.kind, x, output, t, t_next, how.level)
+        x_next = torch.where(here, step.mean + step.std * push, ode)
+        before, after = torch.where(here, x, before), torch.where(here, x_next, after)
+        log_p = torch.where(here[..., 0], log_prob(x_next, step, real_dims, how.correlation), log_p)
+        x = x_next
+    return Sample(x, torch.stack([before, after], 1), chosen[:, None], log_p)
+
+
+def sample_joint(
+    field: Field,
+    noise: Tensor,
+    num_steps: int,
+    how: Noise,
+    real_dims: int,
+    generator: torch.Generator | None = None,
+) -> Sample:
+    """Samples a chunk with noise in every step and records the whole chain.
+
+    Args:
+        field: Velocity field.
+        noise: `x` at `t = 1`, `[B, H, D]`.
+        num_steps: Number of denoising steps K.
+        how: The noise.
+        real_dims: Number of action dimensions that are not padding.
+        generator: Source of randomness.
+
+    Returns:
+        The sample; S is the number of stochastic steps (K, or K - 1 for Flow-CPS).
+    """
+    batch, recorded = noise.shape[0], how.stochastic_steps(num_steps)
+    grid = time_grid(num_steps, noise.device)
+    chain, log_p, x = [noise], noise.new_zeros(noise.shape[:2]), noise
+    for k in range(num_steps):
+        t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
+        output = field(x, t)
+        if k >= recorded:
+            x = transition("ode", x, output, t, t_next).mean
+            continue
+        step = transition(how.kind, x, output, t, t_next, how.level)
+        x = step.mean + step.std * colour(_randn_like(noise, generator), how.correlation)
+        log_p = log_p + log_prob(x, step, real_dims, how.correlation)
+        chain.append(x)
+    steps = torch.arange(recorded, device=noise.device).expand(batch, recorded)
+    return Sample(x, torch.stack(chain, 1), steps, log_p)
+
+
+def score(field: Field, chain: Tensor, step: Tensor, num_steps: int, how: Noise, real_dims: int) -> Score:
+    """Density of recorded transitions: the same `transition` that sampled them.
+
+    Args:
+        field: Velocity field of the policy that scores.
+        chain: Recorded states `[B, S + 1, H, D]`.
+        step: Step indices `[B, S]`.
+        num_steps: Number of denoising steps K.
+        how: The noise that was used.
+        real_dims: Number of action dimensions that are not padding.
+
+    Returns:
+        Log-probability, entropy and the Gaussians of the recorded transitions.
+    """
+    grid = time_grid(num_steps, chain.device)
+    log_p, spread, gaussians = [], [], []
+    for s in range(step.shape[1]):
+        t, t_next = grid[step[:, s]], grid[step[:, s] + 1]
+        gaussian = transition(how.kind, chain[:, s], field(chain[:, s], t), t, t_next, how.level)
+        log_p.append(log_prob(chain[:, s + 1], gaussian, real_dims, how.correlation))
+        spread.append(entropy(gaussian, real_dims, how.correlation))
+        gaussians.append(Gaussian(gaussian.mean, gaussian.std.expand_as(gaussian.mean)))
+    steps = Gaussian(torch.stack([g.mean for g in gaussians], 1), torch.stack([g.std for g in gaussians], 1))
+    return Score(torch.stack(log_p).sum(0), torch.stack(spread).sum(0), steps)
+
+
+def executed_sum(per_step: Tensor, executed: Tensor) -> Tensor:
+    """Sums a quantity per chunk step over the executed steps only.
+
+    Args:
+        per_step: `[B, H]`.
+        executed: Number of executed steps of each row, `[B]`.
+
+    Returns:
+        `[B]`.
+    """
+    mask = torch.arange(per_step.shape[1], device=per_step.device) < executed[:, None]
+    return torch.where(mask, per_step, torch.zeros_like(per_step)).sum(1)
+
+
+def _randn_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+
+
+def _randint(high: int, size: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(0, high, (size,), device=like.device, generator=generator)

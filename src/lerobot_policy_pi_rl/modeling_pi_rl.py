@@ -1,0 +1,231 @@
+"""The `pi_rl` policy: a base flow policy that acts, and an explorer that makes its denoising steps Gaussian."""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lerobot.policies.pretrained import ActionSelectKwargs, PreTrainedPolicy
+from safetensors import safe_open
+
+from . import processor_pi_rl  # noqa: F401  registers the processor steps that checkpoints name
+from .bases.adapter import FlowBase
+from .bases.registry import make_base
+from .configuration_pi_rl import ExplorerConfig, PIRLConfig
+from .errors import ConfigError
+from .flow.sampler import Noise, Sample, Score, sample_hybrid, sample_joint, sample_ode, score
+from .flow.transition import FieldOutput
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """Range of a learned standard deviation, in units of the normalised action."""
+
+    low: float
+    high: float
+
+
+class NoiseNetwork(nn.Module):
+    """Standard deviation of a denoising step, learned (Flow-Noise; ReinFlow, arXiv 2505.22094).
+
+    `log std^2 = l_min + (l_max - l_min) * (tanh(net) + 1) / 2` with `l = log(std^2)`, per chunk step and dimension.
+    It reads the velocity network's features without sending gradients back into them.
+    """
+
+    def __init__(self, base: FlowBase, hidden_dim: int, limits: NoiseRange) -> None:
+        """Builds a two-layer network that starts in the middle of the range."""
+        super().__init__()
+        self.limits = limits
+        self.position = nn.Parameter(torch.zeros(base.chunk_size, hidden_dim))
+        self.hidden = nn.Linear(base.feature_dim + 1, hidden_dim)
+        self.out = nn.Linear(hidden_dim, base.action_dim)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, features: Tensor, t: Tensor) -> Tensor:
+        """Deviation `[B, H, D]` from features `[B, H, F]` and times `[B]`."""
+        time = t[:, None, None].expand(*features.shape[:2], 1)
+        hidden = self.hidden(torch.cat([features.detach(), time], -1)) + self.position
+        raw = self.out(nn.functional.silu(hidden))
+        low, high = (2 * math.log(limit) for limit in (self.limits.low, self.limits.high))
+        return torch.exp(0.5 * (low + (high - low) * (torch.tanh(raw) + 1) / 2))
+
+
+class PIRLPolicy(PreTrainedPolicy):
+    """A flow policy that acts by the ODE, explores with Gaussian denoising steps and scores what it recorded.
+
+    Source: pi_RL, arXiv 2510.25889.
+    """
+
+    config_class = PIRLConfig
+    name = "pi_rl"
+
+    def __init__(self, config: PIRLConfig, dataset_stats: Any = None, dataset_meta: Any = None) -> None:
+        """Builds the base and, for Flow-Noise, the noise network.
+
+        Args:
+            config: The policy's configuration, with input and output features.
+            dataset_stats: Given by LeRobot; normalisation lives in the processors, so it is not used.
+            dataset_meta: Given by LeRobot, not used.
+        """
+        super().__init__(config)
+        config.validate_features()
+        self.config: PIRLConfig = config
+        self.base = make_base(config)
+        explorer = config.explorer
+        self.noise = Noise(explorer.kind, explorer.noise_level, explorer.correlation)  # type: ignore[arg-type]
+        self.noise_network = self._make_noise_network(explorer)
+        self.reset()
+
+    def _make_noise_network(self, explorer: ExplorerConfig) -> NoiseNetwork | None:
+        if explorer.kind != "flow_noise":
+            return None
+        limits = NoiseRange(explorer.noise_std_min, explorer.noise_std_max)
+        return NoiseNetwork(self.base, explorer.noise_hidden_dim, limits)
+
+    def reset(self) -> None:
+        """Forgets the actions that were predicted and not yet taken."""
+        self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+
+    def get_optim_params(self) -> list[nn.Parameter]:
+        """Parameters that supervised training optimises: the base's."""
+        return [p for p in self.base.parameters() if p.requires_grad]
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Supervised flow-matching loss of the base.
+
+        Args:
+            batch: Preprocessed batch with `action` `[B, H, A]` and, optionally, `action_is_pad` `[B, H]`.
+
+        Returns:
+            The loss and nothing else to log.
+        """
+        return self.base.loss(batch), {}
+
+    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+        """Encodes a preprocessed observation once; the context serves every denoising step."""
+        return self.base.encode(batch)
+
+    def field(self, context: Tensor, x_t: Tensor, t: Tensor) -> FieldOutput:
+        """Velocity, and the learned deviation if there is one, of states `[B, H, D]` at times `[B]`."""
+        output = self.base.velocity(context, x_t, t)
+        std = self.noise_network(output.features, t) if self.noise_network is not None else None
+        return FieldOutput(output.velocity, std)
+
+    def initial_noise(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Standard normal noise at `t = 1` for each row of a context, `[B, H, D]`."""
+        shape = (like.shape[0], self.base.chunk_size, self.base.action_dim)
+        return torch.randn(shape, device=like.device, generator=generator)
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:
+        """Predicts a chunk by the ODE, without exploration.
+
+        Args:
+            batch: Preprocessed observation with B rows.
+            **kwargs: `noise`, the initial noise `[B, H, D]`; drawn if not given.
+
+        Returns:
+            Normalised actions `[B, H, A]`.
+        """
+        self.eval()
+        context = self.encode(batch)
+        noise = kwargs.get("noise")
+        noise = self.initial_noise(context) if noise is None else noise
+        x = sample_ode(lambda x, t: self.field(context, x, t), noise, self.config.num_inference_steps)
+        return x[..., : self.base.real_action_dim]
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:
+        """Next action `[B, A]`; predicts a new chunk when the last one is used up."""
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch, **kwargs)[:, : self.config.n_action_steps]
+            self._queue.extend(chunk.transpose(0, 1))
+        return self._queue.popleft()
+
+    @torch.no_grad()
+    def explore(self, batch: dict[str, Tensor], generator: torch.Generator | None = None) -> Sample:
+        """Samples a chunk with noise and records what scoring needs.
+
+        Args:
+            batch: Preprocessed observation with B rows.
+            generator: Source of randomness.
+
+        Returns:
+            The chunk, its chain and its log-probability.
+        """
+        context = self.encode(batch)
+        sample = sample_hybrid if self.config.explorer.recording == "hybrid" else sample_joint
+        return sample(
+            lambda x, t: self.field(context, x, t),
+            self.initial_noise(context, generator),
+            self.config.num_inference_steps,
+            self.noise,
+            self.base.real_action_dim,
+            generator,
+        )
+
+    def score(self, batch: dict[str, Tensor], chain: Tensor, step: Tensor) -> Score:
+        """Density of recorded transitions under the current weights, differentiable.
+
+        Args:
+            batch: Preprocessed observation with B rows.
+            chain: Recorded states `[B, S + 1, H, D]`.
+            step: Step indices `[B, S]`.
+
+        Returns:
+            Log-probability and entropy `[B, H]`, and the Gaussians.
+        """
+        context = self.encode(batch)
+        return score(
+            lambda x, t: self.field(context, x, t),
+            chain,
+            step,
+            self.config.num_inference_steps,
+            self.noise,
+            self.base.real_action_dim,
+        )
+
+    def recorded_steps(self) -> int:
+        """Number S of transitions that a recorded chunk holds."""
+        joint = self.config.explorer.recording == "joint"
+        return self.noise.stochastic_steps(self.config.num_inference_steps) if joint else 1
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """What an actor needs to act like this policy: its trainable tensors by name, on the CPU."""
+        return {name: p.detach().cpu() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copies what `trainable_state` gave into this policy.
+
+        Raises:
+            ValueError: If names or shapes differ from this policy's trainable tensors.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        wrong = sorted(own.keys() ^ tensors.keys()) or [n for n, p in own.items() if p.shape != tensors[n].shape]
+        if wrong:
+            raise ValueError(f"pushed weights do not fit this policy: {wrong[:3]} differ; start both from one config")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    @classmethod
+    def _load_as_safetensor(
+        cls, model: "PIRLPolicy", model_file: str, map_location: str, strict: bool
+    ) -> "PIRLPolicy":
+        """Loads a checkpoint; only a noise network may be missing, or be there without use.
+
+        Raises:
+            ConfigError: If the checkpoint is not of this policy.
+        """
+        with safe_open(model_file, framework="pt") as file:
+            differing = set(file.keys()) ^ model.state_dict().keys()
+        wrong = sorted(name for name in differing if not name.startswith("noise_network."))
+        if wrong:
+            raise ConfigError(
+                "policy.path", f"{model_file} does not fit the configured base: {wrong[:3]} are missing or not expected"
+            )
+        return super()._load_as_safetensor(model, model_file, map_location, strict=False)

@@ -1,0 +1,1 @@
+"""The runner: time, processes, bytes, checkpoints and logs around the algorithm."""

@@ -1,0 +1,444 @@
+"""The actor's side of the wire: one channel to the learner, three background streams, bounded waits.
+
+gRPC's core starts with the first `connect`, not with the import: whatever the actor forks, it forks before.
+"""
+
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+from lerobot.transport import services_pb2, services_pb2_grpc
+from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunks, send_bytes_in_chunks
+
+from lerobot_policy_pi_rl.runtime.wire import (
+    PROTOCOL,
+    Handshake,
+    Scalar,
+    Weights,
+    decode_weights,
+    encode_interaction,
+    whole_messages,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_WEIGHTS_BYTES = 16 * 2**30
+CALL_SECONDS = 5.0
+"""How long one attempt to reach the learner may take."""
+RETRY_SECONDS = 0.5
+LAST_WEIGHTS_SECONDS = 2.0
+MESSAGE_SECONDS = 5.0
+"""How often the log says that the learner is still waited for."""
+
+
+class LearnerUnreachable(ConnectionError):
+    """Nobody answered within the limit."""
+
+
+class LearnerLost(ConnectionError):
+    """The learner was there and is gone; `reconnect` may find it again."""
+
+
+class ActorRefused(ConnectionError):
+    """The learner does not want this actor, and asking again will not help."""
+
+
+class ConfigMismatch(ActorRefused):
+    """Actor and learner were started with different settings; one line per difference."""
+
+
+class LinkState(StrEnum):
+    """Where a client stands with its learner."""
+
+    NEW = "new"
+    CONNECTED = "connected"
+    LOST = "lost"
+    CLOSED = "closed"
+
+
+class Outbox:
+    """A bounded queue of payloads that one stream sends."""
+
+    def __init__(self, capacity: int) -> None:
+        """Makes an empty outbox.
+
+        Args:
+            capacity: Most payloads that wait at once.
+        """
+        self._capacity = capacity
+        self._items: deque[bytes] = deque()
+        self._changed = threading.Condition()
+        self._ended = False
+        self._flushing = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._ended or self._flushing
+
+    def put(self, payload: bytes) -> bool:
+        """Adds a payload, waiting for room; false when the stream ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished or len(self._items) < self._capacity)
+            if self.finished:
+                return False
+            self._items.append(payload)
+            self._changed.notify_all()
+            return True
+
+    def flush(self) -> None:
+        """Takes no more; the stream ends by itself once all is sent."""
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Drops what is left and frees everybody who waits."""
+        with self._changed:
+            self._ended = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yields payloads until `end`, or until all is sent after `flush`."""
+        while (payload := self._next()) is not None:
+            yield payload
+
+    def _next(self) -> bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.finished or bool(self._items))
+            if not self._items:
+                return None
+            payload = self._items.popleft()
+            self._changed.notify_all()
+            return payload
+
+
+class _Link:
+    """One connection: a channel, its three streams and their threads. Used once; a reconnect makes another.
+
+    What `__init__` sets below `_changed` is guarded by it.
+    """
+
+    def __init__(self, address: str, handshake: Handshake, outbox_capacity: int) -> None:
+        self.weights: Weights | None = None
+        self._changed = threading.Condition()
+        self._payload: bytes | None = None
+        self._receiving = True
+        self.broken: str | None = None
+        self.decisions = Outbox(outbox_capacity)
+        self.interactions = Outbox(outbox_capacity)
+        self._handshake = handshake
+        self._channel = grpc.insecure_channel(address, _channel_options())
+        self._stub = services_pb2_grpc.LearnerServiceStub(self._channel)
+        self._parameters: Any = None
+        self._senders: list[threading.Thread] = []
+        self._receiver = threading.Thread(target=self._receive, name="pi-rl-parameters", daemon=True)
+
+    def call_ready(self, settings: Mapping[str, Any]) -> None:
+        """Introduces the actor with its settings.
+
+        Raises:
+            grpc.RpcError: The learner is not there, or refuses.
+        """
+        hello = Handshake(self._handshake.actor, self._handshake.session, dict(settings))
+        self._stub.Ready(services_pb2.Empty(), timeout=CALL_SECONDS, metadata=hello.to_metadata())
+
+    def open(self) -> None:
+        """Opens the streams, the parameters first: it is what makes the actor connected.
+
+        Raises:
+            grpc.RpcError: The learner refuses, or is gone again.
+            ActorRefused: Whoever answers is not a learner of this package.
+        """
+        metadata = self._handshake.to_metadata()
+        self._parameters = self._stub.StreamParameters(services_pb2.Empty(), metadata=metadata)
+        answer = {pair[0]: pair[1] for pair in self._parameters.initial_metadata() or ()}
+        if answer.get("pi-rl-protocol") != str(PROTOCOL):
+            self._raise_unlike_learner()
+        self._receiver.start()
+        self._start_sender("decisions", self._stub.SendTransitions, services_pb2.Transition, self.decisions)
+        self._start_sender(
+            "interactions", self._stub.SendInteractions, services_pb2.InteractionMessage, self.interactions
+        )
+
+    def _raise_unlike_learner(self) -> None:
+        """The parameters stream did not begin as ours does: raises why."""
+        ended = threading.Event()
+        if not self._parameters.add_callback(ended.set) or ended.wait(CALL_SECONDS):
+            # Iterating a call that has failed raises its error.
+            next(self._parameters, None)
+        raise ActorRefused("it answers, but it is not a PI-RL learner of this version")
+
+    def take(self, timeout: float | None) -> bytes | None:
+        """The newest payload that was not taken yet; None when there is none in time, or the stream ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._payload is not None or not self._receiving, timeout)
+            payload, self._payload = self._payload, None
+            return payload
+
+    def close(self, flush_s: float) -> None:
+        """Sends what waits, within `flush_s` seconds, and ends channel and threads."""
+        deadline = time.monotonic() + flush_s
+        self.decisions.flush()
+        self.interactions.flush()
+        for sender in self._senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
+        self.fail("closed")
+        if self._parameters is not None:
+            self._parameters.cancel()
+        self._channel.close()
+        for thread in (*self._senders, self._receiver):
+            if thread.ident is not None:
+                thread.join(1.0)
+
+    def fail(self, reason: str) -> None:
+        """Marks the connection broken; the first reason stays."""
+        with self._changed:
+            self.broken = self.broken or reason
+        self.decisions.end()
+        self.interactions.end()
+
+    def _start_sender(self, name: str, call: Callable[..., Any], message: Any, outbox: Outbox) -> None:
+        arguments = (call, message, outbox)
+        sender = threading.Thread(target=self._send, args=arguments, name=f"pi-rl-{name}", daemon=True)
+        self._senders.append(sender)
+        sender.start()
+
+    def _receive(self) -> None:
+        """Keeps the newest payload of the parameters stream."""
+        chunks = whole_messages(self._parameters, MAX_WEIGHTS_BYTES, self._reject)
+        reason = "the learner ended the connection"
+        try:
+            receive_bytes_in_chunks(chunks, SimpleNamespace(put=self._keep), threading.Event())
+        except grpc.RpcError as error:
+            reason = _reason(error)
+        self.fail(reason)
+        with self._changed:
+            self._receiving = False
+            self._changed.notify_all()
+
+    def _keep(self, payload: bytes) -> None:
+        with self._changed:
+            self._payload = payload
+            self._changed.notify_all()
+
+    def _reject(self, reason: str) -> None:
+        logger.warning("Rejected a message of the learner: %s", reason)
+
+    def _send(self, call: Callable[..., Any], message: Any, outbox: Outbox) -> None:
+        """Sends an outbox until it ends."""
+        chunks = (chunk for payload in outbox for chunk in send_bytes_in_chunks(payload, message))
+        reason = "the learner ended the connection"
+        try:
+            call(chunks, metadata=self._handshake.to_metadata())
+        except grpc.RpcError as error:
+            reason = _reason(error)
+        if not outbox.finished:
+            self.fail(reason)
+            # The last weights may still be on their way; after them, without this stream, the others end too.
+            self._receiver.join(LAST_WEIGHTS_SECONDS)
+            self._parameters.cancel()
+
+
+class LearnerClient:
+    """What an actor knows of its learner. Its methods belong to one thread, `close` to any."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        actor: int,
+        settings: Mapping[str, Any],
+        outbox_capacity: int = 8,
+        command: str = "lerobot-pi-rl-learner --config_path=<the actor's config>",
+    ) -> None:
+        """Prepares a client; nothing of gRPC starts before `connect`.
+
+        Args:
+            host: Where the learner listens.
+            port: Its port.
+            actor: This actor's number.
+            settings: What must agree with the learner's, nested or by dotted name.
+            outbox_capacity: Most payloads that wait in each direction before `send_decisions` blocks.
+            command: How a learner is started, for the text of `LearnerUnreachable`.
+        """
+        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._settings = dict(settings)
+        self._handshake = Handshake(actor, uuid.uuid4().hex)
+        self._outbox_capacity = outbox_capacity
+        self._command = command
+        self._link: _Link | None = None
+        self._closing = threading.Event()
+
+    @property
+    def state(self) -> LinkState:
+        """Where this client stands with its learner."""
+        if self._closing.is_set():
+            return LinkState.CLOSED
+        if self._link is None:
+            return LinkState.NEW
+        return LinkState.LOST if self._link.broken else LinkState.CONNECTED
+
+    def connect(self, timeout_s: float = 120.0) -> None:
+        """Waits for the learner and opens the streams.
+
+        Args:
+            timeout_s: Longest wait.
+
+        Raises:
+            LearnerUnreachable: Nobody answered in time.
+            ConfigMismatch: The learner has other settings.
+            ActorRefused: It does not want this actor for another reason.
+        """
+        began = time.monotonic()
+        told = began
+        while not self._closing.is_set():
+            error = self._attempt()
+            now = time.monotonic()
+            if error is None:
+                return
+            if now - began >= timeout_s:
+                break
+            if now - told >= MESSAGE_SECONDS or told == began:
+                told = now
+                logger.info(
+                    "Waiting for the learner at %s (%.0f of %.0f s)", self._address, now - began, timeout_s
+                )
+            self._closing.wait(min(RETRY_SECONDS, began + timeout_s - now))
+        raise LearnerUnreachable(
+            f"no learner answers at {self._address} after {time.monotonic() - began:.0f} s; start it with "
+            f"{self._command}"
+        )
+
+    def reconnect(self, timeout_s: float = 120.0) -> None:
+        """Drops a broken connection, with what was queued on it, and connects again.
+
+        The learner may be a resumed one whose versions are lower: ask `wait_weights` for any version next.
+
+        Raises:
+            ConnectionError: As `connect`.
+        """
+        if self._link is not None:
+            self._link.close(flush_s=0.0)
+            self._link = None
+        self.connect(timeout_s)
+
+    def wait_weights(self, newer_than: int, timeout: float | None = None) -> Weights | None:
+        """Waits for weights; only ever the newest that arrived.
+
+        Args:
+            newer_than: Version that the actor already has; -1 for any.
+            timeout: Seconds to wait; None waits until there are some.
+
+        Returns:
+            The newest weights, or None when none newer came in time.
+
+        Raises:
+            LearnerLost: The connection broke, and nothing newer had arrived before.
+            WireError: The learner sent something that is no message of weights.
+        """
+        link = self._connected_link()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            fresh = link.weights is not None and link.weights.header.version > newer_than
+            rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+            payload = link.take(0.0 if fresh else rest)
+            if payload is not None:
+                link.weights = decode_weights(payload)
+            elif fresh:
+                return link.weights
+            elif link.broken:
+                raise LearnerLost(self._lost_text(link))
+            else:
+                return None
+
+    def send_decisions(self, payload: bytes) -> None:
+        """Queues encoded decisions; blocks while the learner is behind.
+
+        Raises:
+            LearnerLost: The connection is broken.
+        """
+        link = self._connected_link()
+        if not link.decisions.put(payload):
+            raise LearnerLost(self._lost_text(link))
+
+    def send_interaction(self, values: Mapping[str, Scalar]) -> None:
+        """Queues one line of statistics.
+
+        Raises:
+            LearnerLost: The connection is broken.
+            WireError: A value is not a finite number, a text or a truth value.
+        """
+        link = self._connected_link()
+        if not link.interactions.put(encode_interaction(values)):
+            raise LearnerLost(self._lost_text(link))
+
+    def close(self, flush_s: float = 3.0) -> None:
+        """Sends what is queued, within `flush_s` seconds, and leaves; also when the learner is gone."""
+        self._closing.set()
+        link, self._link = self._link, None
+        if link is not None:
+            link.close(0.0 if link.broken else flush_s)
+
+    def _attempt(self) -> str | None:
+        """One try; returns why it failed when trying again may help, or None when connected."""
+        link = _Link(self._address, self._handshake, self._outbox_capacity)
+        try:
+            link.call_ready(self._settings)
+            link.open()
+        except grpc.RpcError as error:
+            link.close(flush_s=0.0)
+            self._raise_refusal(error)
+            return _reason(error)
+        except ActorRefused as error:
+            link.close(flush_s=0.0)
+            raise ActorRefused(f"{self._address}: {error}") from None
+        self._link = link
+        return None
+
+    def _raise_refusal(self, error: grpc.RpcError) -> None:
+        """Raises for answers that another try would not change."""
+        code, details = error.code(), error.details() or ""
+        if code == grpc.StatusCode.FAILED_PRECONDITION:
+            raise ConfigMismatch(f"the learner at {self._address} has other settings:\n{details}") from None
+        if code == grpc.StatusCode.UNIMPLEMENTED:
+            raise ActorRefused(f"{self._address} answers, but it is not a learner") from None
+        if code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.RESOURCE_EXHAUSTED):
+            raise ActorRefused(f"the learner at {self._address} refuses: {details}") from None
+
+    def _connected_link(self) -> _Link:
+        if self._link is None:
+            raise LearnerLost(f"not connected to {self._address}; call connect first")
+        return self._link
+
+    def _lost_text(self, link: _Link) -> str:
+        return f"lost the learner at {self._address}: {link.broken}"
+
+
+def _channel_options() -> list[tuple[str, Any]]:
+    """LeRobot's options, without gRPC's own retries: a stream that broke must be seen to have broken."""
+    return [
+        *grpc_channel_options(enable_retries=False),
+        ("grpc.max_metadata_size", 2**20),
+        # A channel of its own each time: no back-off left over from attempts before the learner was up.
+        ("grpc.use_local_subchannel_pool", 1),
+        # An http_proxy in the environment would take even loopback connections.
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+    ]
+
+
+def _reason(error: grpc.RpcError) -> str:
+    """What gRPC says, in one line."""
+    code = error.code().name.lower().replace("_", " ")
+    details = " ".join((error.details() or "").split())
+    return f"{code}: {details[:200]}" if details else code

@@ -1,0 +1,252 @@
+"""Turns weights into decisions: a policy that explores in a vector of environments."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lerobot.envs import EnvConfig
+from lerobot.utils.constants import ACTION
+
+from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
+from ..algorithm.decisions import DecisionBatch
+from ..flow.sampler import Sample
+from .environments import ChunkedVectorEnv, ChunkStep, Observation
+from .pipeline import Player
+from .seeds import TRAINING_SEEDS, stream, torch_seed
+
+
+@dataclass(frozen=True)
+class EpisodeStatistics:
+    """What the episodes that ended during one collection were like.
+
+    Attributes:
+        episodes: How many ended.
+        successes: How many of them were solved.
+        return_sum: Sum of their returns.
+        length_sum: Sum of their lengths, in environment steps.
+        env_steps: Environment steps executed, of ended and running episodes.
+        seconds: How long the collection took.
+    """
+
+    episodes: int
+    successes: int
+    return_sum: float
+    length_sum: int
+    env_steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One actor's quota of one iteration."""
+
+    decisions: DecisionBatch
+    statistics: EpisodeStatistics
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One decision of every environment of a group, before the rows are joined."""
+
+    observation: dict[str, Tensor]
+    sample: Sample
+    action: Tensor
+    outcome: ChunkStep
+
+
+class Group:
+    """Some of the environments, stepped together by their own workers.
+
+    While the workers of one group execute a chunk, the policy thinks for the other.
+    """
+
+    def __init__(self, env_cfg: EnvConfig, first: int, num_envs: int, num_workers: int) -> None:
+        """Starts the environments.
+
+        Args:
+            env_cfg: Which environments.
+            first: Number of the first one among those of all actors.
+            num_envs: How many.
+            num_workers: Processes for them.
+        """
+        self.first = first
+        self.envs = ChunkedVectorEnv(env_cfg, num_envs, num_workers, first=first)
+        self.raw: Observation = {}
+        self.episode_return = np.zeros(num_envs)
+        self.episode_length = np.zeros(num_envs, dtype=np.int64)
+
+    def reset(self, seeds: np.ndarray) -> None:
+        """Begins a fresh episode everywhere."""
+        self.raw = self.envs.reset(seeds)
+        self.episode_return[:] = 0
+        self.episode_length[:] = 0
+
+    def account(self, outcome: ChunkStep) -> tuple[np.ndarray, np.ndarray]:
+        """Adds a chunk to the running episodes; returns and lengths of those that ended."""
+        self.episode_return += outcome.reward
+        self.episode_length += outcome.executed
+        ended = outcome.done
+        returns, lengths = self.episode_return[ended].copy(), self.episode_length[ended].copy()
+        self.episode_return[ended] = 0
+        self.episode_length[ended] = 0
+        return returns, lengths
+
+
+def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
+    """Splits the environments into two groups with workers of their own, where there are enough of both.
+
+    It forks processes: call it before gRPC starts.
+    """
+    count, workers = collection.num_envs, collection.num_workers
+    first = collection.actor_id * count
+    if workers < 2 or count < 2:
+        return [Group(env_cfg, first, count, workers)]
+    half = count // 2
+    return [
+        Group(env_cfg, first, half, workers // 2),
+        Group(env_cfg, first + half, count - half, workers - workers // 2),
+    ]
+
+
+class Collector:
+    """Collects the quota of one actor.
+
+    What it collects is a function of the weights, the run's seed, the actor's number and the version at which the
+    episodes were last restarted, and of nothing else: that is what makes a resumed run continue exactly.
+    """
+
+    def __init__(self, player: Player, groups: list[Group], collection: CollectionConfig, seed: int) -> None:
+        """Prepares the collection; `restart` begins it.
+
+        Args:
+            player: The policy, whose weights are changed from outside.
+            groups: The environments.
+            collection: The quota.
+            seed: Seed of the run.
+        """
+        self._player, self._groups, self._collection, self._seed = player, groups, collection, seed
+        self._actions = player.policy.config.n_action_steps
+        self._generator = torch.Generator(device=str(player.policy.config.device))
+        self._resets = stream(0)
+        self._index = 0
+
+    @property
+    def actor(self) -> int:
+        """Number of the actor."""
+        return self._collection.actor_id
+
+    def restart(self, version: int) -> None:
+        """Abandons all episodes and begins fresh ones, as every actor does at this version."""
+        self._resets = stream(self._seed, self.actor, version)
+        for group in self._groups:
+            group.reset(self._reset_seeds(group))
+
+    def collect(self, version: int) -> Collected:
+        """Collects the quota of decisions with the current weights.
+
+        Args:
+            version: Of the weights.
+
+        Returns:
+            The decisions, environment by environment within each step, and the episodes that ended.
+        """
+        began = time.perf_counter()
+        self._generator.manual_seed(torch_seed(self._seed, self.actor, version))
+        steps: list[list[_Step]] = [[] for _ in self._groups]
+        returns, lengths = [], []
+        for number, step in self._steps():
+            steps[number].append(step)
+            ended = self._groups[number].account(step.outcome)
+            returns.append(ended[0])
+            lengths.append(ended[1])
+        decisions = DecisionBatch.concatenate(
+            [self._join(group, part, version) for group, part in zip(self._groups, steps, strict=True)]
+        )
+        self._index += self._collection.decisions
+        statistics = EpisodeStatistics(
+            episodes=sum(map(len, returns)),
+            successes=int((decisions.success & (decisions.terminated | decisions.truncated)).sum()),
+            return_sum=float(sum(part.sum() for part in returns)),
+            length_sum=int(sum(part.sum() for part in lengths)),
+            env_steps=decisions.steps,
+            seconds=time.perf_counter() - began,
+        )
+        return Collected(decisions, statistics)
+
+    def _steps(self) -> Iterator[tuple[int, _Step]]:
+        """Yields every decision of every group, thinking for one while the other one's workers act."""
+        pending: list[tuple[dict[str, Tensor], Sample, Tensor]] = []
+        for group in self._groups:
+            pending.append(self._decide(group))
+        for left in reversed(range(self._collection.decisions)):
+            for number, group in enumerate(self._groups):
+                outcome = group.envs.receive()
+                group.raw = outcome.observation
+                step = _Step(*pending[number], outcome)
+                if left:
+                    pending[number] = self._decide(group)
+                yield number, step
+
+    def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor]:
+        """Explores for one group and hands its chunks to the workers."""
+        player, tasks = self._player, group.envs.tasks
+        observation = player.path.from_environment(group.raw, tasks)
+        sample = player.policy.explore(player.preprocess(observation, tasks), self._generator)
+        action = self.to_environment(sample.x)
+        group.envs.send(action[:, : self._actions].numpy(), self._reset_seeds(group))
+        return player.path.pack(observation), sample, action
+
+    def to_environment(self, x: Tensor) -> Tensor:
+        """Actions in the environment's units `[N, H, A]` from a normalised chunk `[N, H, D]`."""
+        player = self._player
+        action = player.postprocessor(x[..., : player.policy.base.real_action_dim])
+        return player.path.env_postprocessor({ACTION: action})[ACTION].float().cpu()
+
+    def _reset_seeds(self, group: Group) -> np.ndarray:
+        return self._resets.integers(*TRAINING_SEEDS, size=group.envs.num_envs)
+
+    def _join(self, group: Group, steps: list[_Step], version: int) -> DecisionBatch:
+        """Joins T steps of E environments to T * E rows."""
+        envs, count = group.envs.num_envs, len(steps) * group.envs.num_envs
+        rows = torch.arange(count)
+        outcome = {
+            name: torch.from_numpy(np.concatenate([getattr(step.outcome, name) for step in steps]))
+            for name in ("reward", "executed", "terminated", "truncated", "success")
+        }
+        own_next = outcome["truncated"] | ((rows >= count - envs) & ~outcome["terminated"])
+        return DecisionBatch(
+            observation=_cat([step.observation for step in steps]),
+            task=list(group.envs.tasks) * len(steps),
+            chain=torch.cat([step.sample.chain for step in steps]).float().cpu(),
+            step=torch.cat([step.sample.step for step in steps]).cpu(),
+            log_prob=torch.cat([step.sample.log_prob for step in steps]).float().cpu(),
+            action=torch.cat([step.action for step in steps]),
+            version=torch.full((count,), version),
+            env=group.first + rows % envs,
+            index=self._index + rows // envs,
+            next_row=own_next.nonzero()[:, 0],
+            next_observation=self._next_observations(group, steps, own_next),
+            **outcome,
+        )
+
+    def _next_observations(self, group: Group, steps: list[_Step], own_next: Tensor) -> dict[str, Tensor]:
+        """Packed true last observations of the rows that carry their own."""
+        finals = [step.outcome.final_observation for step in steps]
+        raw = {key: np.concatenate([final[key] for final in finals]) for key in finals[0]}
+        keep = own_next.numpy()
+        tasks = [task for task, kept in zip(list(group.envs.tasks) * len(steps), keep, strict=True) if kept]
+        path = self._player.path
+        return path.pack(path.from_environment({key: value[keep] for key, value in raw.items()}, tasks))
+
+    def close(self) -> None:
+        """Ends the environments."""
+        for group in self._groups:
+            group.envs.close()
+
+
+def _cat(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}

@@ -1,0 +1,475 @@
+"""A vector of environments that execute whole chunks in worker processes: one round trip per decision.
+
+The policy decides once per chunk, so that is how often the parent and its workers talk. A worker executes the chunk
+until it is used up or the episode ends, and resets in the same trip.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+import gymnasium as gym
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+
+Observation = dict[str, np.ndarray]
+
+# Seconds. Loading a simulator on a busy machine takes tens of seconds; a chunk takes milliseconds, except with
+# software rendering.
+START_TIMEOUT = 300.0
+STEP_TIMEOUT = 300.0
+CLOSE_TIMEOUT = 5.0
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# prctl(PR_SET_PDEATHSIG, signal): Linux sends it to a process when its parent dies.
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ChunkStep:
+    """What one chunk did in each of N environments.
+
+    Attributes:
+        reward: Sum of the rewards of the executed steps, `[N]` float32.
+        executed: Executed steps of the chunk, `[N]` int64, between 1 and H.
+        terminated: The episode ended by the task's own rules, `[N]` bool.
+        truncated: The episode was cut by the time limit, `[N]` bool.
+        success: The task was solved in this chunk, `[N]` bool.
+        final_observation: What was seen after the last executed step, before any reset, `[N, ...]`.
+        observation: What to act on next, `[N, ...]`: the first observation of the next episode where one ended.
+    """
+
+    reward: np.ndarray
+    executed: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    success: np.ndarray
+    final_observation: Observation
+    observation: Observation
+
+    @property
+    def done(self) -> np.ndarray:
+        """The episode ended in this chunk, `[N]` bool."""
+        return self.terminated | self.truncated
+
+
+def _flat(observation: Mapping[str, Any], prefix: str = "") -> Observation:
+    """Arrays of an observation, nested keys joined by `/` and copied, because environments reuse their buffers."""
+    result: Observation = {}
+    for key, value in observation.items():
+        if isinstance(value, Mapping):
+            result.update(_flat(value, f"{prefix}{key}/"))
+        else:
+            result[prefix + key] = np.array(value)
+    return result
+
+
+def nested(observation: Observation) -> dict[str, Any]:
+    """Undoes the joined keys (`pixels/top` -> `{"pixels": {"top": ...}}`), as `preprocess_observation` expects."""
+    result: dict[str, Any] = {}
+    for key, value in observation.items():
+        *parents, name = key.split("/")
+        level = result
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[name] = value
+    return result
+
+
+def _stack(observations: list[Observation]) -> Observation:
+    return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
+
+
+def _single_env(env_cfg: EnvConfig, task: str | None) -> gym.Env:
+    """Makes one environment.
+
+    Args:
+        env_cfg: LeRobot's environment configuration.
+        task: The task to make, for a configuration that can make a single one; None for any other.
+    """
+    if task is not None:
+        return env_cfg.make_env(task)
+    by_task = next(iter(env_cfg.create_envs(n_envs=1, use_async_envs=False).values()))
+    vector = next(iter(by_task.values()))
+    if not hasattr(vector, "envs"):
+        raise ValueError(
+            f"environment {env_cfg.type!r} does not give a vector of environments in this process"
+        )
+    return vector.envs[0]
+
+
+def _dealt_tasks(env_cfg: EnvConfig, first: int, num_envs: int) -> list[str | None]:
+    """Which task each environment runs, dealt in turn; None for a configuration with one task of its own."""
+    if not hasattr(env_cfg, "make_env"):
+        return [None] * num_envs
+    tasks: list[str] = env_cfg.tasks
+    return [tasks[number % len(tasks)] for number in range(first, first + num_envs)]
+
+
+class _Slot:
+    """One environment and how it executes a chunk."""
+
+    def __init__(self, env_cfg: EnvConfig, task: str | None) -> None:
+        self._env = _single_env(env_cfg, task)
+
+    @property
+    def task(self) -> str:
+        """The task text, or the task's name where there is no text, or nothing."""
+        for name in ("task_description", "task"):
+            try:
+                return str(self._env.get_wrapper_attr(name))
+            except AttributeError:
+                continue
+        return ""
+
+    def reset(self, seed: int) -> Observation:
+        """Starts the episode of a seed."""
+        return _flat(self._env.reset(seed=int(seed))[0])
+
+    def step(self, chunk: np.ndarray, reset_seed: int) -> tuple[list[float], Observation, Observation]:
+        """Executes a chunk until its end or the episode's.
+
+        Args:
+            chunk: Actions, `[H, A]`.
+            reset_seed: Seed of the next episode, used if this one ends.
+
+        Returns:
+            `[reward, executed, terminated, truncated, success]`, the final observation and the next one.
+        """
+        total, executed, success = 0.0, 0, False
+        for action in chunk:
+            observation, reward, terminated, truncated, info = self._env.step(action)
+            total += float(reward)
+            executed += 1
+            success = success or bool(info.get("is_success", False))
+            if terminated or truncated:
+                break
+        final = _flat(observation)
+        following = self.reset(reset_seed) if terminated or truncated else final
+        return [total, executed, terminated, truncated and not terminated, success], final, following
+
+    def close(self) -> None:
+        """Frees the environment."""
+        self._env.close()
+
+
+class _Pool:
+    """The environments of one process, served in order."""
+
+    def __init__(self, env_cfg: EnvConfig, tasks: list[str | None]) -> None:
+        self._slots = [_Slot(env_cfg, task) for task in tasks]
+
+    def tasks(self) -> list[str]:
+        """Task texts."""
+        return [slot.task for slot in self._slots]
+
+    def reset(self, seeds: np.ndarray) -> Observation:
+        """Resets all, `[n]` seeds -> stacked observations."""
+        return _stack([slot.reset(seed) for slot, seed in zip(self._slots, seeds, strict=True)])
+
+    def step(self, chunks: np.ndarray, reset_seeds: np.ndarray) -> ChunkStep:
+        """Executes one chunk in each, `[n, H, A]`."""
+        rows = zip(self._slots, chunks, reset_seeds, strict=True)
+        numbers, finals, following = zip(*(slot.step(chunk, seed) for slot, chunk, seed in rows), strict=True)
+        reward, executed, terminated, truncated, success = np.array(numbers, dtype=np.float64).T
+        return ChunkStep(
+            reward=reward.astype(np.float32),
+            executed=executed.astype(np.int64),
+            terminated=terminated.astype(bool),
+            truncated=truncated.astype(bool),
+            success=success.astype(bool),
+            final_observation=_stack(list(finals)),
+            observation=_stack(list(following)),
+        )
+
+    def close(self) -> None:
+        """Frees all environments."""
+        for slot in self._slots:
+            slot.close()
+
+
+def _concatenate(steps: list[ChunkStep]) -> ChunkStep:
+    """Joins what several workers did, in order."""
+    joined: dict[str, Any] = {}
+    for name in ChunkStep.__dataclass_fields__:
+        values = [getattr(step, name) for step in steps]
+        if isinstance(values[0], dict):
+            joined[name] = _concatenate_observations(values)
+        else:
+            joined[name] = np.concatenate(values)
+    return ChunkStep(**joined)
+
+
+def _concatenate_observations(parts: list[Observation]) -> Observation:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _become_worker() -> None:
+    """Leaves Ctrl-C to the parent, dies with it, and keeps to one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in THREAD_VARIABLES:
+        os.environ[name] = "1"
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _worker(pipe: Connection, others: list[Connection], env_cfg: EnvConfig, tasks: list[str | None]) -> None:
+    """A worker's life: answer every request with `(result, None)` or `(None, message)` until the pipe closes.
+
+    Args:
+        pipe: This worker's end.
+        others: Ends that a fork copied and that must not keep other pipes open.
+        env_cfg: Which environments to make.
+        tasks: One entry for each environment of this worker.
+    """
+    for other in others:
+        other.close()
+    _become_worker()
+    pool: _Pool | None = None
+    try:
+        while True:
+            name, arguments = pipe.recv()
+            if name == "close":
+                break
+            try:
+                pool = pool or _Pool(env_cfg, tasks)
+                pipe.send((getattr(pool, name)(*arguments), None))
+            except Exception as error:
+                pipe.send((None, f"{type(error).__name__}: {error}"))
+    except (EOFError, OSError):
+        return  # The parent is gone; there is nobody to tell.
+    finally:
+        if pool is not None:
+            pool.close()
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """The parent's hold on a worker process and the environments it owns."""
+
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+    rows: slice
+
+    def ask(self, name: str, *arguments: Any) -> None:
+        """Sends a request."""
+        try:
+            self.pipe.send((name, arguments))
+        except OSError as error:
+            raise RuntimeError(self._death()) from error
+
+    def answer(self, deadline: float) -> Any:
+        """Waits for the answer to the request sent before.
+
+        Args:
+            deadline: `time.monotonic()` at which waiting ends.
+        """
+        try:
+            if not self.pipe.poll(max(deadline - time.monotonic(), 0.0)):
+                raise RuntimeError(
+                    f"environment worker {self._name} did not answer in time; see docs/environments.md"
+                )
+            result, message = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(self._death()) from error
+        if message is not None:
+            raise RuntimeError(f"environment worker {self._name} failed: {message}")
+        return result
+
+    @property
+    def _name(self) -> str:
+        return f"for environments {self.rows.start} to {self.rows.stop - 1} (process {self.process.pid})"
+
+    def _death(self) -> str:
+        self.process.join(CLOSE_TIMEOUT)
+        code = self.process.exitcode
+        reason = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return f"environment worker {self._name} died ({reason}); out of memory or killed from outside?"
+
+    def ask_to_end(self) -> None:
+        """Sends the last request, if there is anyone to hear it."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(("close", ()))
+
+    def end(self, deadline: float) -> None:
+        """Waits until the process has ended, and kills it when that takes too long.
+
+        Args:
+            deadline: `time.monotonic()` at which waiting ends.
+        """
+        self.process.join(max(deadline - time.monotonic(), 0.0))
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.pipe.close()
+        self.process.close()
+
+
+class ChunkedVectorEnv:
+    """N environments in W worker processes, or in this process when W is 0.
+
+    Environments of a configuration with several tasks get them dealt in turn. Create it before starting threads (gRPC,
+    torch), because on Linux the workers are forked, which costs no imports; and in a thread that stays, because Linux
+    ends them with the thread that made them.
+
+    Args:
+        env_cfg: Any LeRobot environment configuration.
+        num_envs: How many environments, N.
+        num_workers: How many processes they are spread over, W; at most N are started.
+        step_timeout: Seconds a chunk may take before the worker counts as stuck.
+        first: Number of the first environment where several vectors share the tasks: they are dealt from there on.
+
+    Raises:
+        ValueError: N < 1 or W < 0.
+        RuntimeError: A worker failed, died or did not answer; the vector is closed.
+    """
+
+    def __init__(
+        self,
+        env_cfg: EnvConfig,
+        num_envs: int,
+        num_workers: int,
+        step_timeout: float = STEP_TIMEOUT,
+        first: int = 0,
+    ) -> None:
+        if num_envs < 1 or num_workers < 0:
+            raise ValueError(
+                f"environments must be at least 1 and workers at least 0; got {num_envs} and {num_workers}"
+            )
+        self.num_envs = num_envs
+        self._step_timeout = step_timeout
+        self._workers: list[_Worker] = []
+        self._local: _Pool | None = None
+        self._pending: tuple[np.ndarray, np.ndarray] | None = None
+        dealt = _dealt_tasks(env_cfg, first, num_envs)
+        if num_workers == 0:
+            self._local = _Pool(env_cfg, dealt)
+            self.tasks = self._local.tasks()
+            return
+        self._start(env_cfg, dealt, min(num_workers, num_envs))
+        self.tasks = [text for part in self._gather("tasks", START_TIMEOUT) for text in part]
+
+    def _start(self, env_cfg: EnvConfig, dealt: list[str | None], num_workers: int) -> None:
+        forks = sys.platform == "linux"
+        context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
+        bounds = np.linspace(0, self.num_envs, num_workers + 1).astype(int)
+        for start, stop in itertools.pairwise(bounds):
+            here, there = context.Pipe()
+            inherited = [here, *(worker.pipe for worker in self._workers)] if forks else []
+            process = context.Process(
+                target=_worker, args=(there, inherited, env_cfg, dealt[start:stop]), daemon=True
+            )
+            process.start()
+            there.close()
+            self._workers.append(_Worker(process, here, slice(int(start), int(stop))))
+
+    def _gather(self, name: str, timeout: float, *arguments: np.ndarray) -> list[Any]:
+        """Asks every worker for its rows of the arguments, then collects the answers in order."""
+        self._ask(name, *arguments)
+        return self._answers(timeout)
+
+    def _ask(self, name: str, *arguments: np.ndarray) -> None:
+        try:
+            for worker in self._workers:
+                worker.ask(name, *(argument[worker.rows] for argument in arguments))
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _answers(self, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        try:
+            return [worker.answer(deadline) for worker in self._workers]
+        except BaseException:
+            # Answers still on their way would be taken for those to the next request.
+            self.close()
+            raise
+
+    def reset(self, seeds: np.ndarray) -> Observation:
+        """Starts the episodes of N seeds.
+
+        Args:
+            seeds: `[N]` integers.
+
+        Returns:
+            Raw observations in the environment's own keys, `[N, ...]`; nested keys are joined by `/` (see `nested`).
+        """
+        seeds = self._checked(seeds, "seeds")
+        if self._local is not None:
+            return self._local.reset(seeds)
+        return _concatenate_observations(self._gather("reset", START_TIMEOUT, seeds))
+
+    def step(self, chunks: np.ndarray, reset_seeds: np.ndarray) -> ChunkStep:
+        """Executes one chunk in every environment.
+
+        Args:
+            chunks: Actions in the environment's units, `[N, H, A]`; all H are executed unless the episode ends.
+            reset_seeds: Seeds of the next episodes, `[N]`, used where one ends.
+        """
+        self.send(chunks, reset_seeds)
+        return self.receive()
+
+    def send(self, chunks: np.ndarray, reset_seeds: np.ndarray) -> None:
+        """First half of `step`: hands the chunks out and returns at once (with workers)."""
+        chunks = self._checked(chunks, "chunks")
+        if chunks.ndim != 3 or chunks.shape[1] < 1:
+            raise ValueError(
+                f"chunks must have shape [N, H, A] with H of at least 1; got {list(chunks.shape)}"
+            )
+        if self._pending is not None:
+            raise RuntimeError("send was called twice: receive the first result before sending again")
+        reset_seeds = self._checked(reset_seeds, "reset_seeds")
+        if self._local is None:
+            self._ask("step", chunks, reset_seeds)
+        self._pending = (chunks, reset_seeds)
+
+    def receive(self) -> ChunkStep:
+        """Second half of `step`: waits for the results."""
+        if self._pending is None:
+            raise RuntimeError("nothing to receive: call send first")
+        sent, self._pending = self._pending, None
+        if self._local is not None:
+            return self._local.step(*sent)
+        return _concatenate(self._answers(self._step_timeout))
+
+    def _checked(self, rows: np.ndarray, name: str) -> np.ndarray:
+        if not self._workers and self._local is None:
+            raise RuntimeError("the environments are closed")
+        rows = np.asarray(rows)
+        if rows.shape[:1] != (self.num_envs,):
+            raise ValueError(
+                f"{name} must have {self.num_envs} rows, one per environment; got {list(rows.shape)}"
+            )
+        return rows
+
+    def close(self) -> None:
+        """Ends the workers and frees the environments; may be called twice."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.ask_to_end()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for worker in workers:
+            worker.end(deadline)
+        if self._local is not None:
+            self._local.close()
+            self._local = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

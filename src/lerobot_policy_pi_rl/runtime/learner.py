@@ -1,0 +1,292 @@
+"""The learner: a runner around the algorithm. Receive, update, publish, checkpoint, log."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from lerobot.rl.algorithms.configs import TrainingStats
+from lerobot.rl.algorithms.factory import make_algorithm
+from lerobot.rl.trainer import RLTrainer
+from lerobot.utils.random_utils import set_seed
+
+from ..algorithm.pi_rl import PIRLAlgorithm
+from ..algorithm.storage import Rollout, prepare
+from . import checkpoint
+from .gather import Gathered, Gatherer, Stopped
+from .metrics import MetricsWriter
+from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
+from .service import LearnerServer, PIRLLearnerService
+from .wire import Scalar, WeightsHeader, encode_weights
+
+logger = logging.getLogger(__name__)
+
+# Messages that may wait in each inbox; an actor sends one per iteration.
+INBOX_CAPACITY = 64
+MAX_MESSAGE_BYTES = 2**30
+# Seconds that actors get for the evaluation of the final policy.
+FINAL_EVALUATION_S = 600.0
+
+
+@dataclass
+class Progress:
+    """Counters of a run; they are saved with every checkpoint.
+
+    Attributes:
+        version: Of the current weights; the number of iterations done.
+        env_steps: Environment steps learned from.
+        decisions: Decisions learned from.
+        episodes: Episodes that ended.
+        seconds: Wall time of the run, pauses between resumes left out.
+        best_success: Highest validation success so far; -1 before the first evaluation.
+        best_version: Version that reached it.
+    """
+
+    version: int = 0
+    env_steps: int = 0
+    decisions: int = 0
+    episodes: int = 0
+    seconds: float = 0.0
+    best_success: float = -1.0
+    best_version: int = 0
+
+
+class Rollouts:
+    """The stream of rollouts that the algorithm reads: one is put in, one is taken out."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._next: Rollout | None = None
+
+    def put(self, rollout: Rollout) -> None:
+        """Gives the rollout of the next iteration."""
+        self._next = rollout
+
+    def __iter__(self) -> Iterator[Rollout]:
+        """Yields each rollout once."""
+        while self._next is not None:
+            rollout, self._next = self._next, None
+            yield rollout
+
+
+class Learner:
+    """One learner process: algorithm, gRPC server, checkpoints and metrics."""
+
+    def __init__(self, cfg: PIRLTrainConfig, stop: Event) -> None:
+        """Builds or resumes the run; opens nothing yet.
+
+        Args:
+            cfg: Validated configuration.
+            stop: Set from outside to stop at the next opportunity, with a checkpoint.
+        """
+        policy_cfg, algorithm_cfg, _ = parts(cfg)
+        set_seed(cfg.seed or 0)
+        self._cfg, self._stop, self._config = cfg, stop, algorithm_cfg
+        self._online_steps = policy_cfg.online_steps
+        self._output_dir = Path(cfg.output_dir or ".")
+        self._player = make_player(cfg)
+        algorithm = make_algorithm(algorithm_cfg, self._player.policy)
+        assert isinstance(algorithm, PIRLAlgorithm)
+        self._algorithm = algorithm
+        self._algorithm.seed = cfg.seed or 0
+        self._rollouts = Rollouts()
+        self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)  # type: ignore[arg-type]
+        self._progress = self._resume() if cfg.resume else Progress()
+        self._algorithm.optimization_step = self._progress.version
+        self._metrics = MetricsWriter.for_run(cfg, resume_step=self._progress.version if cfg.resume else None)
+        link = policy_cfg.actor_learner_config
+        self._service = PIRLLearnerService(
+            agreed_settings(cfg, self._player), algorithm_cfg.collection.max_actors, MAX_MESSAGE_BYTES, INBOX_CAPACITY
+        )
+        self._server = LearnerServer(self._service, link.learner_host, link.learner_port)
+        spec = wire_spec(cfg, self._player)
+        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
+        self._pushed_bytes = 0
+
+    def run(self) -> None:
+        """Trains until the step budget is used up, the policy is good enough, or `stop` is set.
+
+        Raises:
+            PortUnavailable: If the learner cannot listen where it should.
+            RatioError: If sampling and scoring do not agree.
+        """
+        with self._server:
+            logger.info("Listening on %s:%d", self._server.host, self._server.port)
+            try:
+                self._train()
+            except Stopped:
+                logger.info("Stopping at version %d", self._progress.version)
+                self._save()
+                self._publish(restart=False, evaluate=False, final=True)
+        self._metrics.close()
+
+    def _train(self) -> None:
+        self._gatherer.wait_for_actors()
+        if self._progress.version == 0:
+            self._save()
+        self._publish(restart=True, evaluate=self._evaluates(self._progress.version))
+        while not self._finished():
+            self._iterate()
+        self._finish()
+
+    def _iterate(self) -> None:
+        """One iteration: gather, update, checkpoint, publish, log."""
+        began, version = time.perf_counter(), self._progress.version
+        gathered = self._gatherer.gather(version, self._evaluates(version))
+        evaluation = self._consider_best(version, gathered.evaluations)
+        updating = time.perf_counter()
+        stats = self._update(gathered)
+        self._progress.version += 1
+        update_seconds = time.perf_counter() - updating
+        self._progress.seconds += time.perf_counter() - began
+        self._account(gathered)
+        milestone = self._is_milestone(self._progress.version)
+        if milestone:
+            self._save()
+        if not self._finished():
+            self._publish(restart=milestone, evaluate=self._evaluates(self._progress.version))
+        self._log(version, gathered, evaluation, stats, update_seconds)
+
+    def _update(self, gathered: Gathered) -> TrainingStats:
+        self._rollouts.put(prepare(gathered.decisions, self._player.preprocess_packed))
+        self._trainer.reset_data_iterator()
+        return self._trainer.training_step()
+
+    def _account(self, gathered: Gathered) -> None:
+        progress = self._progress
+        progress.env_steps += gathered.decisions.steps
+        progress.decisions += len(gathered.decisions)
+        progress.episodes += int(total(gathered.collections, "episodes"))
+
+    def _finished(self) -> bool:
+        progress, target = self._progress, self._config.stop_success
+        reached = target is not None and progress.best_success >= target
+        return progress.version >= self._cfg.steps or progress.env_steps >= self._online_steps or reached
+
+    def _finish(self) -> None:
+        """Saves the last version, has it evaluated, and sends the actors home."""
+        self._save()
+        evaluate = self._cfg.env_eval_freq > 0
+        self._publish(restart=False, evaluate=evaluate, final=True)
+        if evaluate:
+            found = self._gatherer.gather_evaluation(self._progress.version, FINAL_EVALUATION_S)
+            evaluation = self._consider_best(self._progress.version, found)
+            self._metrics.write(self._progress.version, evaluation | {"progress/env_steps": self._progress.env_steps})
+
+    def _evaluates(self, version: int) -> bool:
+        return self._cfg.env_eval_freq > 0 and version % self._cfg.env_eval_freq == 0
+
+    def _is_milestone(self, version: int) -> bool:
+        """Whether a checkpoint is due; at each of them all actors begin fresh episodes, so that it can be resumed."""
+        saves = self._cfg.save_checkpoint and self._cfg.save_freq > 0 and version % self._cfg.save_freq == 0
+        return saves or self._evaluates(version)
+
+    def _consider_best(self, version: int, evaluations: list[dict[str, Scalar]]) -> dict[str, float]:
+        """Reads an evaluation of a version and, if none was better, makes its checkpoint the best one."""
+        episodes = total(evaluations, "episodes")
+        if not episodes:
+            return {}
+        success = total(evaluations, "successes") / episodes
+        if success > self._progress.best_success:
+            self._progress.best_success, self._progress.best_version = success, version
+            checkpoint.mark_best(self._output_dir, self._cfg.steps, version)
+        return {
+            "eval/success": success,
+            "eval/episodes": episodes,
+            "eval/best_success": self._progress.best_success,
+            "eval/best_version": self._progress.best_version,
+        }
+
+    def _publish(self, restart: bool, evaluate: bool, final: bool = False) -> None:
+        """Sends the current weights to every actor."""
+        header = WeightsHeader(self._progress.version, restart, evaluate, final, sent_at=time.time())
+        payload = encode_weights(self._algorithm.get_weights(), header)
+        self._pushed_bytes = len(payload)
+        self._service.publish(self._progress.version, payload)
+
+    def _save(self) -> None:
+        checkpoint.save(
+            self._output_dir,
+            checkpoint.Snapshot(
+                cfg=self._cfg,
+                step=self._progress.version,
+                policy=self._player.policy,
+                algorithm=self._algorithm,
+                optimizers=self._algorithm.get_optimizers(),
+                preprocessor=self._player.preprocessor,
+                postprocessor=self._player.postprocessor,
+                counters=asdict(self._progress),
+            ),
+        )
+
+    def _resume(self) -> Progress:
+        """Loads everything but the policy, which `make_player` loaded."""
+        assert self._cfg.checkpoint_path is not None
+        counters = checkpoint.load(self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers())
+        progress = Progress(**counters)
+        logger.info("Resuming at version %d from %s", progress.version, self._cfg.checkpoint_path)
+        return progress
+
+    def _log(
+        self,
+        version: int,
+        gathered: Gathered,
+        evaluation: dict[str, float],
+        stats: TrainingStats,
+        update_seconds: float,
+    ) -> None:
+        progress, decisions = self._progress, gathered.decisions
+        collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
+        row = {
+            **rollout_metrics(gathered, version),
+            **learning_metrics(stats),
+            **evaluation,
+            "progress/env_steps": progress.env_steps,
+            "progress/decisions": progress.decisions,
+            "progress/episodes": progress.episodes,
+            "progress/seconds": progress.seconds,
+            "speed/env_steps_per_s": decisions.steps / max(gathered.seconds + update_seconds, 1e-9),
+            "speed/collection_steps_per_s": decisions.steps / max(collect, 1e-9),
+            "speed/update_decisions_per_s": len(decisions) / max(update_seconds, 1e-9),
+            "speed/collect_seconds": collect,
+            "speed/wait_seconds": gathered.seconds,
+            "speed/update_seconds": update_seconds,
+            "push/bytes": self._pushed_bytes,
+            "push/latency_s": max((float(c["latency"]) for c in gathered.collections), default=0.0),
+            "actors/connected": len(self._service.connected()),
+            "actors/left": self._gatherer.actors_left,
+            **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
+        }
+        self._metrics.write(version, row)
+
+
+def total(rows: list[dict[str, Scalar]], name: str) -> float:
+    """Sum of a statistic over actors."""
+    return sum(float(row[name]) for row in rows)
+
+
+def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
+    """Success and return of the episodes that ended, exploration included, and the age of the data."""
+    episodes = total(gathered.collections, "episodes")
+    metrics: dict[str, float] = {
+        "rollout/episodes": episodes,
+        "rollout/decisions": len(gathered.decisions),
+        "rollout/staleness": float(version - int(gathered.decisions.version.min())),
+    }
+    if episodes:
+        metrics["rollout/success"] = total(gathered.collections, "successes") / episodes
+        metrics["rollout/return"] = total(gathered.collections, "return_sum") / episodes
+        metrics["rollout/episode_length"] = total(gathered.collections, "length_sum") / episodes
+    return metrics
+
+
+def learning_metrics(stats: TrainingStats) -> dict[str, Any]:
+    """The algorithm's statistics under the names of the metrics page."""
+    return {
+        **{f"loss/{name.removesuffix('_loss')}": value for name, value in stats.losses.items()},
+        **{f"gradient/{name}_norm": value for name, value in stats.grad_norms.items()},
+        **{f"ppo/{name}": value for name, value in stats.extra.items()},
+    }

@@ -1,0 +1,70 @@
+"""Observations on their way from an environment to the policy, the wire and the storage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import EnvConfig, make_env_pre_post_processors, preprocess_observation
+
+from .environments import Observation, nested
+from .wire import TensorField
+
+Processor = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class ObservationPath:
+    """The path of an observation, the same for actor and learner.
+
+    Raw observations become LeRobot's keys exactly as in `lerobot-eval`; images are packed to uint8 for the wire and
+    unpacked to the same floats on the other side.
+    """
+
+    def __init__(self, features: dict[str, PolicyFeature], env_cfg: EnvConfig, policy_cfg: Any) -> None:
+        """Prepares the path.
+
+        Args:
+            features: The policy's input features; nothing else is kept.
+            env_cfg: The environment, for its own processors.
+            policy_cfg: The policy's configuration, for the same.
+        """
+        self._features = features
+        self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
+
+    def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
+        """Converts raw observations of N environments to LeRobot's keys, floats, `[N, ...]`.
+
+        Raises:
+            KeyError: If the environment lacks one of the policy's input features.
+        """
+        observation: dict[str, Any] = preprocess_observation(nested(raw))
+        observation = self._env_preprocessor(observation | {"task": tasks})
+        missing = sorted(self._features.keys() - observation.keys())
+        if missing:
+            raise KeyError(f"the environment does not give {missing}, which the policy reads")
+        return {key: observation[key] for key in self._features}
+
+    def pack(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images `[0, 1]` to uint8, everything else to float32, on the CPU."""
+        return {
+            key: (value * 255).round().to(torch.uint8) if self._is_image(key) else value.float()
+            for key, value in observation.items()
+        }
+
+    def unpack(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Undoes `pack`, to the bit for images that came from uint8."""
+        return {
+            key: value.float() / 255 if self._is_image(key) else value for key, value in observation.items()
+        }
+
+    def wire_fields(self) -> dict[str, TensorField]:
+        """Type and shape of one packed observation per key."""
+        return {
+            key: TensorField(torch.uint8 if self._is_image(key) else torch.float32, tuple(feature.shape))
+            for key, feature in self._features.items()
+        }
+
+    def _is_image(self, key: str) -> bool:
+        return self._features[key].type is FeatureType.VISUAL

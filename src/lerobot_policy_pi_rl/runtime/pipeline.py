@@ -1,0 +1,230 @@
+"""One configuration for actor and learner, and what both build from it in the same way."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+from torch import Tensor
+
+from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs.default import DatasetConfig
+from lerobot.envs import EnvConfig, env_to_policy_features
+from lerobot.policies import make_policy, make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.rl.train_rl import TrainRLServerPipelineConfig
+from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR
+
+from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from ..configuration_pi_rl import PIRLConfig
+from ..errors import ConfigError
+from ..modeling_pi_rl import PIRLPolicy
+from .observations import ObservationPath
+from .wire import WireSpec
+
+# Settings of an environment that do not change what it does.
+COSMETIC_ENV_SETTINGS = ("render_mode", "max_parallel_tasks", "disable_env_checker")
+
+
+@dataclass(kw_only=True)
+class PIRLTrainConfig(TrainRLServerPipelineConfig):
+    """LeRobot's own configuration of an actor and a learner, with no field of ours beside it.
+
+    What it adds is in `validate`: it works without a data set, never falls back to SAC, and resumes from a checkpoint
+    with its weights.
+    """
+
+    # Set by the actor's command: it runs next to a learner that made the output folder, and never loads its
+    # checkpoints. Not annotated, so it is no setting and is not saved.
+    is_actor = False
+
+    def validate(self) -> None:
+        """Completes and checks the configuration.
+
+        Raises:
+            ConfigError: If a setting cannot work.
+            FileExistsError: If the output folder is taken and the run is not resumed.
+        """
+        if self.algorithm is None:
+            self.algorithm = PIRLAlgorithmConfig()
+        if not isinstance(self.algorithm, PIRLAlgorithmConfig):
+            raise ConfigError(
+                "algorithm.type", f"{self.algorithm.type!r} is trained by lerobot.rl.learner; this command trains pi_rl"
+            )
+        if self.env is None:
+            raise ConfigError("env.type", "is missing; online training needs an environment")
+        self._validate_as_lerobot_does()
+        if not isinstance(self.policy, PIRLConfig):
+            raise ConfigError("policy.type", f"is {self.policy and self.policy.type!r}; this command trains 'pi_rl'")
+        self.algorithm.policy_config = self.policy
+
+    def _validate_as_lerobot_does(self) -> None:
+        """Runs LeRobot's own checks around two assumptions that do not hold here."""
+        stated, output_dir = self.dataset, self.output_dir
+        if stated is None:
+            # LeRobot reads `dataset.repo_id` whatever the training is.
+            self.dataset = DatasetConfig(repo_id="none")
+        if self.is_actor:
+            self.output_dir = None
+        super().validate()
+        self.dataset = stated
+        if self.is_actor and output_dir is not None:
+            self.output_dir = output_dir
+
+    def _resolve_pretrained_from_cli(self) -> None:
+        """Takes the policy from the checkpoint of the run when it is resumed, else from `--policy.path`."""
+        if not self.resume:
+            super()._resolve_pretrained_from_cli()
+            return
+        self.checkpoint_path = self.find_checkpoint()
+        folder = self.checkpoint_path / PRETRAINED_MODEL_DIR
+        overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
+        self.policy = PreTrainedConfig.from_pretrained(folder, cli_overrides=overrides)
+        self.policy.pretrained_path = folder
+
+    def find_checkpoint(self) -> Path:
+        """Folder of the checkpoint to resume from: that of `--config_path`, or the last one of `output_dir`.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        config_path = Path(parser.parse_arg("config_path") or "")
+        folder = config_path.parent if config_path.is_file() else config_path
+        if folder.name == PRETRAINED_MODEL_DIR:
+            return folder.resolve().parent
+        last = Path(self.output_dir or "") / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
+        if self.output_dir is None or not last.exists():
+            raise ConfigError(
+                "resume", f"finds no checkpoint at {last}; give the run's --output_dir, or leave --resume out"
+            )
+        return last.resolve()
+
+
+@dataclass(frozen=True)
+class Player:
+    """A policy with its processors, as actor and learner both have it.
+
+    Attributes:
+        policy: On its device, in evaluation mode.
+        preprocessor: The policy's own.
+        postprocessor: The policy's own.
+        path: Of the observations.
+    """
+
+    policy: PIRLPolicy
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+    path: ObservationPath
+
+    def preprocess(self, observation: dict[str, Tensor], tasks: list[str]) -> dict[str, Any]:
+        """What the base reads, from unpacked observations and task texts."""
+        return self.preprocessor({**observation, "task": tasks})
+
+    def preprocess_packed(self, observation: dict[str, Tensor], tasks: list[str]) -> dict[str, Any]:
+        """What the base reads, from observations as they cross the wire."""
+        return self.preprocess(self.path.unpack(observation), tasks)
+
+    def normalisation(self) -> str:
+        """Short fingerprint of the processors' statistics."""
+        digest = hashlib.sha256()
+        for pipeline in (self.preprocessor, self.postprocessor):
+            for step in pipeline.steps:
+                for name, value in sorted(step.state_dict().items()):
+                    digest.update(name.encode())
+                    digest.update(value.detach().cpu().double().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def parts(cfg: PIRLTrainConfig) -> tuple[PIRLConfig, PIRLAlgorithmConfig, EnvConfig]:
+    """The three parts of a validated configuration, with their own types."""
+    assert isinstance(cfg.policy, PIRLConfig) and isinstance(cfg.algorithm, PIRLAlgorithmConfig) and cfg.env
+    return cfg.policy, cfg.algorithm, cfg.env
+
+
+def make_player(cfg: PIRLTrainConfig) -> Player:
+    """Builds or loads the policy and its processors.
+
+    Raises:
+        ConfigError: If the policy and the environment do not fit, or there is no checkpoint where one is named.
+    """
+    policy_cfg, _, env_cfg = parts(cfg)
+    check_checkpoint(policy_cfg)
+    check_features(policy_cfg, env_cfg)
+    torch.manual_seed(cfg.seed or 0)
+    policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=cfg.rename_map)
+    assert isinstance(policy, PIRLPolicy)
+    preprocessor, postprocessor = make_pre_post_processors(
+        policy_cfg,
+        pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
+        preprocessor_overrides={"device_processor": {"device": policy_cfg.device}},
+    )
+    path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg)
+    return Player(policy.eval(), preprocessor, postprocessor, path)
+
+
+def check_checkpoint(policy_cfg: PIRLConfig) -> None:
+    """Raises one clear line when a local checkpoint path holds no policy."""
+    path = policy_cfg.pretrained_path
+    if path is not None and Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
+        raise ConfigError("policy.path", f"{path} holds no policy (no config.json); name a pretrained_model folder")
+
+
+def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig) -> None:
+    """Checks that the environment gives what a trained policy reads and takes what it does.
+
+    Raises:
+        ConfigError: If a feature is missing or has another shape.
+    """
+    offered = env_to_policy_features(env_cfg)
+    wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
+    for key, feature in wanted.items():
+        if key not in offered:
+            raise ConfigError("env.type", f"{env_cfg.type!r} does not give {key!r}; it gives {sorted(offered)}")
+        if tuple(offered[key].shape) != tuple(feature.shape):
+            raise ConfigError(
+                "env.type",
+                f"{env_cfg.type!r} gives {key!r} with shape {tuple(offered[key].shape)}, but the policy was trained "
+                f"with {tuple(feature.shape)}",
+            )
+
+
+def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
+    """What actor and learner must agree on, for the handshake."""
+    policy_cfg, algorithm, env_cfg = parts(cfg)
+    env = draccus.encode(env_cfg)
+    return {
+        "version": package_version("lerobot_policy_pi_rl"),
+        "seed": cfg.seed,
+        "env": {"type": env_cfg.type, **{k: v for k, v in env.items() if k not in COSMETIC_ENV_SETTINGS}},
+        "policy": {
+            "base": draccus.encode(policy_cfg.base),
+            "explorer": asdict(policy_cfg.explorer),
+            "chunk_size": policy_cfg.chunk_size,
+            "n_action_steps": policy_cfg.n_action_steps,
+            "num_inference_steps": policy_cfg.num_inference_steps,
+            "input_features": draccus.encode(policy_cfg.input_features),
+            "normalisation": player.normalisation(),
+        },
+        "algorithm": {
+            "collection": {
+                "num_envs": algorithm.collection.num_envs,
+                "decisions": algorithm.collection.decisions,
+            }
+        },
+    }
+
+
+def wire_spec(cfg: PIRLTrainConfig, player: Player) -> WireSpec:
+    """The decisions that a learner with this configuration accepts."""
+    policy_cfg, algorithm, _ = parts(cfg)
+    base, collection = player.policy.base, algorithm.collection
+    return WireSpec(
+        observation=player.path.wire_fields(),
+        chain=(player.policy.recorded_steps() + 1, base.chunk_size, base.action_dim),
+        action=(base.chunk_size, base.real_action_dim),
+        denoising_steps=policy_cfg.num_inference_steps,
+        max_rows=collection.num_envs * collection.decisions,
+    )

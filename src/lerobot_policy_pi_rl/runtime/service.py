@@ -1,0 +1,529 @@
+"""The learner's side of the wire: LeRobot's `LearnerService`, extended from one actor to many.
+
+Proto and rpc names are LeRobot's. What differs: an actor introduces itself (`wire.Handshake`) and is refused
+when its settings differ, every connected actor gets the newest weights whenever there are new ones, and what
+arrives goes to bounded inboxes as raw bytes, so that no network thread ever decodes and a slow learner slows
+its actors down.
+"""
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal, NoReturn
+
+import grpc
+from lerobot.rl.learner_service import LearnerService
+from lerobot.transport import services_pb2, services_pb2_grpc
+from lerobot.transport.utils import receive_bytes_in_chunks, send_bytes_in_chunks
+
+from lerobot_policy_pi_rl.runtime.wire import (
+    PROTOCOL,
+    Handshake,
+    WireError,
+    settings_differences,
+    whole_messages,
+)
+
+logger = logging.getLogger(__name__)
+
+STREAMS_PER_ACTOR = 3
+DRAIN_SECONDS = 1.5
+"""How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
+
+GRPC_OPTIONS = [
+    # With port sharing, gRPC's default, a second learner on the same port would get half of the actors.
+    ("grpc.so_reuseport", 0),
+    # The settings of `Ready` travel as metadata, whose default limit is 8 KiB.
+    ("grpc.max_metadata_size", 2**20),
+    # Notices an actor whose machine or network went away without closing the connection.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+
+class PortUnavailable(OSError):
+    """The learner cannot listen where it should; the text is one line."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message as it came: not decoded, not checked.
+
+    Attributes:
+        actor: The actor that sent it.
+        payload: Its bytes.
+    """
+
+    actor: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class ActorInfo:
+    """A connected actor.
+
+    Attributes:
+        actor: Its number.
+        peer: Its address, as gRPC names it.
+        joined_at: When it connected, seconds since the epoch.
+    """
+
+    actor: int
+    peer: str
+    joined_at: float
+
+
+@dataclass(frozen=True)
+class ActorEvent:
+    """An actor came or went."""
+
+    kind: Literal["joined", "left"]
+    info: ActorInfo
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Counters since the learner started.
+
+    Attributes:
+        messages: Whole messages received, decisions and interactions together.
+        bytes: Their bytes.
+        sent: Messages of weights sent, one per actor and version.
+        sent_bytes: Their bytes.
+        rejected: Rejected messages and refused calls, by reason.
+    """
+
+    messages: int
+    bytes: int
+    sent: int
+    sent_bytes: int
+    rejected: dict[str, int]
+
+
+class Inbox:
+    """A bounded queue of received messages; a full one blocks its senders."""
+
+    def __init__(self, capacity: int) -> None:
+        """Makes an empty inbox.
+
+        Args:
+            capacity: Most messages that wait at once.
+        """
+        self._capacity = capacity
+        self._items: deque[Received] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, item: Received, wanted: Callable[[], bool]) -> bool:
+        """Adds a message, waiting for room.
+
+        Args:
+            item: The message.
+            wanted: Whether the sender is still there; looked at again after each `wake`.
+
+        Returns:
+            False when the inbox closed or the sender left first.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not wanted() or len(self._items) < self._capacity)
+            if self._closed or not wanted():
+                return False
+            self._items.append(item)
+            self._changed.notify_all()
+            return True
+
+    def get(self, timeout: float | None = None) -> Received | None:
+        """Takes the oldest message.
+
+        Args:
+            timeout: Seconds to wait for one; None waits until the inbox closes.
+
+        Returns:
+            The message, or None when there was none in time or the inbox is closed and empty.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or bool(self._items), timeout)
+            if not self._items:
+                return None
+            item = self._items.popleft()
+            self._changed.notify_all()
+            return item
+
+    def drain(self) -> list[Received]:
+        """Takes all that is there, without waiting."""
+        with self._changed:
+            items = list(self._items)
+            self._items.clear()
+            self._changed.notify_all()
+            return items
+
+    def wake(self) -> None:
+        """Lets waiting senders look again whether they are still wanted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Refuses what comes from now on; what is there can still be taken."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Published:
+    """The newest weights; `sequence` counts publications, for versions may repeat after a resume."""
+
+    sequence: int
+    version: int
+    payload: bytes
+
+
+class _Link:
+    """One open parameters stream, which is what makes an actor connected."""
+
+    def __init__(self, info: ActorInfo, session: str) -> None:
+        self.info = info
+        self.session = session
+        self.open = True
+
+
+class PIRLLearnerService(LearnerService):
+    """LeRobot's learner service for many actors, with versions, settings and limits.
+
+    What `__init__` sets below `_changed` is guarded by it: newest weights, links, admissions, counters.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        max_actors: int,
+        max_message_bytes: int,
+        inbox_capacity: int,
+    ) -> None:
+        """Makes the service; `LearnerServer` puts it on a port.
+
+        Args:
+            settings: What actors must agree with, nested or by dotted name.
+            max_actors: Most actors connected at once.
+            max_message_bytes: Most bytes of one message from an actor.
+            inbox_capacity: Most messages waiting in each inbox.
+        """
+        self.decisions = Inbox(inbox_capacity)
+        self.interactions = Inbox(inbox_capacity)
+        super().__init__(
+            shutdown_event=threading.Event(),
+            parameters_queue=None,
+            seconds_between_pushes=0,
+            transition_queue=self.decisions,
+            interaction_message_queue=self.interactions,
+        )
+        self._settings = dict(settings)
+        self.max_actors = max_actors
+        self._max_message_bytes = max_message_bytes
+        self._events: queue.SimpleQueue[ActorEvent] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._newest: _Published | None = None
+        self._links: dict[int, _Link] = {}
+        self._admitted: dict[int, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+
+    # For the learner
+
+    def publish(self, version: int, payload: bytes) -> None:
+        """Sends weights to every connected actor, and to each that connects before the next ones.
+
+        Args:
+            version: Their number, for the log.
+            payload: `wire.encode_weights`.
+        """
+        with self._changed:
+            sequence = self._newest.sequence + 1 if self._newest else 1
+            self._newest = _Published(sequence, version, payload)
+            self._changed.notify_all()
+
+    def connected(self) -> list[ActorInfo]:
+        """The connected actors, by number."""
+        with self._changed:
+            return [self._links[actor].info for actor in sorted(self._links)]
+
+    def wait_connected(self, count: int, timeout: float | None = None) -> bool:
+        """Waits until at least `count` actors are connected; false when `timeout` seconds were not enough."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._links) >= count, timeout)
+
+    def next_event(self, timeout: float = 0.0) -> ActorEvent | None:
+        """The next actor that came or went, waiting at most `timeout` seconds."""
+        try:
+            return self._events.get(timeout > 0, timeout if timeout > 0 else None)
+        except queue.Empty:
+            return None
+
+    def reject(self, actor: int, reason: str, detail: str = "") -> None:
+        """Counts and logs a message that was not taken, here or by whoever decodes it.
+
+        Args:
+            actor: Who sent it.
+            reason: A few words, the same for all messages of a kind.
+            detail: What exactly, one line.
+        """
+        with self._changed:
+            self._rejected[reason] += 1
+        logger.warning(
+            "Rejected a message of actor %d: %s", actor, f"{reason}: {detail}" if detail else reason
+        )
+
+    def traffic(self) -> Traffic:
+        """The counters."""
+        with self._changed:
+            count = self._counts
+            return Traffic(
+                count["messages"], count["bytes"], count["sent"], count["sent_bytes"], dict(self._rejected)
+            )
+
+    def end(self, drain_s: float = DRAIN_SECONDS) -> None:
+        """Ends every stream, after the newest weights went out.
+
+        Args:
+            drain_s: Seconds after which streams that did not end by themselves are left to the server to cut.
+        """
+        self.shutdown_event.set()
+        self.decisions.close()
+        self.interactions.close()
+        with self._changed:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._links, drain_s)
+
+    # The four calls of LeRobot's service
+
+    def Ready(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Admits an actor whose settings agree."""
+        hello = self._introduced(context)
+        differences = settings_differences(self._settings, hello.settings or {})
+        if differences:
+            self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "settings", "\n".join(differences))
+        with self._changed:
+            refusal = self._occupied(hello)
+            if refusal is None:
+                self._admitted[hello.actor] = hello.session
+        if refusal is not None:
+            self._refuse(context, *refusal)
+        return services_pb2.Empty()
+
+    def StreamParameters(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
+        """Sends the newest weights whenever there are new ones, until either side ends."""
+        link = self._join(context)
+        # Sent before any weights exist: tells the actor that it is connected, and to what.
+        context.send_initial_metadata((("pi-rl-protocol", str(PROTOCOL)),))
+        sent = 0
+        try:
+            while (newest := self._wait_newer(link, sent)) is not None:
+                yield from send_bytes_in_chunks(newest.payload, services_pb2.Parameters)
+                sent = newest.sequence
+                self._count("sent", "sent_bytes", len(newest.payload))
+        finally:
+            self._leave(link)
+
+    def SendTransitions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Takes decisions into their inbox."""
+        return self._receive(request_iterator, context, self.decisions)
+
+    def SendInteractions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
+        """Takes interactions into their inbox."""
+        return self._receive(request_iterator, context, self.interactions)
+
+    # Behind the calls
+
+    def _introduced(self, context: grpc.ServicerContext) -> Handshake:
+        """Who is calling; refuses callers that are not our actors."""
+        try:
+            return Handshake.from_metadata(context.invocation_metadata())
+        except WireError as error:
+            self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "not an actor", str(error))
+
+    def _occupied(self, hello: Handshake) -> tuple[grpc.StatusCode, str, str] | None:
+        """Why there is no place for this actor, or None. Needs the lock."""
+        link = self._links.get(hello.actor)
+        if link is not None and link.session != hello.session:
+            text = f"actor {hello.actor} is already connected from {link.info.peer}; give each its own number"
+            return grpc.StatusCode.ALREADY_EXISTS, "number taken", text
+        if link is None and len(self._links) >= self.max_actors:
+            text = f"all {self.max_actors} places are taken; raise the learner's number of actors"
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, "no place", text
+        return None
+
+    def _join(self, context: grpc.ServicerContext) -> _Link:
+        """Registers an actor's parameters stream."""
+        hello = self._introduced(context)
+        link = _Link(ActorInfo(hello.actor, context.peer(), time.time()), hello.session)
+        with self._changed:
+            refusal = self._occupied(hello)
+            if refusal is None and self._admitted.get(hello.actor) != hello.session:
+                refusal = (grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "call Ready first")
+            if refusal is None:
+                before = self._links.pop(hello.actor, None)
+                if before is not None:
+                    self._close(before)
+                self._links[hello.actor] = link
+                self._events.put(ActorEvent("joined", link.info))
+                self._changed.notify_all()
+        if refusal is not None:
+            self._refuse(context, *refusal)
+        # gRPC calls this however the stream ends, also when the actor's process was killed.
+        if not context.add_callback(lambda: self._leave(link)):
+            self._leave(link)
+        return link
+
+    def _leave(self, link: _Link) -> None:
+        """Takes an actor off the list, once."""
+        with self._changed:
+            if self._links.get(link.info.actor) is link:
+                del self._links[link.info.actor]
+            if link.open:
+                self._close(link)
+
+    def _close(self, link: _Link) -> None:
+        """Marks a link closed and tells everybody who waits. Needs the lock."""
+        link.open = False
+        self._events.put(ActorEvent("left", link.info))
+        self._changed.notify_all()
+
+    def _wait_newer(self, link: _Link, sent: int) -> _Published | None:
+        """The newest weights once they are newer than what was sent; None when the stream ends."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._is_newer(sent) or not link.open or self.shutdown_event.is_set()
+            )
+            return self._newest if link.open and self._is_newer(sent) else None
+
+    def _is_newer(self, sent: int) -> bool:
+        """Whether there are weights that a stream has not sent. Needs the lock."""
+        return self._newest is not None and self._newest.sequence > sent
+
+    def _receive(self, chunks: Iterator[Any], context: grpc.ServicerContext, inbox: Inbox) -> Any:
+        """Puts every whole message of a stream into an inbox until the stream ends."""
+        hello = self._introduced(context)
+        with self._changed:
+            link = self._links.get(hello.actor)
+        if link is None or link.session != hello.session:
+            self._refuse(
+                context, grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "open StreamParameters first"
+            )
+        context.add_callback(inbox.wake)
+
+        def deliver(payload: bytes) -> None:
+            if inbox.put(Received(hello.actor, payload), context.is_active):
+                self._count("messages", "bytes", len(payload))
+
+        whole = whole_messages(
+            chunks, self._max_message_bytes, lambda reason: self.reject(hello.actor, reason)
+        )
+        try:
+            receive_bytes_in_chunks(whole, SimpleNamespace(put=deliver), self.shutdown_event)
+        except grpc.RpcError:
+            logger.debug("A stream of actor %d broke off", hello.actor)
+        else:
+            # gRPC ends the iterator as if nothing was wrong when a message is no protobuf of ours.
+            if not context.is_active() and not self.shutdown_event.is_set():
+                self.reject(hello.actor, "undecodable")
+        return services_pb2.Empty()
+
+    def _count(self, messages: str, size: str, number: int) -> None:
+        """Counts one message of `number` bytes."""
+        with self._changed:
+            self._counts[messages] += 1
+            self._counts[size] += number
+
+    def _refuse(
+        self, context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, text: str
+    ) -> NoReturn:
+        """Ends a call with a clear text; counted."""
+        with self._changed:
+            self._rejected[reason] += 1
+        logger.warning("Refused %s: %s", context.peer(), "; ".join(text.splitlines()))
+        context.abort(code, text)
+        raise AssertionError("grpc's abort always raises")
+
+
+class LearnerServer:
+    """Owns the gRPC server around a service: its port, its threads, its end."""
+
+    def __init__(self, service: PIRLLearnerService, host: str = "127.0.0.1", port: int = 50051) -> None:
+        """Prepares the server; `start` opens the port.
+
+        Args:
+            service: What it serves.
+            host: Address to listen on; loopback means this machine only.
+            port: Port, 0 for any free one.
+        """
+        self.service = service
+        self.host = host
+        self.port = port
+        self._pool: ThreadPoolExecutor | None = None
+        self._server: grpc.Server | None = None
+
+    def start(self) -> None:
+        """Listens.
+
+        Raises:
+            PortUnavailable: Somebody else has the port, or the host is not this machine's.
+        """
+        self._check_port()
+        workers = STREAMS_PER_ACTOR * self.service.max_actors + 2
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pi-rl-service")
+        self._server = grpc.server(self._pool, options=GRPC_OPTIONS, maximum_concurrent_rpcs=workers)
+        services_pb2_grpc.add_LearnerServiceServicer_to_server(self.service, self._server)
+        try:
+            self.port = self._server.add_insecure_port(_address(self.host, self.port))
+        except RuntimeError as error:
+            self._pool.shutdown()
+            raise PortUnavailable(self._port_text("gRPC could not bind it")) from error
+        self._server.start()
+
+    def stop(self) -> None:
+        """Delivers the newest weights, ends every stream and every thread; returns within a few seconds."""
+        self.service.end()
+        if self._server is not None and self._pool is not None:
+            self._server.stop(grace=None).wait()
+            self._pool.shutdown(wait=True)
+        self._server = self._pool = None
+
+    def __enter__(self) -> "LearnerServer":
+        """Starts."""
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stops."""
+        self.stop()
+
+    def _check_port(self) -> None:
+        """Tries the port with a plain socket, which says why it fails; gRPC only says that it does."""
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+                probe.listen()
+        except OSError as error:
+            raise PortUnavailable(self._port_text(error.strerror or str(error))) from error
+
+    def _port_text(self, cause: str) -> str:
+        return (
+            f"cannot listen on {_address(self.host, self.port)}: {cause}; stop what is running there, "
+            "or choose another port with --policy.actor_learner_config.learner_port"
+        )
+
+
+def _address(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

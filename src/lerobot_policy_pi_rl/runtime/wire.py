@@ -1,0 +1,646 @@
+"""What crosses between actor and learner, as bytes: the one encoder and the one decoder.
+
+Payloads are safetensors (a JSON header and raw tensors), never pickle. A decoder takes nothing on trust:
+whatever is not exactly what the receiver expects raises `WireError`. Values that are not finite are no wire
+error; they make well-formed decisions that must not be learned from, and `finite_rows` tells which.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, cast
+
+import torch
+from lerobot.transport import services_pb2
+from lerobot.utils.transition import Transition
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+
+PROTOCOL = 1
+"""Version of everything in this file; actor and learner must agree."""
+
+Scalar = bool | int | float | str
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_INTERACTION_BYTES = 64 * 2**10
+MAX_TASK_CHARACTERS = 4096
+MAX_DIFFERENCE_LINES = 20
+
+TransferState = services_pb2.TransferState
+
+
+class WireError(ValueError):
+    """A message is not what it should be; the text is one line."""
+
+
+@dataclass(frozen=True)
+class RolloutHeader:
+    """What a message of decisions says about itself.
+
+    Attributes:
+        actor: The actor that sends it.
+        version: Version of the weights whose quota it counts towards.
+        iteration_part: Number of this message within the actor's quota, from 0.
+        last: This message completes the actor's quota for this version.
+    """
+
+    actor: int
+    version: int
+    iteration_part: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A message of decisions, decoded."""
+
+    header: RolloutHeader
+    decisions: DecisionBatch
+
+
+@dataclass(frozen=True)
+class WeightsHeader:
+    """What a message of weights says about itself.
+
+    Attributes:
+        version: Number of these weights, increasing.
+        restart: The actors abandon their episodes and begin fresh ones.
+        evaluate: The actors run an evaluation before they collect.
+        final: Training is over: the actors leave.
+        sent_at: When they were published, seconds since the epoch.
+    """
+
+    version: int
+    restart: bool
+    evaluate: bool
+    final: bool
+    sent_at: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A message of weights, decoded."""
+
+    header: WeightsHeader
+    tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorField:
+    """Type and shape of one row of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WireSpec:
+    """The decisions a learner accepts.
+
+    Attributes:
+        observation: Type and shape of one observation per key.
+        chain: Shape of one recorded chain, `(S + 1, H, D)`.
+        action: Shape of one chunk, `(H, A)`.
+        denoising_steps: Number K of denoising steps; step indices are below it.
+        max_rows: Most decisions in one message.
+    """
+
+    observation: dict[str, TensorField]
+    chain: tuple[int, int, int]
+    action: tuple[int, int]
+    denoising_steps: int
+    max_rows: int
+
+    def layout(self, rows: int, next_rows: int) -> dict[str, TensorField]:
+        """Type and full shape of every tensor of a message, by flat name."""
+        recorded, horizon = self.chain[0] - 1, self.chain[1]
+        info = {
+            "chain": TensorField(torch.float32, self.chain),
+            "step": TensorField(torch.int64, (recorded,)),
+            "log_prob": TensorField(torch.float32, (horizon,)),
+            "success": TensorField(torch.bool, ()),
+            **{
+                name: TensorField(torch.int64, ())
+                for name in ("executed", "version", "env", "index", "task_index")
+            },
+        }
+        row = {
+            "action": TensorField(torch.float32, self.action),
+            "reward": TensorField(torch.float32, ()),
+            "done": TensorField(torch.bool, ()),
+            "truncated": TensorField(torch.bool, ()),
+            **{f"state.{key}": field for key, field in self.observation.items()},
+            **{f"complementary_info.{name}": field for name, field in info.items()},
+        }
+        next_row = {
+            "complementary_info.next_row": TensorField(torch.int64, ()),
+            **{f"next_state.{key}": field for key, field in self.observation.items()},
+        }
+        return {
+            name: TensorField(field.dtype, (count, *field.shape))
+            for part, count in ((row, rows), (next_row, next_rows))
+            for name, field in part.items()
+        }
+
+
+# Decisions
+
+
+def as_transition(batch: DecisionBatch) -> Transition:
+    """A batch of decisions as one stacked LeRobot transition.
+
+    LeRobot's `Transition` holds tensors only, so a task is a number: its place in `task_vocabulary(batch)`.
+
+    Args:
+        batch: N decisions.
+
+    Returns:
+        The transition; `next_state` has a row for each of `complementary_info["next_row"]` only.
+    """
+    vocabulary = {task: place for place, task in enumerate(task_vocabulary(batch))}
+    info = {
+        "chain": batch.chain,
+        "step": batch.step,
+        "log_prob": batch.log_prob,
+        "executed": batch.executed,
+        "success": batch.success,
+        "version": batch.version,
+        "env": batch.env,
+        "index": batch.index,
+        "next_row": batch.next_row,
+        "task_index": torch.tensor([vocabulary[task] for task in batch.task], dtype=torch.int64),
+    }
+    # LeRobot types reward and done as one step's scalars; here they are the columns of N decisions.
+    stacked = {
+        "state": batch.observation,
+        "action": batch.action,
+        "reward": batch.reward,
+        "next_state": batch.next_observation,
+        "done": batch.terminated,
+        "truncated": batch.truncated,
+        "complementary_info": info,
+    }
+    return cast(Transition, stacked)
+
+
+def from_transition(transition: Transition, tasks: Sequence[str]) -> DecisionBatch:
+    """The decisions of a stacked transition.
+
+    Args:
+        transition: As `as_transition` makes it.
+        tasks: Its task vocabulary.
+
+    Returns:
+        The N decisions.
+    """
+    columns = cast(dict[str, Any], transition)
+    info = dict(columns["complementary_info"])
+    task_index = info.pop("task_index")
+    return DecisionBatch(
+        observation=columns["state"],
+        task=[tasks[place] for place in task_index.tolist()],
+        action=columns["action"],
+        reward=columns["reward"],
+        terminated=columns["done"],
+        truncated=columns["truncated"],
+        next_observation=columns["next_state"],
+        **info,
+    )
+
+
+def task_vocabulary(batch: DecisionBatch) -> list[str]:
+    """The different task texts of a batch, sorted."""
+    return sorted(set(batch.task))
+
+
+def encode_decisions(batch: DecisionBatch, header: RolloutHeader) -> bytes:
+    """Encodes decisions for the transitions stream."""
+    metadata = {"tasks": json.dumps(task_vocabulary(batch))}
+    return _pack("decisions", asdict(header), _flatten(as_transition(batch)), metadata)
+
+
+def decode_decisions(data: bytes, spec: WireSpec) -> Rollout:
+    """Decodes and checks a message of decisions.
+
+    Args:
+        data: The message.
+        spec: What the learner accepts.
+
+    Returns:
+        The decisions with their header.
+
+    Raises:
+        WireError: Anything differs from `spec`: a name, type, shape, count or range.
+    """
+    parts = _unpack("decisions", data)
+    header = _record(RolloutHeader, parts.header)
+    _check_layout(parts.tensors, spec)
+    tasks = _checked_tasks(parts.metadata.get("tasks"), len(parts.tensors["reward"]))
+    _check_ranges(parts.tensors, spec, len(tasks))
+    return Rollout(header, from_transition(_unflatten(parts.tensors), tasks))
+
+
+def finite_rows(batch: DecisionBatch) -> Tensor:
+    """Tells which decisions hold only finite numbers.
+
+    Args:
+        batch: N decisions.
+
+    Returns:
+        `[N]` bool, false where a number of the decision, or of the observation after it, is NaN or infinite.
+    """
+    columns = [batch.chain, batch.log_prob, batch.action, batch.reward, *batch.observation.values()]
+    clean = torch.stack([_finite(column) for column in columns]).all(0)
+    for column in batch.next_observation.values():
+        clean[batch.next_row] &= _finite(column)
+    return clean
+
+
+def _finite(column: Tensor) -> Tensor:
+    """`[N]` bool from `[N, ...]`."""
+    if not column.is_floating_point():
+        return torch.ones(len(column), dtype=torch.bool)
+    return (
+        torch.isfinite(column).reshape(len(column), -1).all(1)
+        if len(column)
+        else torch.ones(0, dtype=torch.bool)
+    )
+
+
+def _flatten(transition: Transition) -> dict[str, Tensor]:
+    """Nested dicts to flat names: `state.observation.state`, `complementary_info.chain`."""
+    flat: dict[str, Tensor] = {}
+    for name, value in cast(dict[str, Any], transition).items():
+        flat.update(
+            {f"{name}.{key}": tensor for key, tensor in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return flat
+
+
+def _unflatten(tensors: Mapping[str, Tensor]) -> Transition:
+    """Undoes `_flatten`; only the first dot separates, observation keys have dots of their own."""
+    nested: dict[str, Any] = {"state": {}, "next_state": {}, "complementary_info": {}}
+    for name, tensor in tensors.items():
+        outer, dot, inner = name.partition(".")
+        if dot:
+            nested[outer][inner] = tensor
+        else:
+            nested[outer] = tensor
+    return cast(Transition, nested)
+
+
+def _check_layout(tensors: Mapping[str, Tensor], spec: WireSpec) -> None:
+    """Names, types and shapes are exactly the expected ones."""
+    rows = _length(tensors, "reward")
+    if rows > spec.max_rows:
+        raise WireError(f"{rows} decisions in one message, at most {spec.max_rows} are accepted")
+    layout = spec.layout(rows, _length(tensors, "complementary_info.next_row"))
+    if tensors.keys() != layout.keys():
+        missing, extra = sorted(layout.keys() - tensors.keys()), sorted(tensors.keys() - layout.keys())
+        raise WireError(f"wrong set of tensors: missing {_short(missing)}, not expected {_short(extra)}")
+    for name, field in layout.items():
+        found = TensorField(tensors[name].dtype, tuple(tensors[name].shape))
+        if found != field:
+            raise WireError(f"{name}: got {found.dtype} {found.shape}, expected {field.dtype} {field.shape}")
+
+
+def _check_ranges(tensors: Mapping[str, Tensor], spec: WireSpec, tasks: int) -> None:
+    """Numbers that the learner indexes with are in range."""
+    rows = len(tensors["reward"])
+    top = torch.iinfo(torch.int64).max
+    _check_range(tensors, "executed", 1, spec.action[0])
+    _check_range(tensors, "step", 0, spec.denoising_steps - 1)
+    _check_range(tensors, "task_index", 0, tasks - 1)
+    _check_range(tensors, "next_row", 0, rows - 1)
+    for name in ("version", "env", "index"):
+        _check_range(tensors, name, 0, top)
+    next_row = tensors["complementary_info.next_row"]
+    if len(next_row.unique()) != len(next_row):
+        raise WireError("complementary_info.next_row names a row twice")
+    for name, tensor in tensors.items():
+        # Any other byte in a bool tensor is undefined behaviour in torch.
+        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise WireError(f"{name}: a truth value is neither 0 nor 1")
+
+
+def _check_range(tensors: Mapping[str, Tensor], name: str, low: int, high: int) -> None:
+    """Every value of an integer tensor lies in `low..high`."""
+    tensor = tensors[f"complementary_info.{name}"]
+    if not tensor.numel():
+        return
+    lowest, highest = int(tensor.min()), int(tensor.max())
+    if lowest < low or highest > high:
+        raise WireError(f"complementary_info.{name}: values {lowest}..{highest}, expected {low}..{high}")
+
+
+def _checked_tasks(text: str | None, rows: int) -> list[str]:
+    """The task vocabulary out of the metadata."""
+    tasks = _json(text, "the task list")
+    if not isinstance(tasks, list) or len(tasks) > rows:
+        raise WireError(f"the task list must be a list of at most {rows} texts")
+    if not all(isinstance(task, str) and len(task) <= MAX_TASK_CHARACTERS for task in tasks):
+        raise WireError(f"a task must be a text of at most {MAX_TASK_CHARACTERS} characters")
+    return tasks
+
+
+def _length(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Rows of a one-dimensional tensor."""
+    if name not in tensors or tensors[name].ndim != 1:
+        raise WireError(f"{name}: expected a tensor with one dimension")
+    return tensors[name].shape[0]
+
+
+# Weights and interactions
+
+
+def encode_weights(tensors: Mapping[str, Tensor], header: WeightsHeader) -> bytes:
+    """Encodes weights for the parameters stream, each tensor in its own dtype."""
+    return _pack("weights", asdict(header), tensors, {})
+
+
+def decode_weights(data: bytes) -> Weights:
+    """Decodes a message of weights.
+
+    Raises:
+        WireError: The message is not a well-formed message of weights.
+    """
+    parts = _unpack("weights", data)
+    return Weights(_record(WeightsHeader, parts.header), parts.tensors)
+
+
+def encode_interaction(values: Mapping[str, Scalar]) -> bytes:
+    """Encodes one line of an actor's statistics.
+
+    Raises:
+        WireError: A value is not a finite number, a text or a truth value.
+    """
+    _check_interaction(values)
+    return json.dumps(dict(values)).encode()
+
+
+def decode_interaction(data: bytes) -> dict[str, Scalar]:
+    """Decodes one line of an actor's statistics.
+
+    Raises:
+        WireError: It is too long, not JSON, or has anything but finite numbers, texts and truth values.
+    """
+    if len(data) > MAX_INTERACTION_BYTES:
+        raise WireError(f"an interaction of {len(data)} bytes, at most {MAX_INTERACTION_BYTES} are accepted")
+    values = _json(data, "the interaction")
+    if not isinstance(values, dict):
+        raise WireError("an interaction must be a JSON object")
+    _check_interaction(values)
+    return values
+
+
+def _check_interaction(values: Mapping[str, object]) -> None:
+    """Keys are texts, values are scalars, numbers are finite."""
+    for key, value in values.items():
+        if not isinstance(key, str) or not isinstance(value, bool | int | float | str):
+            raise WireError(
+                f"interaction {_short(key)}: {type(value).__name__} is not a number, text or truth value"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise WireError(f"interaction {_short(key)}: {value} is not finite")
+
+
+# The handshake
+
+
+@dataclass(frozen=True)
+class Handshake:
+    """Who is calling; travels as metadata of each call.
+
+    Attributes:
+        actor: Number of the actor, unique among those that are connected.
+        session: A random text per actor process: it tells an actor that comes back from a second one with the
+            same number.
+        settings: What both sides must agree on, by dotted name; sent with `Ready` only.
+    """
+
+    actor: int
+    session: str
+    settings: dict[str, Any] | None = None
+
+    def to_metadata(self) -> list[Any]:
+        """The pairs for gRPC's `metadata` argument."""
+        pairs: list[Any] = [
+            ("pi-rl-protocol", str(PROTOCOL)),
+            ("pi-rl-actor", str(self.actor)),
+            ("pi-rl-session", self.session),
+        ]
+        if self.settings is not None:
+            text = json.dumps(flat_settings(self.settings), sort_keys=True, separators=(",", ":"))
+            pairs.append(("pi-rl-settings-bin", text.encode()))
+        return pairs
+
+    @classmethod
+    def from_metadata(cls, metadata: Iterable[Any]) -> "Handshake":
+        """Reads the metadata of a call.
+
+        Raises:
+            WireError: It is not from an actor of this package and protocol version.
+        """
+        values = {pair[0]: pair[1] for pair in metadata}
+        protocol = values.get("pi-rl-protocol")
+        if protocol is None:
+            raise WireError("the caller is not a PI-RL actor; start one with lerobot-pi-rl-actor")
+        if protocol != str(PROTOCOL):
+            raise WireError(
+                f"protocol: learner {PROTOCOL}, actor {_short(protocol)} (install the same version on both)"
+            )
+        actor, session = str(values.get("pi-rl-actor")), str(values.get("pi-rl-session"))
+        if not (actor.isascii() and actor.isdecimal() and len(actor) <= 9):
+            raise WireError(f"actor number {_short(actor)} is not a number from 0 to 999999999")
+        settings = values.get("pi-rl-settings-bin")
+        return cls(int(actor), session, None if settings is None else _checked_settings(settings))
+
+
+def _checked_settings(data: bytes) -> dict[str, Any]:
+    """Settings from the bytes of a handshake."""
+    settings = _json(data, "the settings")
+    if not isinstance(settings, dict):
+        raise WireError("the settings must be a JSON object")
+    return settings
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted name, in the form that JSON gives back (a tuple is a list)."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({f"{name}.{inner}": leaf for inner, leaf in flat_settings(value).items()})
+        else:
+            flat[str(name)] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+_ABSENT = "has no such setting"
+
+
+def settings_differences(learner: Mapping[str, Any], actor: Mapping[str, Any]) -> list[str]:
+    """One line per setting that differs, such as `policy.num_inference_steps: learner 4, actor 5`."""
+    ours, theirs = flat_settings(learner), flat_settings(actor)
+    lines = [
+        f"{_short(name)}: learner {_short(our)}, actor {_short(their)}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if (our := ours.get(name, _ABSENT)) != (their := theirs.get(name, _ABSENT))
+    ]
+    rest = len(lines) - MAX_DIFFERENCE_LINES
+    return lines if rest <= 0 else [*lines[:MAX_DIFFERENCE_LINES], f"... and {rest} more"]
+
+
+# Chunks of a stream
+
+
+def whole_messages(chunks: Iterable[Any], max_bytes: int, reject: Callable[[str], None]) -> Iterator[Any]:
+    """Lets only the chunks of well-formed messages through.
+
+    LeRobot's `receive_bytes_in_chunks`, which joins them afterwards, takes any order, has no size limit,
+    and raises on an unknown state. A message with a fault is dropped up to its end; the stream lives on.
+
+    Args:
+        chunks: Protobuf messages with `transfer_state` and `data`.
+        max_bytes: Most bytes of one message.
+        reject: Called once per dropped message, with the reason in a few words.
+
+    Yields:
+        The chunks of each message, once its last one has come.
+    """
+    held: list[Any] = []
+    size, skipping = 0, False
+    for chunk in chunks:
+        state = chunk.transfer_state
+        if state == TransferState.TRANSFER_BEGIN:
+            if held:
+                reject("unfinished")
+            held, size, skipping = [], 0, False
+        size += len(chunk.data)
+        fault = None if skipping else _fault(state, bool(held), size > max_bytes)
+        if fault:
+            reject(fault)
+            # An unknown chunk between two messages is dropped alone; its successor begins a message.
+            skipping = bool(held) or fault != "unknown state"
+            held, size = [], 0
+        elif not skipping:
+            held.append(chunk)
+        if state == TransferState.TRANSFER_END:
+            yield from held
+            held, size, skipping = [], 0, False
+    if held:
+        reject("unfinished")
+
+
+def _fault(state: int, begun: bool, too_large: bool) -> str | None:
+    """What is wrong with a chunk, or None."""
+    if state not in (TransferState.TRANSFER_BEGIN, TransferState.TRANSFER_MIDDLE, TransferState.TRANSFER_END):
+        return "unknown state"
+    if state == TransferState.TRANSFER_MIDDLE and not begun:
+        return "no beginning"
+    return "too large" if too_large else None
+
+
+# Safetensors with a header
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A payload taken apart, nothing in it checked yet but its kind."""
+
+    header: object
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def _pack(
+    kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> bytes:
+    """Writes tensors, a kind and a JSON header as safetensors."""
+    text = {**metadata, "kind": kind, "header": json.dumps(dict(header))}
+    return save_safetensors(_independent(tensors), metadata=text)
+
+
+def _unpack(kind: str, data: bytes) -> _Parts:
+    """Reads what `_pack` wrote.
+
+    Raises:
+        WireError: It is no safetensors payload of this kind.
+    """
+    metadata = _metadata(data)
+    if metadata.get("kind") != kind:
+        raise WireError(f"a message of {_short(metadata.get('kind'))} where {kind} were expected")
+    try:
+        tensors = load_safetensors(data)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+        # KeyError: a dtype that torch lacks; the others: a shape or buffer that torch refuses.
+        raise WireError(f"not a safetensors payload: {_short(error)}") from error
+    return _Parts(_json(metadata.get("header"), "the header"), metadata, tensors)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors payload, which safetensors' own `load` does not return.
+
+    The format is eight bytes of length, little-endian, then that many bytes of JSON.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise WireError(f"cut short or not safetensors: {len(data)} bytes")
+    header = _json(data[8 : 8 + length], "the safetensors header")
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WireError("the safetensors header has no metadata")
+    return metadata
+
+
+def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on CPU, contiguous, none sharing memory with another, as safetensors demands."""
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return separate
+
+
+def _record[T](kind: type[T], values: object) -> T:
+    """A header record from parsed JSON, with exactly its fields in exactly their types."""
+    expected = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(values, dict) or values.keys() != expected.keys():
+        raise WireError(f"the header must have exactly the fields {', '.join(expected)}")
+    for name, value in values.items():
+        if type(value) is not expected[name]:
+            raise WireError(f"header field {name}: got {type(value).__name__} {_short(value)}")
+        if not 0 <= value < 2**63:
+            raise WireError(f"header field {name}: {_short(value)} is out of range")
+    return kind(**values)
+
+
+def _json(text: bytes | str | None, what: str) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity."""
+    if text is None:
+        raise WireError(f"{what} is missing")
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(decoded, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{what} is not JSON: {_short(error)}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    """`json` would take NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{name} is not allowed")
+
+
+def _short(value: object, limit: int = 120) -> str:
+    """A value for an error text: one line, printable, never long."""
+    text = ascii(value) if not isinstance(value, str) else ascii(value)[1:-1]
+    return text if len(text) <= limit else text[: limit - 3] + "..."

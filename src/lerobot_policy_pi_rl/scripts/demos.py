@@ -1,0 +1,115 @@
+"""`lerobot-pi-rl-demos`: records MetaWorld's scripted experts as a LeRobotDataset."""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from draccus.utils import DecodingError
+from tqdm import tqdm
+
+from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
+from lerobot_policy_pi_rl.envs.demonstrations import DemonstrationPlan, write_demonstrations
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="lerobot-pi-rl-demos", description=__doc__)
+    parser.add_argument(
+        "--task",
+        "--env.task",
+        dest="task",
+        default="peg-insert-side-v3",
+        help="task name, several separated by commas, MT10 or MT50",
+    )
+    parser.add_argument("--num_episodes", type=int, default=10, help="episodes to keep per task")
+    parser.add_argument("--seed", type=int, default=0, help="block of reset seeds, 0 to 49")
+    parser.add_argument(
+        "--action_noise",
+        type=float,
+        default=0.0,
+        help="standard deviation of the noise on the executed action; the expert's own action is recorded",
+    )
+    parser.add_argument(
+        "--episode_length",
+        "--env.episode_length",
+        dest="episode_length",
+        type=int,
+        default=200,
+        help="control steps after which the expert has failed",
+    )
+    parser.add_argument("--keep_failures", action="store_true", help="keep unsolved episodes, too")
+    parser.add_argument("--repo_id", default="local/metaworld-demos", help="name of the dataset; no upload")
+    parser.add_argument("--root", type=Path, default=None, help="folder to create (default: LeRobot's cache)")
+    return parser.parse_args(arguments)
+
+
+def collect(options: argparse.Namespace) -> str:
+    """Collects the demonstrations with a progress bar.
+
+    Returns:
+        One line that says what was recorded, and where.
+    """
+    env = MetaworldStateEnv(task=options.task, episode_length=options.episode_length)
+    plan = DemonstrationPlan(
+        env=env,
+        num_episodes=options.num_episodes,
+        seed=options.seed,
+        action_noise=options.action_noise,
+        keep_failures=options.keep_failures,
+    )
+    root = options.root or default_root(options.repo_id)
+    start = time.monotonic()
+    played = solved = kept = steps = 0
+    episodes = write_demonstrations(plan, options.repo_id, root)
+    with (
+        contextlib.closing(episodes),
+        tqdm(total=plan.num_episodes * len(env.tasks), desc="demonstrations", unit="episode") as bar,
+    ):
+        for episode in episodes:
+            played += 1
+            solved += episode.solved
+            if plan.keeps(episode):
+                kept += 1
+                steps += len(episode)
+                bar.update()
+            bar.set_postfix_str(f"solved {solved}/{played}, {episode.task}")
+    seconds = time.monotonic() - start
+    return f"{kept} episodes ({solved} of {played} solved, {steps} steps) in {seconds:.1f} s: {root}"
+
+
+def default_root(repo_id: str) -> Path:
+    """Where LeRobot looks for a dataset without `--dataset.root`."""
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    return HF_LEROBOT_HOME / repo_id
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: Command line without the program's name; None reads `sys.argv`.
+
+    Returns:
+        Exit code: 0, 1 after an error that is reported in one line, or 130 after Ctrl-C.
+    """
+    options = parse_arguments(arguments)
+    # One bar for the whole, not one per saved episode.
+    datasets.disable_progress_bars()
+    try:
+        print(collect(options))
+    except (DecodingError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing was kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

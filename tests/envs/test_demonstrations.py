@@ -1,0 +1,99 @@
+"""Scripted demonstrations and the command that records them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
+from lerobot_policy_pi_rl.envs.demonstrations import (
+    DemonstrationPlan,
+    Episode,
+    demonstrations,
+    write_demonstrations,
+)
+from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.scripts.demos import main
+
+TASK = "reach-v3"
+
+
+def plan(**settings: object) -> DemonstrationPlan:
+    return DemonstrationPlan(MetaworldStateEnv(task=TASK), num_episodes=2, **settings)
+
+
+def played(episodes: list[Episode]) -> np.ndarray:
+    """All numbers of some episodes, for comparison."""
+    return np.concatenate([np.concatenate((episode.state, episode.action), axis=1) for episode in episodes])
+
+
+def test_the_command_writes_a_dataset_that_lerobot_reads(tmp_path: Path) -> None:
+    root = tmp_path / "demos"
+    assert main([f"--task={TASK},drawer-close-v3", "--num_episodes=2", f"--root={root}"]) == 0
+    dataset = LeRobotDataset("local/metaworld-demos", root=root)
+    assert (dataset.num_episodes, dataset.fps) == (4, 80)
+    rows = [dataset[index] for index in range(len(dataset))]
+    assert {row["task"] for row in rows} == {"Reach a goal position", "Push and close a drawer"}
+    assert rows[0]["observation.state"].shape == (48,)
+    assert all(row["action"].shape == (4,) and row["action"].abs().max() <= 1 for row in rows)
+    for episode in range(4):
+        ends = [row for row in rows if row["episode_index"] == episode]
+        assert [bool(row["next.done"]) for row in ends] == [False] * (len(ends) - 1) + [True]
+        assert bool(ends[-1]["next.success"])
+        assert float(sum(row["next.reward"] for row in ends)) == 1.0
+    assert not any("video" in str(path) for path in root.rglob("*"))
+
+
+def test_the_same_seed_gives_the_same_demonstrations() -> None:
+    first = played(list(demonstrations(plan(action_noise=0.1), TASK)))
+    np.testing.assert_array_equal(played(list(demonstrations(plan(action_noise=0.1), TASK))), first)
+    other = played(list(demonstrations(plan(action_noise=0.1, seed=1), TASK)))
+    assert not np.array_equal(other[:5], first[:5])
+
+
+def test_all_reset_seeds_lie_below_those_of_evaluation() -> None:
+    blocks = [plan(seed=seed).reset_seeds for seed in (0, 1, 49)]
+    assert [(block.start, block.stop) for block in blocks] == [(0, 1000), (1000, 2000), (49000, 50000)]
+    with pytest.raises(ConfigError, match="0 to 49"):
+        plan(seed=50)
+
+
+def test_noise_disturbs_the_executed_action_and_not_the_recorded_one() -> None:
+    clean, noisy = (next(demonstrations(plan(action_noise=noise), TASK)) for noise in (0.0, 0.3))
+    # The first decision is taken in the same state; what was executed shows in the next one.
+    np.testing.assert_array_equal(noisy.action[0], clean.action[0])
+    assert not np.array_equal(noisy.state[1], clean.state[1])
+
+
+def test_failures_are_kept_only_when_asked() -> None:
+    too_short = MetaworldStateEnv(task=TASK, episode_length=3)
+    kept = list(demonstrations(DemonstrationPlan(too_short, 2, keep_failures=True), TASK))
+    assert [episode.solved for episode in kept] == [False, False]
+    with pytest.raises(RuntimeError, match="solved only 0 of 1000"):
+        list(demonstrations(DemonstrationPlan(MetaworldStateEnv(task=TASK, episode_length=1), 1), TASK))
+
+
+def test_an_existing_folder_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"--task={TASK}", f"--root={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert "exists already" in error
+    assert error.count("\n") == 1
+
+
+def test_a_wrong_task_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--task=reach", f"--root={tmp_path / 'demos'}"]) == 1
+    error = capsys.readouterr().err
+    assert "did you mean reach-v3" in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupted_collection_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "demos"
+    episodes = write_demonstrations(plan(), "local/test", root)
+    next(episodes)
+    assert root.exists()
+    episodes.close()
+    assert not root.exists()

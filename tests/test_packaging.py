@@ -1,0 +1,112 @@
+"""The distribution: its name, its lock, its entry points, and what importing it costs."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+NAME = "lerobot_policy_pi_rl"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = (ROOT / "requirements.lock").read_text()
+PINS = [Requirement(line) for line in LOCK.splitlines() if line and not line.lstrip().startswith("#")]
+
+# Loaded only when a command needs them.
+HEAVY_MODULES = (
+    f"{NAME}.modeling_pi_rl",
+    f"{NAME}.runtime",
+    f"{NAME}.scripts",
+    f"{NAME}.envs.metaworld_state",
+    "grpc",
+    "matplotlib",
+    "metaworld",
+    "mujoco",
+    "transformers",
+    "wandb",
+)
+
+
+def test_lerobot_finds_the_plugin_by_its_verbatim_name() -> None:
+    names = [distribution.metadata["Name"] for distribution in metadata.distributions()]
+    assert [name for name in names if name.startswith("lerobot_policy_")] == [NAME]
+
+
+def test_wheel_keeps_the_name_and_holds_only_the_package(tmp_path: Path) -> None:
+    command = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", command, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        roots = {name.split("/")[0] for name in archive.namelist()}
+        description = archive.read(f"{NAME}-{PROJECT['version']}.dist-info/METADATA").decode()
+    assert roots == {NAME, f"{NAME}-{PROJECT['version']}.dist-info"}
+    assert f"\nName: {NAME}\n" in description
+
+
+def test_lock_holds_nothing_but_exact_pins() -> None:
+    loose = [str(pin) for pin in PINS if pin.url or not re.fullmatch(r"==[^,*]+", str(pin.specifier))]
+    assert not loose
+
+
+def test_lock_names_no_address_option_or_path() -> None:
+    bad = [line for line in LOCK.splitlines() if "/" in line or "\\" in line or line.startswith("-")]
+    assert not bad
+
+
+@pytest.mark.parametrize("extra", [None, "metaworld", "dev"])
+def test_lock_satisfies_the_declared_dependencies(extra: str | None) -> None:
+    declared = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    pins = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in PINS}
+    for requirement in map(Requirement, declared):
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), str(requirement)
+
+
+def test_installed_versions_are_those_of_the_lock() -> None:
+    here = default_environment()
+    wanted = [pin for pin in PINS if pin.marker is None or pin.marker.evaluate(dict(here))]
+    wrong = [str(pin) for pin in wanted if not pin.specifier.contains(metadata.version(pin.name))]
+    assert not wrong
+
+
+@pytest.mark.parametrize("command", sorted(PROJECT["scripts"]))
+def test_command_is_installed_and_importable(command: str) -> None:
+    (entry_point,) = metadata.entry_points(group="console_scripts", name=command)
+    assert entry_point.value == PROJECT["scripts"][command]
+    assert callable(entry_point.load())
+
+
+@pytest.mark.slow
+def test_import_adds_no_heavy_module_to_lerobots_configuration() -> None:
+    extra = _imports_after("lerobot.configs.policies", NAME)
+    heavy = [
+        name for name in extra if any(name == root or name.startswith(f"{root}.") for root in HEAVY_MODULES)
+    ]
+    assert not heavy
+
+
+@pytest.mark.slow
+def test_import_adds_only_lerobots_own_modules_to_lerobots_training_command() -> None:
+    """`lerobot-train` has loaded all that registering needs, so the plugin costs it no other library."""
+    extra = _imports_after("lerobot.scripts.lerobot_train", NAME)
+    assert not [name for name in extra if name.split(".")[0] not in ("lerobot", NAME)]
+
+
+def _imports_after(first: str, second: str) -> list[str]:
+    """Names of the modules that importing `second` adds once `first` is imported, in a fresh interpreter."""
+    code = f"""
+import sys, json
+import {first}
+before = set(sys.modules)
+import {second}
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
