@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import draccus
 import gymnasium as gym
@@ -19,6 +20,11 @@ from lerobot_policy_pi_rl.envs.tasks import MT10, all_tasks
 from lerobot_policy_pi_rl.errors import ConfigError
 
 STILL = np.zeros(4, dtype=np.float32)
+
+
+@dataclass
+class Command:
+    env: EnvConfig
 
 
 def play(env: MetaworldStateGym, seed: int, steps: int = 15) -> np.ndarray:
@@ -150,8 +156,8 @@ def test_a_bad_setting_is_one_line(settings: dict, message: str) -> None:
 
 
 def test_lerobots_parser_reads_it() -> None:
-    arguments = ["--type=metaworld_state", "--task=reach-v3,push-v3", "--relative_features=false"]
-    config = draccus.parse(EnvConfig, args=arguments)
+    arguments = ["--env.type=metaworld_state", "--env.task=reach-v3,push-v3", "--env.relative_features=false"]
+    config = draccus.parse(Command, args=arguments).env
     assert isinstance(config, MetaworldStateEnv)
     assert config.tasks == ["reach-v3", "push-v3"]
     features = env_to_policy_features(config)
@@ -170,7 +176,7 @@ def test_suites_hold_one_vector_per_task() -> None:
     assert suites["metaworld_state"][1].call("task") == ("push-v3", "push-v3")
 
 
-@pytest.mark.parametrize("use_async_envs", [False, True])
+@pytest.mark.parametrize("use_async_envs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_evaluation_finds_success_time_limit_and_task(use_async_envs: bool) -> None:
     config = MetaworldStateEnv(task="reach-v3", episode_length=4)
     (vectors,) = make_env(config, n_envs=2, use_async_envs=use_async_envs).values()

@@ -1,6 +1,6 @@
 """One MetaWorld task as a Gymnasium environment that observes the simulator's state."""
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -66,7 +66,7 @@ class MetaworldStateGym(gym.Env):
         render_mode: None or `rgb_array`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 80}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium declares it so
 
     def __init__(
         self,

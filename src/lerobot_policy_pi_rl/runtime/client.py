@@ -147,35 +147,32 @@ class _Link:
 
         Raises:
             grpc.RpcError: The learner is not there, or refuses.
+            ActorRefused: Whoever answers is not a learner of this package.
         """
         hello = Handshake(self._handshake.actor, self._handshake.session, dict(settings))
-        self._stub.Ready(services_pb2.Empty(), timeout=CALL_SECONDS, metadata=hello.to_metadata())
+        _, call = self._stub.Ready.with_call(
+            services_pb2.Empty(), timeout=CALL_SECONDS, metadata=hello.to_metadata()
+        )
+        # LeRobot's own learner admits everybody, and would send pickled weights.
+        if {pair[0]: pair[1] for pair in call.initial_metadata()}.get("pi-rl-protocol") != str(PROTOCOL):
+            raise ActorRefused("it answers, but it is not a PI-RL learner of this version")
 
     def open(self) -> None:
         """Opens the streams, the parameters first: it is what makes the actor connected.
 
         Raises:
             grpc.RpcError: The learner refuses, or is gone again.
-            ActorRefused: Whoever answers is not a learner of this package.
         """
         metadata = self._handshake.to_metadata()
         self._parameters = self._stub.StreamParameters(services_pb2.Empty(), metadata=metadata)
-        answer = {pair[0]: pair[1] for pair in self._parameters.initial_metadata() or ()}
-        if answer.get("pi-rl-protocol") != str(PROTOCOL):
-            self._raise_unlike_learner()
+        # The learner sends metadata of its own once it has listed this actor; a refusal comes without.
+        if not self._parameters.initial_metadata():
+            next(self._parameters)
         self._receiver.start()
         self._start_sender("decisions", self._stub.SendTransitions, services_pb2.Transition, self.decisions)
         self._start_sender(
             "interactions", self._stub.SendInteractions, services_pb2.InteractionMessage, self.interactions
         )
-
-    def _raise_unlike_learner(self) -> None:
-        """The parameters stream did not begin as ours does: raises why."""
-        ended = threading.Event()
-        if not self._parameters.add_callback(ended.set) or ended.wait(CALL_SECONDS):
-            # Iterating a call that has failed raises its error.
-            next(self._parameters, None)
-        raise ActorRefused("it answers, but it is not a PI-RL learner of this version")
 
     def take(self, timeout: float | None) -> bytes | None:
         """The newest payload that was not taken yet; None when there is none in time, or the stream ended."""

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from lerobot.rl.learner_service import LearnerService
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import receive_bytes_in_chunks, send_bytes_in_chunks
@@ -36,6 +37,11 @@ logger = logging.getLogger(__name__)
 STREAMS_PER_ACTOR = 3
 DRAIN_SECONDS = 1.5
 """How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
+CUT_SECONDS = 1.0
+"""How long `stop` waits for gRPC afterwards."""
+
+OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
+"""What an actor knows a learner of this package by."""
 
 GRPC_OPTIONS = [
     # With port sharing, gRPC's default, a second learner on the same port would get half of the actors.
@@ -317,13 +323,14 @@ class PIRLLearnerService(LearnerService):
                 self._admitted[hello.actor] = hello.session
         if refusal is not None:
             self._refuse(context, *refusal)
+        context.send_initial_metadata(OWN_METADATA)
         return services_pb2.Empty()
 
     def StreamParameters(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
         """Sends the newest weights whenever there are new ones, until either side ends."""
         link = self._join(context)
-        # Sent before any weights exist: tells the actor that it is connected, and to what.
-        context.send_initial_metadata((("pi-rl-protocol", str(PROTOCOL)),))
+        # Sent before any weights exist: tells the actor that it is connected.
+        context.send_initial_metadata(OWN_METADATA)
         sent = 0
         try:
             while (newest := self._wait_newer(link, sent)) is not None:
@@ -414,6 +421,8 @@ class PIRLLearnerService(LearnerService):
         hello = self._introduced(context)
         with self._changed:
             link = self._links.get(hello.actor)
+        if self.shutdown_event.is_set():
+            return services_pb2.Empty()
         if link is None or link.session != hello.session:
             self._refuse(
                 context, grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "open StreamParameters first"
@@ -431,10 +440,6 @@ class PIRLLearnerService(LearnerService):
             receive_bytes_in_chunks(whole, SimpleNamespace(put=deliver), self.shutdown_event)
         except grpc.RpcError:
             logger.debug("A stream of actor %d broke off", hello.actor)
-        else:
-            # gRPC ends the iterator as if nothing was wrong when a message is no protobuf of ours.
-            if not context.is_active() and not self.shutdown_event.is_set():
-                self.reject(hello.actor, "undecodable")
         return services_pb2.Empty()
 
     def _count(self, messages: str, size: str, number: int) -> None:
@@ -452,6 +457,30 @@ class PIRLLearnerService(LearnerService):
         logger.warning("Refused %s: %s", context.peer(), "; ".join(text.splitlines()))
         context.abort(code, text)
         raise AssertionError("grpc's abort always raises")
+
+
+class _Lenient(grpc.ServerInterceptor):
+    """Hands bytes that are no protobuf to the service as a chunk of unknown state, which it rejects and counts.
+
+    gRPC itself would end the whole stream, with a stack trace in the log, and its server may then never stop.
+    """
+
+    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        """Replaces the parser of a handler that takes a stream."""
+        handler = continuation(details)
+        if handler is None or not handler.request_streaming:
+            return handler
+        return grpc.stream_unary_rpc_method_handler(
+            handler.stream_unary, _parse_chunk, handler.response_serializer
+        )
+
+
+def _parse_chunk(data: bytes) -> Any:
+    """One chunk of a stream; LeRobot's messages for transitions and interactions have the same fields."""
+    try:
+        return services_pb2.Transition.FromString(data)
+    except DecodeError:
+        return services_pb2.Transition()
 
 
 class LearnerServer:
@@ -480,7 +509,7 @@ class LearnerServer:
         self._check_port()
         workers = STREAMS_PER_ACTOR * self.service.max_actors + 2
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pi-rl-service")
-        self._server = grpc.server(self._pool, options=GRPC_OPTIONS, maximum_concurrent_rpcs=workers)
+        self._server = grpc.server(self._pool, [], [_Lenient()], GRPC_OPTIONS, workers)
         services_pb2_grpc.add_LearnerServiceServicer_to_server(self.service, self._server)
         try:
             self.port = self._server.add_insecure_port(_address(self.host, self.port))
@@ -493,7 +522,8 @@ class LearnerServer:
         """Delivers the newest weights, ends every stream and every thread; returns within a few seconds."""
         self.service.end()
         if self._server is not None and self._pool is not None:
-            self._server.stop(grace=None).wait()
+            if not self._server.stop(grace=0).wait(CUT_SECONDS):
+                logger.warning("gRPC did not end all its calls within %.0f s", CUT_SECONDS)
             self._pool.shutdown(wait=True)
         self._server = self._pool = None
 

@@ -1,0 +1,169 @@
+"""Generalised advantage estimation against tables worked out by hand."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lerobot_policy_pi_rl.algorithm.advantages import (
+    Targets,
+    advantages,
+    has_successor,
+    next_values,
+    normalise,
+    time_order,
+    usable_rows,
+)
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+
+MakeDecisions = Callable[..., DecisionBatch]
+GAMMA, LAMBDA = 0.5, 0.5
+
+
+def estimate(batch: DecisionBatch, value: list[float], own: list[float]) -> Targets:
+    return advantages(batch, torch.tensor(value), torch.tensor(own), GAMMA, LAMBDA)
+
+
+def test_success_bootstraps_from_nothing(make_decisions: MakeDecisions) -> None:
+    """Row 1 succeeds: its error is 1 - 2 = -1; row 0's is 0 + .5 * 2 - 4 = -3, and -3 + .25 * -1 = -3.25."""
+    batch = make_decisions(env=[0, 0], reward=[0.0, 1.0], terminated=[False, True])
+    targets = estimate(batch, [4.0, 2.0], [])
+    assert targets.advantage.tolist() == [-3.25, -1.0]
+    assert targets.value_target.tolist() == [0.75, 1.0]
+
+
+def test_truncation_bootstraps_from_its_own_last_observation(make_decisions: MakeDecisions) -> None:
+    """Row 1 runs out of time with 8 to come: 0 + .5 * 8 - 2 = 2. Row 2, of the next episode, must not leak in."""
+    batch = make_decisions(env=[0, 0, 0], truncated=[False, True, False], next_row=[1, 2])
+    targets = estimate(batch, [4.0, 2.0, 100.0], [8.0, 6.0])
+    # Row 2: 0 + .5 * 6 - 100 = -97. Row 0: 0 + .5 * 2 - 4 + .25 * 2 = -2.5.
+    assert targets.advantage.tolist() == [-2.5, 2.0, -97.0]
+
+
+def test_success_ignores_an_observation_that_it_carries(make_decisions: MakeDecisions) -> None:
+    batch = make_decisions(env=[0], reward=[1.0], terminated=[True], truncated=[True], next_row=[0])
+    assert estimate(batch, [0.0], [1000.0]).advantage.tolist() == [1.0]
+
+
+def test_the_end_of_a_rollout_bootstraps_from_the_observation_that_follows(
+    make_decisions: MakeDecisions,
+) -> None:
+    """Row 1 goes on: 3 + .5 * 4 - 2 = 3; row 0: 1 + .5 * 2 - 0 + .25 * 3 = 2.75."""
+    batch = make_decisions(env=[0, 0], reward=[1.0, 3.0], next_row=[1])
+    assert estimate(batch, [0.0, 2.0], [4.0]).advantage.tolist() == [2.75, 3.0]
+
+
+def test_a_whole_table(make_decisions: MakeDecisions) -> None:
+    """Two environments, interleaved and shuffled: a success, a truncation and a rollout's end in one batch.
+
+    Environment 0: decisions 10 (r 0, V 1), 11 (r 1, V 2, success), 12 (r 0, V 3, goes on to 5).
+      12: 0 + .5 * 5 - 3 = -.5;  11: 1 - 2 = -1;  10: 0 + .5 * 2 - 1 + .25 * -1 = -.25
+    Environment 7: decisions 4 (r 2, V 4), 5 (r 0, V 6, truncated before 2), 6 (r 1, V 0, goes on to 8).
+      6: 1 + .5 * 8 - 0 = 5;  5: 0 + .5 * 2 - 6 = -5;  4: 2 + .5 * 6 - 4 + .25 * -5 = -.25
+    """
+    batch = make_decisions(
+        env=[7, 0, 0, 7, 0, 7],
+        index=[6, 11, 10, 4, 12, 5],
+        reward=[1.0, 1.0, 0.0, 2.0, 0.0, 0.0],
+        terminated=[False, True, False, False, False, False],
+        truncated=[False, False, False, False, False, True],
+        next_row=[0, 4, 5],
+    )
+    ordered = batch.select(time_order(batch.env, batch.index))
+    assert ordered.env.tolist() == [0, 0, 0, 7, 7, 7]
+    assert ordered.index.tolist() == [10, 11, 12, 4, 5, 6]
+    own = {4: 5.0, 5: 2.0, 0: 8.0}
+    # The state of each row is its number before it was moved: find the value of each carried observation by it.
+    carried = [own[int(state) - 100] for state in ordered.next_observation["observation.state"][:, 0]]
+    targets = estimate(ordered, [1.0, 2.0, 3.0, 4.0, 6.0, 0.0], carried)
+    assert targets.advantage.tolist() == [-0.25, -1.0, -0.5, -0.25, -5.0, 5.0]
+    assert targets.value_target.tolist() == [0.75, 1.0, 2.5, 3.75, 1.0, 5.0]
+
+
+def test_a_lost_decision_makes_the_row_before_it_unusable_and_cuts_the_one_before_that(
+    make_decisions: MakeDecisions,
+) -> None:
+    """Decision 2 of 0..4 is lost: 1 cannot be bootstrapped; 0 still knows the value of 1's observation."""
+    batch = make_decisions(env=[0, 0, 0, 0], index=[0, 1, 3, 4], reward=[1.0, 50.0, 0.0, 1.0], next_row=[3])
+    assert usable_rows(batch).tolist() == [True, False, True, True]
+    targets = estimate(batch, [0.0, 2.0, 0.0, 4.0], [6.0])
+    # 3: 1 + 3 - 4 = 0; 2: 0 + 2 - 0 + 0 = 2; 0: 1 + .5 * 2 - 0 = 2, one step.
+    assert targets.advantage[[0, 2, 3]].tolist() == [2.0, 2.0, 0.0]
+    assert targets.advantage[1] == 0
+
+
+def test_a_lost_decision_after_a_success_costs_nothing(make_decisions: MakeDecisions) -> None:
+    batch = make_decisions(env=[0, 0], index=[0, 2], terminated=[True, True])
+    assert usable_rows(batch).tolist() == [True, True]
+
+
+def test_successors_are_the_next_index_of_the_same_environment_and_episode(
+    make_decisions: MakeDecisions,
+) -> None:
+    batch = make_decisions(
+        env=[0, 0, 0, 0, 1, 1],
+        index=[0, 1, 2, 4, 5, 6],
+        terminated=[True, False, False, False, False, False],
+        truncated=[False, False, False, False, True, False],
+    )
+    assert has_successor(batch).tolist() == [False, True, False, False, False, False]
+
+
+def test_next_values_choose_between_successor_own_observation_and_nothing(
+    make_decisions: MakeDecisions,
+) -> None:
+    batch = make_decisions(
+        env=[0, 0, 0, 0],
+        terminated=[False, True, False, False],
+        truncated=[False, False, True, False],
+        next_row=[2, 3],
+    )
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert next_values(batch, value, torch.tensor([30.0, 40.0])).tolist() == [2.0, 0.0, 30.0, 40.0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(0, 1000))
+def test_with_lambda_1_the_target_is_the_discounted_return(count: int, seed: int) -> None:
+    """An independent recursion: with lambda 1 the values cancel and the target is the return, whatever the critic."""
+    generator = torch.Generator().manual_seed(seed)
+    reward = torch.randn(count, generator=generator, dtype=torch.float64)
+    value = torch.randn(count, generator=generator, dtype=torch.float64)
+    batch = _one_episode(reward)
+    targets = advantages(batch, value, value[:0], 0.9, 1.0)
+    returns = sum(0.9**i * reward[i] for i in range(count))
+    assert targets.value_target[0].item() == pytest.approx(float(returns), abs=1e-5)
+
+
+def _one_episode(reward: Tensor) -> DecisionBatch:
+    count = len(reward)
+    rows, empty = torch.arange(count), torch.zeros(count, 0)
+    ended = rows == count - 1
+    return DecisionBatch(
+        observation={},
+        task=[""] * count,
+        chain=empty,
+        step=empty,
+        log_prob=empty,
+        action=empty,
+        reward=reward,
+        executed=rows,
+        terminated=ended,
+        truncated=torch.zeros_like(ended),
+        success=ended,
+        version=rows,
+        env=torch.zeros_like(rows),
+        index=rows,
+        next_row=rows[:0],
+        next_observation={},
+    )
+
+
+def test_normalised_advantages() -> None:
+    advantage = normalise(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert advantage.mean().item() == pytest.approx(0.0, abs=1e-6)
+    assert advantage.std().item() == pytest.approx(1.0, abs=1e-6)
+    assert normalise(torch.full((5,), 3.0)).tolist() == [0.0] * 5

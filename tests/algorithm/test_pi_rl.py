@@ -1,0 +1,421 @@
+"""The algorithm: one update of the policy and the critic, its guards, and what it stores and pushes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.rl.algorithms.configs import TrainingStats
+from torch import Tensor
+
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.losses import approximate_kl
+from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
+from lerobot_policy_pi_rl.algorithm.storage import Rollout
+from lerobot_policy_pi_rl.errors import ConfigError
+
+MakeAlgorithm = Callable[..., PIRLAlgorithm]
+Collect = Callable[..., Rollout]
+LogRatio = Callable[[PIRLAlgorithm, Rollout], Tensor]
+
+EXPLORERS = [
+    {"kind": kind, "recording": recording}
+    for kind in ("flow_sde", "flow_cps", "flow_noise")
+    for recording in ("hybrid", "joint")
+]
+
+
+def policy_of(algorithm: PIRLAlgorithm) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in algorithm.policy.state_dict().items()}
+
+
+def critic_of(algorithm: PIRLAlgorithm) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in algorithm.critic.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def iterate(algorithm: PIRLAlgorithm, collect: Collect, times: int = 1) -> TrainingStats:
+    """Collects and updates, as synchronous training does."""
+    for number in range(times):
+        stats = algorithm.update(iter([collect(algorithm, seed=number)]))
+    return stats
+
+
+def with_reward(rollout: Rollout, row: int, reward: float) -> Rollout:
+    """The rollout with one reward replaced."""
+    rewards = rollout.decisions.reward.clone()
+    rewards[row] = reward
+    return replace(rollout, decisions=replace(rollout.decisions, reward=rewards))
+
+
+# The probability ratio
+
+
+@pytest.mark.parametrize("explorer", EXPLORERS, ids=lambda e: f"{e['kind']}-{e['recording']}")
+@pytest.mark.parametrize("reduction", ["sum", "mean_steps", "mean"])
+def test_the_ratio_of_fresh_decisions_is_1(
+    make_algorithm: MakeAlgorithm, collect: Collect, explorer: dict[str, Any], reduction: str
+) -> None:
+    algorithm = make_algorithm(explorer, log_prob_reduction=reduction)
+    stats = iterate(algorithm, collect, times=2)
+    assert stats.extra["ratio_first_error"] < 1e-4
+
+
+def test_weights_that_changed_after_collection_are_refused(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm = make_algorithm()
+    rollout = collect(algorithm)
+    with torch.no_grad():
+        algorithm.policy.base.leave.bias.add_(0.05)
+    before = policy_of(algorithm)
+    with pytest.raises(
+        RatioError, match=r"ratio is off by .* check that both run the same version and config"
+    ):
+        algorithm.update(iter([rollout]))
+    assert same(before, policy_of(algorithm))
+
+
+def test_a_ratio_that_is_not_a_number_is_refused(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    algorithm = make_algorithm()
+    rollout = collect(algorithm)
+    rollout.decisions.log_prob[:] = float("nan")
+    with pytest.raises(RatioError, match="off by nan"):
+        algorithm.update(iter([rollout]))
+
+
+def test_decisions_of_older_weights_are_not_checked(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    algorithm = make_algorithm()
+    rollout = collect(algorithm)
+    iterate(algorithm, collect)
+    stats = algorithm.update(iter([rollout]))
+    assert stats.extra["ratio_first_error"] == 0
+    assert stats.extra["approx_kl"] > 0
+
+
+def test_reductions_of_the_log_probability(make_algorithm: MakeAlgorithm) -> None:
+    """Joint recording of 4 steps; 2 of 3 chunk steps executed; 2 real dimensions."""
+    per_step, executed = torch.tensor([[3.0, 5.0, 100.0]]), torch.tensor([2])
+    for reduction, expected in (("sum", 8.0), ("mean_steps", 2.0), ("mean", 0.5)):
+        algorithm = make_algorithm({"recording": "joint"}, log_prob_reduction=reduction)
+        assert algorithm.reduce(per_step, executed).item() == expected
+
+
+# One update
+
+
+def test_an_update_moves_the_policy_towards_what_paid(
+    make_algorithm: MakeAlgorithm, collect: Collect, log_ratio: LogRatio
+) -> None:
+    algorithm = make_algorithm()
+    rollout = collect(algorithm, count=512)
+    stats = algorithm.update(iter([rollout]))
+    ratio = log_ratio(algorithm, rollout)
+    paid = rollout.decisions.reward > 0
+    assert ratio[paid].mean() > 0 > ratio[~paid].mean()
+    assert stats.losses.keys() == {"policy_loss", "value_loss"}
+    assert stats.grad_norms.keys() == {"policy", "critic"}
+    expected = {
+        "approx_kl",
+        "clip_fraction",
+        "entropy",
+        "explained_variance",
+        "lr",
+        "epochs",
+        "skipped_steps",
+    }
+    assert expected <= stats.extra.keys()
+    assert all(isinstance(value, int | float) for value in stats.to_log_dict().values())
+
+
+def test_the_critic_explains_a_reward_that_the_state_tells(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm = make_algorithm(critic_warmup=100, epochs=10, value_clip=None)
+    rollout = collect(algorithm, count=512)
+    told = (rollout.batch["observation.state"][:, 0] > 0).float()
+    rollout = replace(rollout, decisions=replace(rollout.decisions, reward=told))
+    explained = [algorithm.update(iter([rollout])).extra["explained_variance"] for _ in range(8)]
+    assert explained[0] < 0.3
+    assert explained[-1] > 0.7
+
+
+def test_critic_warm_up_leaves_the_policy_bitwise_unchanged(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm = make_algorithm(critic_warmup=2)
+    policy, critic, lr = policy_of(algorithm), critic_of(algorithm), algorithm.lr
+    stats = iterate(algorithm, collect, times=2)
+    assert same(policy, policy_of(algorithm))
+    assert not same(critic, critic_of(algorithm))
+    assert algorithm.lr == lr
+    assert "policy_loss" not in stats.losses
+    iterate(algorithm, collect)
+    assert not same(policy, policy_of(algorithm))
+
+
+def test_rows_that_lost_their_successor_are_not_trained_on(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    """Their content cannot matter: nonsense in them gives the same weights."""
+    results = []
+    for nonsense in (0.0, 1e6):
+        algorithm = make_algorithm()
+        rollout = collect(algorithm, count=64)
+        keep = torch.arange(10, 64)
+        rollout.decisions.terminated[:10] = False
+        rollout.decisions.reward[:10] = nonsense
+        rollout.decisions.log_prob[:10] = nonsense
+        stats = algorithm.update(iter([replace(rollout, usable=keep)]))
+        assert stats.extra["orphaned"] == 10
+        results.append(policy_of(algorithm) | critic_of(algorithm))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("explorer", EXPLORERS[::2], ids=lambda e: e["kind"])
+def test_the_same_seed_and_data_give_bitwise_the_same_weights(
+    make_algorithm: MakeAlgorithm, collect: Collect, explorer: dict[str, Any]
+) -> None:
+    one, two = make_algorithm(explorer), make_algorithm(explorer)
+    stats = [iterate(algorithm, collect, times=3).to_log_dict() for algorithm in (one, two)]
+    assert same(policy_of(one), policy_of(two))
+    assert same(critic_of(one), critic_of(two))
+    assert stats[0] == stats[1]
+    other = make_algorithm(explorer)
+    other.seed = 1
+    iterate(other, collect, times=3)
+    assert not same(policy_of(one), policy_of(other))
+
+
+# Guards
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_steps_with_a_non_finite_gradient_are_counted_and_never_applied(
+    make_algorithm: MakeAlgorithm, collect: Collect, reward: float
+) -> None:
+    """One bad reward spoils every advantage, because they are normalised together: 4 epochs of 4 minibatches."""
+    algorithm = make_algorithm()
+    before = policy_of(algorithm)
+    stats = algorithm.update(iter([with_reward(collect(algorithm), 7, reward)]))
+    assert stats.extra["skipped_steps"] >= 16
+    assert same(before, policy_of(algorithm))
+    assert all(torch.isfinite(value).all() for value in critic_of(algorithm).values())
+    # The next, sound rollout trains as if nothing had happened to the policy's optimizer.
+    assert iterate(algorithm, collect).extra["skipped_steps"] == 0
+    assert not same(before, policy_of(algorithm))
+
+
+@pytest.mark.parametrize(("target_kl", "factor"), [(1e-6, 1 / 1.5), (100.0, 1.5)])
+def test_the_learning_rate_adapts_to_the_divergence(
+    make_algorithm: MakeAlgorithm, collect: Collect, target_kl: float, factor: float
+) -> None:
+    algorithm = make_algorithm(target_kl=target_kl, lr=1e-4)
+    stats = iterate(algorithm, collect)
+    assert algorithm.lr == pytest.approx(1e-4 * factor)
+    assert stats.extra["lr"] == algorithm.lr
+
+
+def test_the_learning_rate_stays_in_its_range(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    fast, slow = make_algorithm(target_kl=100.0, lr_max=3e-4), make_algorithm(target_kl=1e-6, lr_min=1e-4)
+    iterate(fast, collect, times=3)
+    iterate(slow, collect, times=3)
+    assert fast.lr == 3e-4
+    assert slow.lr == 1e-4
+
+
+def test_a_divergence_that_is_not_a_number_lowers_the_learning_rate(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm()
+    algorithm._adapt_lr(float("nan"))
+    assert algorithm.lr == pytest.approx(2e-4 / 1.5)
+
+
+def test_a_constant_learning_rate_stays(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    algorithm = make_algorithm(target_kl=1e-6, lr_schedule="constant")
+    iterate(algorithm, collect, times=2)
+    assert algorithm.lr == 2e-4
+
+
+def test_the_remaining_epochs_are_skipped_once_the_divergence_is_too_large(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    calm = make_algorithm(target_kl=100.0, epochs=6)
+    assert iterate(calm, collect).extra["epochs"] == 6
+    wild = make_algorithm(target_kl=1e-3, lr=1e-2, lr_max=1e-2, epochs=6)
+    assert iterate(wild, collect).extra["epochs"] < 6
+
+
+def test_divergence_stays_near_its_target_over_many_iterations(
+    make_algorithm: MakeAlgorithm, collect: Collect, log_ratio: LogRatio
+) -> None:
+    """Even from a learning rate far too large; measured on the whole rollout, after the update."""
+    algorithm = make_algorithm(lr=1e-3, target_kl=0.02)
+    measured = []
+    for number in range(12):
+        rollout = collect(algorithm, seed=number)
+        algorithm.update(iter([rollout]))
+        measured.append(float(approximate_kl(log_ratio(algorithm, rollout))))
+    assert max(measured[4:]) < 0.02 * 4
+
+
+# Terms of the objective
+
+
+def test_divergence_from_the_policy_before_rl_holds_the_policy_back(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    moved, divergences = [], []
+    for coefficient in (0.001, 10.0):
+        algorithm = make_algorithm(kl_coef=coefficient)
+        start = policy_of(algorithm)
+        stats = iterate(algorithm, collect, times=4)
+        divergences.append(stats.extra["reference_kl"])
+        moved.append(sum(float((value - start[name]).norm()) for name, value in policy_of(algorithm).items()))
+        assert same(start, dict(algorithm.reference.state_dict()))
+        assert not any(p.requires_grad for p in algorithm.reference.parameters())
+    assert divergences[1] < divergences[0] / 2
+    assert min(divergences) >= 0
+    assert make_algorithm(kl_coef=0.0).reference is None
+
+
+def test_entropy_bonus_widens_a_learned_deviation(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    algorithm = make_algorithm({"kind": "flow_noise"}, entropy_coef=10.0, lr=1e-3, target_kl=100.0)
+    first = iterate(algorithm, collect).extra["entropy"]
+    assert iterate(algorithm, collect, times=3).extra["entropy"] > first + 0.1
+
+
+def test_dual_clip_changes_nothing_while_ratios_are_moderate(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    plain, dual = make_algorithm(), make_algorithm(dual_clip=1000.0)
+    iterate(plain, collect)
+    iterate(dual, collect)
+    assert same(policy_of(plain), policy_of(dual))
+
+
+# What is stored and pushed
+
+
+def test_weights_bring_an_actor_to_the_learner_s_policy(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    learner, actor = make_algorithm({"kind": "flow_noise"}), make_algorithm({"kind": "flow_noise"})
+    iterate(learner, collect, times=2)
+    assert not same(policy_of(learner), policy_of(actor))
+    actor.load_weights(copy.deepcopy(learner.get_weights()))
+    assert same(policy_of(learner), policy_of(actor))
+
+
+def test_only_trainable_tensors_are_pushed(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm()
+    algorithm.policy.base.observe.requires_grad_(False)
+    names = set(algorithm.get_weights())
+    assert names == {name for name, p in algorithm.policy.named_parameters() if p.requires_grad}
+    assert "base.observe.weight" not in names
+    assert not any("critic" in name or "frequencies" in name for name in names)
+    algorithm.load_weights(algorithm.get_weights())
+
+
+def test_weights_of_another_policy_are_refused_and_change_nothing(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm()
+    before = policy_of(algorithm)
+    weights = {name: value + 1 for name, value in algorithm.get_weights().items()}
+    missing = {name: value for name, value in weights.items() if name != "base.leave.bias"}
+    reshaped = weights | {"base.leave.bias": torch.zeros(3)}
+    for wrong in (missing, weights | {"base.extra": torch.zeros(1)}, reshaped):
+        with pytest.raises(
+            ValueError, match=r"do not fit this policy: \['base\.\w+.*\] differ; start both"
+        ):
+            algorithm.load_weights(wrong)
+    assert same(before, policy_of(algorithm))
+
+
+def test_state_carries_the_critic_and_the_reference(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    trained = make_algorithm(kl_coef=0.1)
+    start = policy_of(trained)
+    iterate(trained, collect, times=2)
+    fresh = make_algorithm(kl_coef=0.1)
+    with torch.no_grad():
+        for parameter in [*fresh.critic.parameters(), *fresh.reference.parameters()]:
+            parameter.zero_()
+    parameters = list(fresh.critic.parameters())
+    fresh.load_state_dict(copy.deepcopy(trained.state_dict()))
+    assert same(critic_of(trained), critic_of(fresh))
+    assert same(start, dict(fresh.reference.state_dict()))
+    # The optimizer still holds these very tensors.
+    assert all(one is two for one, two in zip(parameters, fresh.critic.parameters(), strict=True))
+
+
+def test_the_algorithm_survives_lerobot_s_own_save_and_load(
+    make_algorithm: MakeAlgorithm, collect: Collect, tmp_path: Path
+) -> None:
+    trained = make_algorithm(gamma=0.9, dual_clip=3.0, kl_coef=0.1)
+    iterate(trained, collect)
+    trained.save_pretrained(tmp_path)
+    loaded = PIRLAlgorithm.from_pretrained(tmp_path, policy=trained.policy)
+    assert loaded.config == trained.config
+    assert same(trained.state_dict(), loaded.state_dict())
+
+
+def test_a_resumed_algorithm_goes_on_as_if_it_had_never_stopped(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    """Policy, algorithm and optimizer states, and the step: the next update is bitwise the same."""
+    whole = make_algorithm()
+    iterate(whole, collect, times=2)
+    resumed = make_algorithm()
+    resumed.policy.load_state_dict(copy.deepcopy(whole.policy.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    for name, optimizer in resumed.get_optimizers().items():
+        optimizer.load_state_dict(copy.deepcopy(whole.get_optimizers()[name].state_dict()))
+    resumed.optimization_step = whole.optimization_step
+    stats = [
+        algorithm.update(iter([collect(algorithm, seed=9)])).to_log_dict() for algorithm in (whole, resumed)
+    ]
+    assert stats[0] == stats[1]
+    assert same(policy_of(whole), policy_of(resumed))
+    assert same(critic_of(whole), critic_of(resumed))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"gamma": 1.5}, r"algorithm.gamma.*between 0 and 1, got 1.5"),
+        ({"epochs": 0}, r"algorithm.epochs.*at least 1"),
+        ({"clip_ratio": 0.0}, r"algorithm.clip_ratio.*above 0"),
+        ({"dual_clip": 1.0}, r"algorithm.dual_clip.*above 1 or null"),
+        ({"lr": 1.0}, r"algorithm.lr.*between lr_min=1e-06 and lr_max=0.001, got 1.0"),
+        ({"lr_factor": 1.0}, r"algorithm.lr_factor.*above 1"),
+        (
+            {"lr_schedule": "cosine"},
+            r"algorithm.lr_schedule.*'cosine' is unknown; choose one of .*'adaptive'",
+        ),
+        ({"log_prob_reduction": "max"}, r"log_prob_reduction.*'max' is unknown; choose one of .*'sum'"),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as caught:
+        PIRLAlgorithmConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"num_envs": 0}, r"collection.num_envs.*at least 1, got 0"),
+        ({"num_workers": -1}, r"collection.num_workers.*at least 0"),
+        ({"num_actors": 9}, r"collection.num_actors.*at most max_actors=8, got 9"),
+    ],
+)
+def test_collection_settings_that_cannot_work(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        CollectionConfig(**settings)

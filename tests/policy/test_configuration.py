@@ -1,0 +1,84 @@
+"""The policy's configuration: defaults that follow from others, and errors that say what would be right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lerobot_policy_pi_rl.bases.configuration import BaseConfig, CompactConfig
+from lerobot_policy_pi_rl.bases.registry import make_base
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
+from lerobot_policy_pi_rl.errors import ConfigError
+
+MakeConfig = Callable[..., PIRLConfig]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"kind": "sde"}, "explorer.kind.*'sde' is unknown; choose one of .*'flow_sde'"),
+        ({"recording": "all"}, "explorer.recording.*'all' is unknown; choose one of .*'hybrid'"),
+        ({"noise_level": 0.0}, "noise_level.*above 0"),
+        ({"kind": "flow_cps", "noise_level": 1.5}, "noise_level.*at most 1"),
+        ({"noise_correlation": 1.0}, "noise_correlation.*below 1"),
+        ({"noise_correlation": -0.1}, "noise_correlation.*at least 0"),
+        ({"noise_std_min": 0.2, "noise_std_max": 0.1}, r"noise_std_min.*\[0.2, 0.1\] is upside down"),
+        ({"noise_std_min": 0.0}, "noise_std_min.*above 0"),
+    ],
+)
+def test_explorer_settings_that_cannot_work(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=line) as caught:
+        ExplorerConfig(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps.*at least 1"),
+        ({"chunk_size": 0}, "chunk_size.*at least 1"),
+        ({"chunk_size": 5, "n_action_steps": 6}, "n_action_steps.*between 1 and chunk_size=5, got 6"),
+        ({"n_action_steps": 0}, "n_action_steps.*between 1"),
+        ({"num_inference_steps": 1, "explorer": ExplorerConfig("flow_cps")}, "flow_cps needs at least 2"),
+    ],
+)
+def test_policy_settings_that_cannot_work(
+    make_config: MakeConfig, settings: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ConfigError, match=line) as caught:
+        make_config(settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["act", "diffusion", "resnet"])
+def test_a_base_that_is_not_a_flow_policy(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"policy.base.type.*{name!r} is not a flow-matching base policy.*'compact'"
+    ):
+        BaseConfig.get_choice_class(name)
+
+
+def test_a_base_without_an_adapter(make_config: MakeConfig) -> None:
+    class Orphan(BaseConfig):
+        type = "orphan"
+
+    with pytest.raises(ConfigError, match=r"'orphan' has no adapter; have .*'compact'"):
+        make_base(make_config({"base": Orphan()}))
+
+
+def test_features_that_are_missing(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"input_features.*is empty"):
+        make_config({"input_features": {}}).validate_features()
+    with pytest.raises(ConfigError, match=r"output_features.*has no 'action'"):
+        make_config({"output_features": {}}).validate_features()
+
+
+def test_defaults_that_follow_from_the_explorer(make_config: MakeConfig) -> None:
+    assert [ExplorerConfig(kind).recording for kind in ("flow_sde", "flow_cps", "flow_noise")] == [
+        "hybrid",
+        "hybrid",
+        "joint",
+    ]
+    # The learned deviation goes with independent noise.
+    assert [ExplorerConfig(kind).correlation for kind in ("flow_sde", "flow_noise")] == [0.5, 0.0]
+    assert make_config({"base": None}).base == CompactConfig()
