@@ -1,8 +1,14 @@
-"""`lerobot-pi-rl-train`: learner and actors on one machine, started, watched and stopped together."""
+"""How the commands start, and `lerobot-pi-rl-train`, which starts learner and actors on one machine.
+
+A module of its own beside the package, because importing the package imports LeRobot and torch: seconds that
+`lerobot-pi-rl-train` leaves to the processes it starts.
+"""
 
 import ctypes
 import datetime as dt
+import importlib
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -11,8 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 
-# Modules with heavy imports stay out of this file: the processes it starts need the cores for theirs.
-MODULE = "lerobot_policy_pi_rl.scripts"
 # Seconds a process gets to leave by itself before it is terminated, and then killed.
 LEAVE_S = 20.0
 # Seconds between looks at the processes.
@@ -58,7 +62,7 @@ def with_output_dir(arguments: list[str]) -> list[str]:
 def start(name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"{MODULE}.{name}", *arguments], start_new_session=True, preexec_fn=_die_with_parent
+        [sys.executable, "-m", __spec__.name, name, *arguments], start_new_session=True, preexec_fn=_die_with_parent
     )
 
 
@@ -129,11 +133,11 @@ def say(text: str) -> None:
     print(f"lerobot-pi-rl-train: {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Entry point."""
+def train() -> None:
+    """`lerobot-pi-rl-train`."""
     arguments = with_output_dir(sys.argv[1:])
     if "--help" in arguments or "-h" in arguments:
-        raise SystemExit(subprocess.call([sys.executable, "-m", f"{MODULE}.learner", *arguments]))
+        learner()
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -142,5 +146,30 @@ def main() -> None:
     raise SystemExit(Supervisor(arguments, num_actors).watch(stop))
 
 
+def learner() -> None:
+    """`lerobot-pi-rl-learner`."""
+    _run("learner")
+
+
+def actor() -> None:
+    """`lerobot-pi-rl-actor`."""
+    _run("actor")
+
+
+def demos() -> None:
+    """`lerobot-pi-rl-demos`."""
+    _run("demos")
+
+
+def _run(name: str) -> None:
+    """Imports and runs one of the package's commands.
+
+    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
+    """
+    logging.getLogger("lerobot.utils.import_utils").addFilter(lambda record: "torchcodec" not in record.getMessage())
+    importlib.import_module(f"lerobot_policy_pi_rl.scripts.{name}").main()
+
+
 if __name__ == "__main__":
-    main()
+    command = sys.argv.pop(1)
+    {"learner": learner, "actor": actor, "demos": demos, "train": train}[command]()

@@ -85,21 +85,11 @@ def reward_near_the_goal(state: Tensor, chunk: Tensor) -> Tensor:
     return ((chunk.mean(1) - state[:, :ACTION_DIM]).norm(dim=1) < 0.6).float()
 
 
-def reward_all_alike(state: Tensor, chunk: Tensor) -> Tensor:
-    """Random rewards that no policy can influence."""
-    return torch.rand(len(state), generator=torch.Generator().manual_seed(0))
-
-
-REWARDS = {"near_the_goal": reward_near_the_goal, "random": reward_all_alike}
-
-
 @pytest.fixture
 def collect() -> Collect:
     """Collects one decision of each of N environments with the algorithm's own policy; all end by termination."""
 
-    def run(
-        algorithm: PIRLAlgorithm, count: int = 256, seed: int = 0, reward: str = "near_the_goal"
-    ) -> Rollout:
+    def run(algorithm: PIRLAlgorithm, count: int = 256, seed: int = 0) -> Rollout:
         generator = torch.Generator().manual_seed(seed)
         state = torch.rand(count, STATE_DIM, generator=generator) * 2 - 1
         sample = algorithm.policy.explore({STATE: state}, generator)
@@ -109,7 +99,7 @@ def collect() -> Collect:
             step=sample.step,
             log_prob=sample.log_prob,
             action=sample.x,
-            reward=REWARDS[reward](state, sample.x),
+            reward=reward_near_the_goal(state, sample.x),
             terminated=torch.ones(count, dtype=torch.bool),
             version=torch.full((count,), algorithm.optimization_step),
             env=torch.arange(count),

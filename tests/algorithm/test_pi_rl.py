@@ -329,9 +329,7 @@ def test_weights_of_another_policy_are_refused_and_change_nothing(make_algorithm
     missing = {name: value for name, value in weights.items() if name != "base.leave.bias"}
     reshaped = weights | {"base.leave.bias": torch.zeros(3)}
     for wrong in (missing, weights | {"base.extra": torch.zeros(1)}, reshaped):
-        with pytest.raises(
-            ValueError, match=r"do not fit this policy: \['base\.\w+.*\] differ; start both"
-        ):
+        with pytest.raises(ValueError, match=r"do not fit this policy: \['base\.\w+.*\] differ; start both"):
             algorithm.load_weights(wrong)
     assert same(before, policy_of(algorithm))
 

@@ -17,7 +17,7 @@ import grpc
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunks, send_bytes_in_chunks
 
-from lerobot_policy_pi_rl.runtime.wire import (
+from .wire import (
     PROTOCOL,
     Handshake,
     Scalar,

@@ -17,7 +17,7 @@ from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .gather import Gathered, Gatherer, Stopped
-from .metrics import MetricsWriter
+from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .service import LearnerServer, PIRLLearnerService
 from .wire import Scalar, WeightsHeader, encode_weights
@@ -52,6 +52,15 @@ class Progress:
     seconds: float = 0.0
     best_success: float = -1.0
     best_version: int = 0
+
+
+# What the console shows beside the environment steps.
+SHOWN = {
+    "success exploring": "rollout/success",
+    "validation": "eval/success",
+    "best": "eval/best_success",
+    "steps/s": "speed/env_steps_per_s",
+}
 
 
 class Rollouts:
@@ -93,10 +102,17 @@ class Learner:
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
         self._rollouts = Rollouts()
+        checkpoint.remove_unfinished(self._output_dir)
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)  # type: ignore[arg-type]
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
-        self._metrics = MetricsWriter.for_run(cfg, resume_step=self._progress.version if cfg.resume else None)
+        self._metrics = MetricsWriter(
+            self._output_dir,
+            make_tracker(cfg),
+            total_steps=policy_cfg.online_steps,
+            resume_step=self._progress.version,
+            shown=SHOWN,
+        )
         link = policy_cfg.actor_learner_config
         self._service = PIRLLearnerService(
             agreed_settings(cfg, self._player), algorithm_cfg.collection.max_actors, MAX_MESSAGE_BYTES, INBOX_CAPACITY
@@ -136,7 +152,7 @@ class Learner:
         """One iteration: gather, update, checkpoint, publish, log."""
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
-        evaluation = self._consider_best(version, gathered.evaluations)
+        self._consider_best(version, gathered.evaluations)
         updating = time.perf_counter()
         stats = self._update(gathered)
         self._progress.version += 1
@@ -148,7 +164,7 @@ class Learner:
             self._save()
         if not self._finished():
             self._publish(restart=milestone, evaluate=self._evaluates(self._progress.version))
-        self._log(version, gathered, evaluation, stats, update_seconds)
+        self._log(gathered, stats, update_seconds)
 
     def _update(self, gathered: Gathered) -> TrainingStats:
         self._rollouts.put(prepare(gathered.decisions, self._player.preprocess_packed))
@@ -173,8 +189,7 @@ class Learner:
         self._publish(restart=False, evaluate=evaluate, final=True)
         if evaluate:
             found = self._gatherer.gather_evaluation(self._progress.version, FINAL_EVALUATION_S)
-            evaluation = self._consider_best(self._progress.version, found)
-            self._metrics.write(self._progress.version, evaluation | {"progress/env_steps": self._progress.env_steps})
+            self._consider_best(self._progress.version, found)
 
     def _evaluates(self, version: int) -> bool:
         return self._cfg.env_eval_freq > 0 and version % self._cfg.env_eval_freq == 0
@@ -184,21 +199,23 @@ class Learner:
         saves = self._cfg.save_checkpoint and self._cfg.save_freq > 0 and version % self._cfg.save_freq == 0
         return saves or self._evaluates(version)
 
-    def _consider_best(self, version: int, evaluations: list[dict[str, Scalar]]) -> dict[str, float]:
-        """Reads an evaluation of a version and, if none was better, makes its checkpoint the best one."""
+    def _consider_best(self, version: int, evaluations: list[dict[str, Scalar]]) -> None:
+        """Reads and logs an evaluation of a version and, if none was better, makes its checkpoint the best one."""
         episodes = total(evaluations, "episodes")
         if not episodes:
-            return {}
-        success = total(evaluations, "successes") / episodes
-        if success > self._progress.best_success:
-            self._progress.best_success, self._progress.best_version = success, version
+            return
+        progress, success = self._progress, total(evaluations, "successes") / episodes
+        if success > progress.best_success:
+            progress.best_success, progress.best_version = success, version
             checkpoint.mark_best(self._output_dir, self._cfg.steps, version)
-        return {
+        row = {
             "eval/success": success,
             "eval/episodes": episodes,
-            "eval/best_success": self._progress.best_success,
-            "eval/best_version": self._progress.best_version,
+            "eval/best_success": progress.best_success,
+            "eval/best_version": progress.best_version,
+            "progress/env_steps": progress.env_steps,
         }
+        self._metrics.write(version, row)
 
     def _publish(self, restart: bool, evaluate: bool, final: bool = False) -> None:
         """Sends the current weights to every actor."""
@@ -210,14 +227,15 @@ class Learner:
     def _save(self) -> None:
         checkpoint.save(
             self._output_dir,
-            checkpoint.Snapshot(
-                cfg=self._cfg,
+            checkpoint.TrainingState(
                 step=self._progress.version,
+                total_steps=self._cfg.steps,
+                config=self._cfg,
                 policy=self._player.policy,
-                algorithm=self._algorithm,
-                optimizers=self._algorithm.get_optimizers(),
                 preprocessor=self._player.preprocessor,
                 postprocessor=self._player.postprocessor,
+                algorithm=self._algorithm,
+                optimizers=self._algorithm.get_optimizers(),
                 counters=asdict(self._progress),
             ),
         )
@@ -225,25 +243,21 @@ class Learner:
     def _resume(self) -> Progress:
         """Loads everything but the policy, which `make_player` loaded."""
         assert self._cfg.checkpoint_path is not None
-        counters = checkpoint.load(self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers())
-        progress = Progress(**counters)
-        logger.info("Resuming at version %d from %s", progress.version, self._cfg.checkpoint_path)
-        return progress
+        resumed = checkpoint.load(self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers())
+        logger.info("Resuming at version %d from %s", resumed.step, self._cfg.checkpoint_path)
+        return Progress(**resumed.counters)  # type: ignore[arg-type]  # whole numbers come back whole
 
     def _log(
         self,
-        version: int,
         gathered: Gathered,
-        evaluation: dict[str, float],
         stats: TrainingStats,
         update_seconds: float,
     ) -> None:
         progress, decisions = self._progress, gathered.decisions
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
-            **rollout_metrics(gathered, version),
+            **rollout_metrics(gathered, progress.version - 1),
             **learning_metrics(stats),
-            **evaluation,
             "progress/env_steps": progress.env_steps,
             "progress/decisions": progress.decisions,
             "progress/episodes": progress.episodes,
@@ -260,7 +274,7 @@ class Learner:
             "actors/left": self._gatherer.actors_left,
             **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
         }
-        self._metrics.write(version, row)
+        self._metrics.write(progress.version, row)
 
 
 def total(rows: list[dict[str, Scalar]], name: str) -> float:

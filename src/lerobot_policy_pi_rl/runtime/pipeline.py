@@ -1,10 +1,12 @@
 """One configuration for actor and learner, and what both build from it in the same way."""
 
+import contextlib
 import hashlib
+import io
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import draccus
 import torch
@@ -16,12 +18,13 @@ from lerobot.envs import EnvConfig, env_to_policy_features
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
-from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK, PRETRAINED_MODEL_DIR
+from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import ConfigError
 from ..modeling_pi_rl import PIRLPolicy
+from .checkpoint import find_last, verify
 from .observations import ObservationPath
 from .wire import WireSpec
 
@@ -40,6 +43,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     # Set by the actor's command: it runs next to a learner that made the output folder, and never loads its
     # checkpoints. Not annotated, so it is no setting and is not saved.
     is_actor = False
+    _stated_output_dir: ClassVar[Path | None] = None
 
     def validate(self) -> None:
         """Completes and checks the configuration.
@@ -67,12 +71,21 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if stated is None:
             # LeRobot reads `dataset.repo_id` whatever the training is.
             self.dataset = DatasetConfig(repo_id="none")
-        if self.is_actor:
-            self.output_dir = None
+        self._stated_output_dir = output_dir
+        # It refuses an output folder that exists, but learner and actors write their logs to the same one.
+        self.output_dir = None
+        if output_dir is not None and not self.is_actor and not self.resume:
+            self._check_unused(Path(output_dir))
         super().validate()
         self.dataset = stated
-        if self.is_actor and output_dir is not None:
-            self.output_dir = output_dir
+        self.output_dir = output_dir or self.output_dir
+
+    @staticmethod
+    def _check_unused(output_dir: Path) -> None:
+        if (output_dir / CHECKPOINTS_DIR).exists():
+            raise ConfigError(
+                "output_dir", f"{output_dir} holds the checkpoints of a run; add --resume=true or name another folder"
+            )
 
     def _resolve_pretrained_from_cli(self) -> None:
         """Takes the policy from the checkpoint of the run when it is resumed, else from `--policy.path`."""
@@ -80,6 +93,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             super()._resolve_pretrained_from_cli()
             return
         self.checkpoint_path = self.find_checkpoint()
+        verify(self.checkpoint_path)
         folder = self.checkpoint_path / PRETRAINED_MODEL_DIR
         overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
         self.policy = PreTrainedConfig.from_pretrained(folder, cli_overrides=overrides)
@@ -89,18 +103,16 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         """Folder of the checkpoint to resume from: that of `--config_path`, or the last one of `output_dir`.
 
         Raises:
-            ConfigError: If there is none.
+            ConfigError: If neither is named.
+            CheckpointError: If there is none.
         """
         config_path = Path(parser.parse_arg("config_path") or "")
         folder = config_path.parent if config_path.is_file() else config_path
         if folder.name == PRETRAINED_MODEL_DIR:
             return folder.resolve().parent
-        last = Path(self.output_dir or "") / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
-        if self.output_dir is None or not last.exists():
-            raise ConfigError(
-                "resume", f"finds no checkpoint at {last}; give the run's --output_dir, or leave --resume out"
-            )
-        return last.resolve()
+        if self._stated_output_dir is None:
+            raise ConfigError("resume", "needs the --output_dir of the run, or --config_path of one of its checkpoints")
+        return find_last(self._stated_output_dir)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,9 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     check_checkpoint(policy_cfg)
     check_features(policy_cfg, env_cfg)
     torch.manual_seed(cfg.seed or 0)
-    policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=cfg.rename_map)
+    # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=cfg.rename_map)
     assert isinstance(policy, PIRLPolicy)
     preprocessor, postprocessor = make_pre_post_processors(
         policy_cfg,

@@ -24,7 +24,7 @@ from lerobot.rl.learner_service import LearnerService
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import receive_bytes_in_chunks, send_bytes_in_chunks
 
-from lerobot_policy_pi_rl.runtime.wire import (
+from .wire import (
     PROTOCOL,
     Handshake,
     WireError,

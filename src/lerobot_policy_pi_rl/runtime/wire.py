@@ -19,7 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from ..algorithm.decisions import DecisionBatch
 
 PROTOCOL = 1
 """Version of everything in this file; actor and learner must agree."""

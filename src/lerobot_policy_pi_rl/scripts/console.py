@@ -11,6 +11,9 @@ from draccus.utils import DraccusException
 
 from lerobot.utils.import_utils import register_third_party_plugins
 
+from ..algorithm.pi_rl import RatioError
+from ..runtime.checkpoint import CheckpointError
+
 
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command; an expected error is one line on stderr and exit code 1, never a stack trace.
@@ -32,7 +35,7 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 # Errors that say what to do; anything else is a defect and keeps its stack trace.
-EXPECTED_ERRORS = (DraccusException, ConnectionError, FileExistsError, FileNotFoundError, OSError, ValueError)
+EXPECTED_ERRORS = (DraccusException, CheckpointError, RatioError, OSError, ValueError)
 
 
 def one_line(error: BaseException) -> str:

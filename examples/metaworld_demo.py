@@ -1,0 +1,239 @@
+"""The main job, start to finish: demonstrations, supervised training, PI-RL, and an evaluation before and after.
+
+Run by `make demo`. Each stage is a command of LeRobot's or of this package, as a user would type it; what they print goes
+to `outputs/demo/logs`. It loads nothing heavy itself, so that the commands have the cores to themselves.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+TASK = "peg-insert-side-v3"
+NUM_DEMONSTRATIONS = 8
+NUM_EVALUATIONS = 100
+# Starts of the reported evaluations: neither trained on nor used to choose a checkpoint.
+EVALUATION_SEED = 100_000
+# Quantile of the normal distribution for a two-sided 95 % interval.
+Z = 1.96
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the demo found, as written to `summary.json`."""
+
+    task: str
+    seed: int
+    n_eval: int
+    supervised_success: float
+    pi_rl_success: float
+    env_steps: int
+    rl_minutes: float
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo.
+
+    Attributes:
+        title: What it does.
+        command: Name and arguments.
+        log: Where its output goes.
+    """
+
+    title: str
+    command: Sequence[str]
+    log: Path
+
+
+def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | None] | None = None) -> None:
+    """Runs a stage with a progress bar.
+
+    Args:
+        stage: What to run.
+        total: Length of the bar, if the stage tells how far it is.
+        progress: How far it is, from a line of its output, or None.
+
+    Raises:
+        SystemExit: If the command fails, with the end of its log.
+    """
+    stage.log.parent.mkdir(parents=True, exist_ok=True)
+    layout = "{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}" if total else "{desc}: {elapsed}"
+    with (
+        stage.log.open("w") as log,
+        tqdm(desc=stage.title, total=total, bar_format=layout, mininterval=0.5) as bar,
+        subprocess.Popen(
+            [str(BIN / stage.command[0]), *stage.command[1:]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        # Python's text mode ends lines at the carriage returns of progress bars, too.
+        for line in process.stdout:
+            log.write(line)
+            done = progress(line) if progress else None
+            bar.n = bar.n if done is None else min(done, total or done)
+            bar.refresh()
+    if process.returncode:
+        tail = "\n".join(stage.log.read_text().splitlines()[-15:])
+        raise SystemExit(f"{stage.title} failed (exit code {process.returncode}); the end of {stage.log}:\n{tail}")
+
+
+def training_step(line: str) -> int | None:
+    """How many steps lerobot-train has done, from its progress bar."""
+    found = re.search(r"\|\s*(\d+)/\d+ \[", line)
+    return int(found.group(1)) if found else None
+
+
+def evaluate(title: str, checkpoint: Path, folder: Path, log: Path) -> float:
+    """Success of a checkpoint on the held-out starts, by `lerobot-eval`."""
+    command = [
+        "lerobot-eval",
+        f"--policy.path={checkpoint}",
+        "--policy.device=cpu",
+        "--env.type=metaworld_state",
+        f"--env.task={TASK}",
+        f"--eval.n_episodes={NUM_EVALUATIONS}",
+        "--eval.batch_size=50",
+        "--eval.use_async_envs=false",
+        f"--seed={EVALUATION_SEED}",
+        f"--output_dir={folder}",
+    ]
+    run(Stage(title, command, log))
+    return float(json.loads((folder / "eval_info.json").read_text())["overall"]["pc_success"]) / 100
+
+
+def interval(success: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate."""
+    centre = success + Z**2 / (2 * count)
+    half = Z * math.sqrt(success * (1 - success) / count + Z**2 / (4 * count**2))
+    return (centre - half) / (1 + Z**2 / count), (centre + half) / (1 + Z**2 / count)
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The learner's metrics, one row per iteration."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def draw_curve(rows: list[dict[str, float]], summary: Summary, file: Path) -> None:
+    """Draws success over environment steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    exploring = [(r["progress/env_steps"], r["rollout/success"]) for r in rows if "rollout/success" in r]
+    validated = [(r["progress/env_steps"], r["eval/success"]) for r in rows if "eval/success" in r]
+    axes.plot(*zip(*exploring, strict=True), color="tab:blue", alpha=0.35, label="while exploring")
+    axes.plot(*zip(*validated, strict=True), "o-", color="tab:blue", label="validation starts (ODE)")
+    axes.axhline(summary.supervised_success, color="tab:gray", ls="--", label="supervised, held-out starts")
+    axes.axhline(summary.pi_rl_success, color="tab:green", ls="--", label="PI-RL, held-out starts")
+    axes.set(
+        xlabel="environment steps", ylabel="success rate", ylim=(0, 1.02), title=f"{summary.task}, seed {summary.seed}"
+    )
+    axes.legend(loc="lower right")
+    figure.savefig(file, dpi=130)
+
+
+def print_table(summary: Summary, curve: Path) -> None:
+    """Prints the closing table."""
+    print(f"\n{summary.task}, seed {summary.seed}, {summary.n_eval} held-out starts, deterministic ODE\n")
+    print(f"{'policy':<12}{'success':>9}{'95 % interval':>18}{'env steps':>12}{'minutes':>10}")
+    rows = [
+        ("supervised", summary.supervised_success, "-", "-"),
+        ("PI-RL", summary.pi_rl_success, f"{summary.env_steps:,}", f"{summary.rl_minutes:.1f}"),
+    ]
+    for name, success, steps, minutes in rows:
+        low, high = interval(success, summary.n_eval)
+        print(f"{name:<12}{success:>9.2f}{f'{low:.2f} to {high:.2f}':>18}{steps:>12}{minutes:>10}")
+    print(f"\nlearning curve  {curve}\ncheckpoint      {summary.checkpoint}")
+
+
+def demo(seed: int, output: Path) -> Summary:
+    """Runs all stages.
+
+    Args:
+        seed: Of everything: demonstrations, supervised training and PI-RL.
+        output: Folder for all results; emptied first.
+    """
+    shutil.rmtree(output, ignore_errors=True)
+    logs, demonstrations = output / "logs", output / "demonstrations"
+    run(
+        Stage(
+            f"1/5 {NUM_DEMONSTRATIONS} demonstrations",
+            [
+                "lerobot-pi-rl-demos",
+                f"--task={TASK}",
+                f"--num_episodes={NUM_DEMONSTRATIONS}",
+                f"--seed={seed}",
+                f"--root={demonstrations}",
+                "--repo_id=pi_rl/demo",
+            ],
+            logs / "demonstrations.log",
+        )
+    )
+    supervised = output / "supervised"
+    steps = json.loads((ROOT / "recipes/metaworld_supervised.json").read_text())["steps"]
+    command = ["lerobot-train", "--config_path=recipes/metaworld_supervised.json", "--dataset.repo_id=pi_rl/demo"]
+    command += [f"--dataset.root={demonstrations}", f"--output_dir={supervised}", f"--seed={seed}"]
+    run(Stage("2/5 supervised training", command, logs / "supervised.log"), steps, training_step)
+    before_checkpoint = supervised / "checkpoints/last/pretrained_model"
+    before = evaluate("3/5 evaluation", before_checkpoint, output / "eval_supervised", logs / "eval_supervised.log")
+    improved = output / "pi_rl"
+    began = time.monotonic()
+    improve(before_checkpoint, improved, seed)
+    minutes = (time.monotonic() - began) / 60
+    checkpoint = (improved / "checkpoints/best/pretrained_model").resolve()
+    after = evaluate("5/5 evaluation", checkpoint, output / "eval_pi_rl", logs / "eval_pi_rl.log")
+    rows = read_metrics(improved / "metrics.jsonl")
+    steps_used = int(rows[-1]["progress/env_steps"])
+    summary = Summary(TASK, seed, NUM_EVALUATIONS, before, after, steps_used, round(minutes, 2), str(checkpoint))
+    (output / "summary.json").write_text(json.dumps(asdict(summary), indent=4) + "\n")
+    draw_curve(rows, summary, output / "learning_curve.png")
+    return summary
+
+
+def improve(checkpoint: Path, output: Path, seed: int) -> None:
+    """Runs learner and actor, whose progress bar goes straight to the terminal."""
+    print("4/5 PI-RL: learner and actor", file=sys.stderr)
+    command = [
+        str(BIN / "lerobot-pi-rl-train"),
+        "--config_path=recipes/metaworld.json",
+        f"--policy.path={checkpoint}",
+        f"--env.task={TASK}",
+        f"--output_dir={output}",
+        f"--seed={seed}",
+    ]
+    code = subprocess.call(command, cwd=ROOT)
+    if code:
+        raise SystemExit(f"PI-RL failed (exit code {code}); see {output}/logs")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
+    arguments = parser.parse_args()
+    output = arguments.output_dir.resolve()
+    print_table(demo(arguments.seed, output), output / "learning_curve.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Checkpoints in LeRobot's layout, written aside and renamed into place: a killed write never costs the last one.
+
+checkpoints/000010/pretrained_model/   policy, processors, train config
+                   training_state/     optimizers, random state, counters, sizes of all files
+                   algorithm/          the algorithm's own tensors and config
+checkpoints/last -> 000010
+checkpoints/best -> 000008
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.policies import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.rl.algorithms.base import RLAlgorithm
+from lerobot.utils.constants import (
+    ALGORITHM_DIR,
+    CHECKPOINTS_DIR,
+    LAST_CHECKPOINT_LINK,
+    PRETRAINED_MODEL_DIR,
+    TRAINING_STATE_DIR,
+)
+from lerobot.utils.io_utils import load_json, write_json
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.optim import Optimizer
+
+COUNTERS = "counters.json"
+FILE_SIZES = "file_sizes.json"
+ALGORITHM_TENSORS = "model.safetensors"
+
+# Names that no step has, for directories of a write that has not finished.
+BEST_CHECKPOINT_LINK = "best"
+ASIDE = ".writing-"
+REPLACED = ".replaced-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing or broken; the text is one line."""
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a checkpoint holds.
+
+    Attributes:
+        step: Iteration after which it is taken; names the directory.
+        total_steps: Last iteration of the run, for the width of the name.
+        config: The train config.
+        policy: The policy.
+        preprocessor: Its preprocessor.
+        postprocessor: Its postprocessor.
+        algorithm: The algorithm.
+        optimizers: The optimizers, by name.
+        counters: Plain numbers by name: iteration, version, environment steps, learning rate, KL coefficient, ...
+    """
+
+    step: int
+    total_steps: int
+    config: TrainPipelineConfig
+    policy: PreTrainedPolicy
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+    algorithm: RLAlgorithm
+    optimizers: dict[str, Optimizer]
+    counters: Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What `load` gives back beside what it loads in place.
+
+    Attributes:
+        step: Iteration after which the checkpoint was taken.
+        counters: As they were saved.
+    """
+
+    step: int
+    counters: dict[str, int | float]
+
+
+def save(output_dir: Path, state: TrainingState) -> Path:
+    """Writes a checkpoint and points `last` at it.
+
+    Args:
+        output_dir: The run's directory.
+        state: What to write.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step)
+    aside = place.with_name(ASIDE + place.name)
+    remove_unfinished(output_dir)
+    _write(aside, state)
+    _synchronise(aside)
+    _move_into_place(aside, place)
+    _point_at(place, LAST_CHECKPOINT_LINK)
+    return place
+
+
+def mark_best(output_dir: Path, total_steps: int, step: int) -> None:
+    """Points `best` at the checkpoint of a step, which must exist."""
+    _point_at(get_step_checkpoint_dir(output_dir, total_steps, step), BEST_CHECKPOINT_LINK)
+
+
+def find_last(output_dir: Path) -> Path:
+    """The checkpoint that `last` points at, after clearing away what a killed write left.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    remove_unfinished(output_dir)
+    link = output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
+    if not link.is_dir():
+        raise CheckpointError(
+            f"no checkpoint at {link}: start without --resume=true, or give the output_dir of a run that saved one"
+        )
+    return link.resolve()
+
+
+def verify(checkpoint_dir: Path) -> None:
+    """Compares every file's size with what was written.
+
+    Cheap, so that a learner can do it before anything slow starts.
+
+    Raises:
+        CheckpointError: A file is missing or has another size.
+    """
+    try:
+        sizes = load_json(checkpoint_dir / TRAINING_STATE_DIR / FILE_SIZES)
+        found = _file_sizes(checkpoint_dir)
+        wrong = [name for name, size in sizes.items() if found.get(name) != size]
+    except (OSError, ValueError, AttributeError) as error:
+        raise _broken(checkpoint_dir, f"{FILE_SIZES} cannot be read ({_line(error)})") from error
+    if wrong:
+        name = wrong[0]
+        size = f"{found[name]} bytes" if name in found else "missing"
+        raise _broken(checkpoint_dir, f"{name} is {size}, {sizes[name]} bytes were written")
+
+
+def load(
+    checkpoint_dir: Path,
+    algorithm: RLAlgorithm,
+    optimizers: dict[str, Optimizer],
+    device: str | torch.device = "cpu",
+) -> Resumed:
+    """Restores algorithm, optimizers and random state in place; the policy is built from `pretrained_model` before.
+
+    Call it last of all that is built: building draws random numbers, and this sets the generators.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        algorithm: Gets its tensors back.
+        optimizers: Get their states back; the same names as when it was saved.
+        device: Where the algorithm's tensors go.
+
+    Returns:
+        Step and counters.
+
+    Raises:
+        CheckpointError: The checkpoint is broken or belongs to another configuration.
+    """
+    verify(checkpoint_dir)
+    state_dir = checkpoint_dir / TRAINING_STATE_DIR
+    # LeRobot's loader would skip an optimizer that it does not find.
+    missing = [name for name in optimizers if not (state_dir / name).is_dir()]
+    if missing:
+        raise _broken(checkpoint_dir, f"it has no optimizer {', '.join(missing)}")
+    try:
+        counters = load_json(state_dir / COUNTERS)
+        algorithm.load_state_dict(
+            load_file(checkpoint_dir / ALGORITHM_DIR / ALGORITHM_TENSORS), device=device
+        )
+        step, _, _ = load_training_state(checkpoint_dir, optimizers, None)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise _broken(checkpoint_dir, _line(error)) from error
+    return Resumed(step, counters)
+
+
+def pretrained_dir(checkpoint_dir: Path) -> Path:
+    """Where the policy of a checkpoint is, for `--policy.path`."""
+    return checkpoint_dir / PRETRAINED_MODEL_DIR
+
+
+def remove_unfinished(output_dir: Path) -> list[Path]:
+    """Removes what a killed write left behind, and undoes half of a replacement.
+
+    Args:
+        output_dir: The run's directory; it may not exist.
+
+    Returns:
+        The directories removed.
+    """
+    removed = []
+    for path in sorted((output_dir / CHECKPOINTS_DIR).glob(".*-*")):
+        if (
+            path.name.startswith(REPLACED)
+            and not (home := path.with_name(path.name.removeprefix(REPLACED))).exists()
+        ):
+            path.rename(home)
+        elif path.name.startswith((ASIDE, REPLACED)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            removed.append(path)
+    return removed
+
+
+def _write(aside: Path, state: TrainingState) -> None:
+    """Writes everything of a checkpoint, with LeRobot's own writers."""
+    save_checkpoint(
+        aside,
+        state.step,
+        state.config,
+        state.policy,
+        state.optimizers,
+        preprocessor=state.preprocessor,
+        postprocessor=state.postprocessor,
+    )
+    state.algorithm.save_pretrained(aside / ALGORITHM_DIR)
+    state_dir = aside / TRAINING_STATE_DIR
+    write_json(dict(state.counters), state_dir / COUNTERS)
+    write_json(_file_sizes(aside), state_dir / FILE_SIZES)
+
+
+def _file_sizes(directory: Path) -> dict[str, Any]:
+    """Bytes of each file under a directory but the list itself, by relative path."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != FILE_SIZES)
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _synchronise(directory: Path) -> None:
+    """Brings files and directories to the disk, so that the rename does not overtake them."""
+    for path in (*directory.rglob("*"), directory):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_into_place(aside: Path, place: Path) -> None:
+    """Renames; a checkpoint of the same step, from before a resume, makes way first."""
+    replaced = place.with_name(REPLACED + place.name)
+    if place.exists():
+        place.rename(replaced)
+    aside.rename(place)
+    _fsync(place.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _point_at(place: Path, name: str) -> None:
+    """Swaps a link in one step; LeRobot's own removes it first, and a kill in between would lose it."""
+    link = place.with_name(name)
+    aside = place.with_name(ASIDE + name)
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(place.name)
+    aside.replace(link)
+    _fsync(place.parent)
+
+
+def _broken(checkpoint_dir: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {checkpoint_dir} cannot be resumed: {problem}; resume from an earlier one in "
+        f"{checkpoint_dir.parent}"
+    )
+
+
+def _line(error: BaseException) -> str:
+    """An error of a library, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,298 @@
+"""A checkpoint is whole or it is not there; what is loaded continues what was saved."""
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lerobot.rl.algorithms.base import RLAlgorithm
+from lerobot.rl.train_rl import TrainRLServerPipelineConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lerobot_policy_pi_rl.runtime import checkpoint
+from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, TrainingState
+
+pytestmark = pytest.mark.timeout(120)
+
+COUNTERS = {"iteration": 3, "version": 4, "env_steps": 2048, "lr": 1.2345678901234567e-5, "kl_coef": 0.1}
+
+
+class Saved:
+    """Something with `save_pretrained`, as policies and processors have it."""
+
+    def __init__(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self.name = name
+        self.tensors = tensors
+
+    def save_pretrained(self, directory: Path, state_dict: dict | None = None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(self.tensors, directory / f"{self.name}.safetensors")
+
+
+class EmptyConfig:
+    """The config of an algorithm without settings."""
+
+    def _save_pretrained(self, directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
+
+
+class Regression(RLAlgorithm):
+    """LeRobot's algorithm base around a critic that regresses random targets."""
+
+    config_class = EmptyConfig  # type: ignore[assignment]
+    name = "regression"
+
+    def __init__(self) -> None:
+        self.config = EmptyConfig()  # type: ignore[assignment]
+        self.critic = nn.Linear(3, 1)
+        self.optimizers: dict[str, Optimizer] = {
+            "critic": Adam([self.critic.weight], lr=0.1),
+            "bias": Adam([self.critic.bias], lr=0.2),
+        }
+
+    def update(self, batch_iterator: Iterator[Any] | None = None) -> Any:
+        """One step on data from all three global generators."""
+        inputs = torch.randn(8, 3) * random.random()
+        targets = torch.from_numpy(np.random.uniform(size=(8, 1))).float()  # noqa: NPY002 - what is restored
+        loss = (self.critic(inputs) - targets).square().mean()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        return loss.item()
+
+    def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
+        return self.optimizers
+
+    def load_weights(self, weights: dict[str, Any], device: str | torch.device = "cpu") -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.critic.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
+        self.critic.load_state_dict(state_dict)
+
+
+def make_state(algorithm: Regression, step: int = 3, policy_value: float = 1.0) -> TrainingState:
+    """A state with LeRobot's config and stand-ins for policy and processors."""
+    return TrainingState(
+        step=step,
+        total_steps=100,
+        config=TrainRLServerPipelineConfig(),
+        policy=Saved("model", {"w": torch.tensor([policy_value])}),  # type: ignore[arg-type]
+        preprocessor=Saved("pre", {"mean": torch.zeros(2)}),  # type: ignore[arg-type]
+        postprocessor=Saved("post", {"mean": torch.ones(2)}),  # type: ignore[arg-type]
+        algorithm=algorithm,
+        optimizers=algorithm.optimizers,
+        counters=COUNTERS,
+    )
+
+
+def saved_policy(place: Path) -> float:
+    """The number that tells one checkpoint's policy from another's."""
+    return load_file(checkpoint.pretrained_dir(place) / "model.safetensors")["w"].item()
+
+
+def test_the_layout_is_lerobots(tmp_path: Path) -> None:
+    algorithm = Regression()
+    algorithm.update()
+    place = checkpoint.save(tmp_path, make_state(algorithm))
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    home = "checkpoints/000003"
+    assert place == tmp_path / home
+    assert {
+        f"{home}/pretrained_model/model.safetensors",
+        f"{home}/pretrained_model/pre.safetensors",
+        f"{home}/pretrained_model/post.safetensors",
+        f"{home}/pretrained_model/train_config.json",
+        f"{home}/training_state/training_step.json",
+        f"{home}/training_state/rng_state.safetensors",
+        f"{home}/training_state/counters.json",
+        f"{home}/training_state/critic/optimizer_state.safetensors",
+        f"{home}/training_state/bias/optimizer_param_groups.json",
+        f"{home}/algorithm/model.safetensors",
+        f"{home}/algorithm/config.json",
+    } <= files
+    assert (tmp_path / "checkpoints/last").readlink() == Path("000003")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"000003", "last"}
+
+
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    algorithm = Regression()
+    for _ in range(3):
+        algorithm.update()
+    algorithm.optimizers["critic"].param_groups[0]["lr"] = 0.05
+    checkpoint.save(tmp_path, make_state(algorithm))
+    expected = [algorithm.update() for _ in range(3)]
+
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    resumed = Regression()
+    found = checkpoint.load(checkpoint.find_last(tmp_path), resumed, resumed.optimizers)
+    assert found.step == 3
+    assert found.counters == COUNTERS
+    assert resumed.optimizers["critic"].param_groups[0]["lr"] == 0.05
+    assert [resumed.update() for _ in range(3)] == expected
+
+
+def test_last_points_at_the_newest(tmp_path: Path) -> None:
+    algorithm = Regression()
+    for step in (1, 2):
+        checkpoint.save(tmp_path, make_state(algorithm, step, float(step)))
+    assert checkpoint.find_last(tmp_path).name == "000002"
+    assert (tmp_path / "checkpoints/000001").is_dir()
+
+
+def test_best_stays_where_it_was_marked(tmp_path: Path) -> None:
+    algorithm = Regression()
+    for step in (1, 2):
+        checkpoint.save(tmp_path, make_state(algorithm, step, float(step)))
+        if step == 1:
+            checkpoint.mark_best(tmp_path, 100, step)
+    assert saved_policy(tmp_path / "checkpoints/best") == 1.0
+    checkpoint.mark_best(tmp_path, 100, 2)
+    assert saved_policy(tmp_path / "checkpoints/best") == 2.0
+    assert checkpoint.find_last(tmp_path).name == "000002"
+
+
+def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        checkpoint.save(tmp_path, make_state(Regression(), policy_value=value))
+    place = checkpoint.find_last(tmp_path)
+    assert saved_policy(place) == 2.0
+    checkpoint.verify(place)
+    assert {path.name for path in place.parent.iterdir()} == {"000003", "last"}
+
+
+# A kill during a write
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing of ours catches it."""
+
+
+CRASHES = ("_synchronise", "_move_into_place", "_point_at")
+
+
+@pytest.mark.parametrize("point", CRASHES)
+def test_a_kill_before_the_end_leaves_last_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    algorithm = Regression()
+    checkpoint.save(tmp_path, make_state(algorithm, 1, 1.0))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, point, _kill)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, make_state(algorithm, 2, 2.0))
+    place = checkpoint.find_last(tmp_path)
+    assert (place.name, saved_policy(place)) == ("000001", 1.0)
+    assert checkpoint.load(place, algorithm, algorithm.optimizers).step == 1
+    assert not [path.name for path in place.parent.iterdir() if path.name.startswith(".")]
+    checkpoint.save(tmp_path, make_state(algorithm, 2, 2.0))
+    assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
+
+
+def test_a_kill_half_way_through_a_replacement_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, make_state(Regression(), policy_value=1.0))
+    renames = [0]
+    rename = Path.rename
+
+    def rename_once(path: Path, target: Path) -> Path:
+        renames[0] += 1
+        if renames[0] > 1:
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_once)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, make_state(Regression(), policy_value=2.0))
+    place = checkpoint.find_last(tmp_path)
+    assert saved_policy(place) == 1.0
+    checkpoint.verify(place)
+
+
+def _kill(*_: object) -> None:
+    raise Killed
+
+
+def test_what_is_removed_is_named_and_nothing_else_goes(tmp_path: Path) -> None:
+    assert checkpoint.remove_unfinished(tmp_path) == []
+    checkpoint.save(tmp_path, make_state(Regression()))
+    left = tmp_path / "checkpoints" / ".writing-000009"
+    (left / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".keep-me").mkdir()
+    assert checkpoint.remove_unfinished(tmp_path) == [left]
+    assert {path.name for path in left.parent.iterdir()} == {"000003", "last", ".keep-me"}
+
+
+# Missing and broken
+
+
+def test_no_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*last: start without --resume=true"):
+        checkpoint.find_last(tmp_path)
+
+
+def cut_short(place: Path) -> None:
+    path = place / "algorithm/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def remove_policy(place: Path) -> None:
+    (place / "pretrained_model/model.safetensors").unlink()
+
+
+def remove_state(place: Path) -> None:
+    shutil.rmtree(place / "training_state")
+
+
+def corrupt_counters(place: Path) -> None:
+    path = place / "training_state/counters.json"
+    path.write_bytes(b"#" * path.stat().st_size)
+
+
+def corrupt_optimizer(place: Path) -> None:
+    path = place / "training_state/critic/optimizer_state.safetensors"
+    path.write_bytes(b"#" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_short, r"algorithm/model\.safetensors is \d+ bytes, \d+ bytes were written"),
+        (remove_policy, r"pretrained_model/model\.safetensors is missing"),
+        (remove_state, "cannot be read"),
+        (corrupt_counters, "JSONDecodeError"),
+        (corrupt_optimizer, "SafetensorError"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_clear_line(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    algorithm = Regression()
+    algorithm.update()
+    damage(checkpoint.save(tmp_path, make_state(algorithm)))
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(checkpoint.find_last(tmp_path), algorithm, algorithm.optimizers)
+    assert "\n" not in str(error.value)
+    assert "resume from an earlier one in" in str(error.value)
+
+
+def test_another_set_of_optimizers_is_refused(tmp_path: Path) -> None:
+    algorithm = Regression()
+    checkpoint.save(tmp_path, make_state(algorithm))
+    more = {**algorithm.optimizers, "policy": Adam([nn.Parameter(torch.zeros(1))])}
+    with pytest.raises(CheckpointError, match="it has no optimizer policy"):
+        checkpoint.load(checkpoint.find_last(tmp_path), algorithm, more)
