@@ -1,7 +1,7 @@
 """The main job, start to finish: demonstrations, supervised training, PI-RL, and an evaluation before and after.
 
-Run by `make demo`. Each stage is a command of LeRobot's or of this package, as a user would type it; what they print goes
-to `outputs/demo/logs`. It loads nothing heavy itself, so that the commands have the cores to themselves.
+Run by `make demo`. Each stage is a command of LeRobot's or of this package, as a user would type it; what they
+print goes to `outputs/demo/logs`. It loads nothing heavy itself, so that the commands have the cores to themselves.
 """
 
 import argparse
@@ -91,7 +91,9 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
             bar.refresh()
     if process.returncode:
         tail = "\n".join(stage.log.read_text().splitlines()[-15:])
-        raise SystemExit(f"{stage.title} failed (exit code {process.returncode}); the end of {stage.log}:\n{tail}")
+        raise SystemExit(
+            f"{stage.title} failed (exit code {process.returncode}); the end of {stage.log}:\n{tail}"
+        )
 
 
 def training_step(line: str) -> int | None:
@@ -145,7 +147,10 @@ def draw_curve(rows: list[dict[str, float]], summary: Summary, file: Path) -> No
     axes.axhline(summary.supervised_success, color="tab:gray", ls="--", label="supervised, held-out starts")
     axes.axhline(summary.pi_rl_success, color="tab:green", ls="--", label="PI-RL, held-out starts")
     axes.set(
-        xlabel="environment steps", ylabel="success rate", ylim=(0, 1.02), title=f"{summary.task}, seed {summary.seed}"
+        xlabel="environment steps",
+        ylabel="success rate",
+        ylim=(0, 1.02),
+        title=f"{summary.task}, seed {summary.seed}",
     )
     axes.legend(loc="lower right")
     figure.savefig(file, dpi=130)
@@ -190,11 +195,17 @@ def demo(seed: int, output: Path) -> Summary:
     )
     supervised = output / "supervised"
     steps = json.loads((ROOT / "recipes/metaworld_supervised.json").read_text())["steps"]
-    command = ["lerobot-train", "--config_path=recipes/metaworld_supervised.json", "--dataset.repo_id=pi_rl/demo"]
+    command = [
+        "lerobot-train",
+        "--config_path=recipes/metaworld_supervised.json",
+        "--dataset.repo_id=pi_rl/demo",
+    ]
     command += [f"--dataset.root={demonstrations}", f"--output_dir={supervised}", f"--seed={seed}"]
     run(Stage("2/5 supervised training", command, logs / "supervised.log"), steps, training_step)
     before_checkpoint = supervised / "checkpoints/last/pretrained_model"
-    before = evaluate("3/5 evaluation", before_checkpoint, output / "eval_supervised", logs / "eval_supervised.log")
+    before = evaluate(
+        "3/5 evaluation", before_checkpoint, output / "eval_supervised", logs / "eval_supervised.log"
+    )
     improved = output / "pi_rl"
     began = time.monotonic()
     improve(before_checkpoint, improved, seed)
@@ -203,7 +214,9 @@ def demo(seed: int, output: Path) -> Summary:
     after = evaluate("5/5 evaluation", checkpoint, output / "eval_pi_rl", logs / "eval_pi_rl.log")
     rows = read_metrics(improved / "metrics.jsonl")
     steps_used = int(rows[-1]["progress/env_steps"])
-    summary = Summary(TASK, seed, NUM_EVALUATIONS, before, after, steps_used, round(minutes, 2), str(checkpoint))
+    summary = Summary(
+        TASK, seed, NUM_EVALUATIONS, before, after, steps_used, round(minutes, 2), str(checkpoint)
+    )
     (output / "summary.json").write_text(json.dumps(asdict(summary), indent=4) + "\n")
     draw_curve(rows, summary, output / "learning_curve.png")
     return summary

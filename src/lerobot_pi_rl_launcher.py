@@ -62,7 +62,9 @@ def with_output_dir(arguments: list[str]) -> list[str]:
 def start(name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only."""
     return subprocess.Popen(
-        [sys.executable, "-m", __spec__.name, name, *arguments], start_new_session=True, preexec_fn=_die_with_parent
+        [sys.executable, "-m", __spec__.name, name, *arguments],
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
     )
 
 
@@ -166,7 +168,9 @@ def _run(name: str) -> None:
 
     LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
     """
-    logging.getLogger("lerobot.utils.import_utils").addFilter(lambda record: "torchcodec" not in record.getMessage())
+    logging.getLogger("lerobot.utils.import_utils").addFilter(
+        lambda record: "torchcodec" not in record.getMessage()
+    )
     importlib.import_module(f"lerobot_policy_pi_rl.scripts.{name}").main()
 
 

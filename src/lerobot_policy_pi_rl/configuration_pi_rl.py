@@ -38,7 +38,11 @@ class ExplorerConfig:
     def __post_init__(self) -> None:
         """Checks the fields against each other."""
         name = "policy.explorer"
-        check(self.kind in EXPLORERS, f"{name}.kind", f"{self.kind!r} is unknown; choose one of {list(EXPLORERS)}")
+        check(
+            self.kind in EXPLORERS,
+            f"{name}.kind",
+            f"{self.kind!r} is unknown; choose one of {list(EXPLORERS)}",
+        )
         if self.recording is None:
             self.recording = "joint" if self.kind == "flow_noise" else "hybrid"
         check(
@@ -46,7 +50,9 @@ class ExplorerConfig:
             f"{name}.recording",
             f"{self.recording!r} is unknown; choose one of {list(RECORDINGS)}",
         )
-        check(self.noise_level > 0, f"{name}.noise_level", f"must be above 0 to explore, got {self.noise_level}")
+        check(
+            self.noise_level > 0, f"{name}.noise_level", f"must be above 0 to explore, got {self.noise_level}"
+        )
         check(
             self.kind != "flow_cps" or self.noise_level <= 1,
             f"{name}.noise_level",
@@ -172,7 +178,10 @@ class PIRLConfig(PreTrainedConfig):
             ConfigError: If no observation or no action feature is there.
         """
         if not self.input_features:
-            raise ConfigError("policy.input_features", "is empty; the data set or environment must give observations")
+            raise ConfigError(
+                "policy.input_features", "is empty; the data set or environment must give observations"
+            )
         if self.action_feature is None:
-            raise ConfigError("policy.output_features", f"has no {ACTION!r}; the data set or environment must give it")
-
+            raise ConfigError(
+                "policy.output_features", f"has no {ACTION!r}; the data set or environment must give it"
+            )

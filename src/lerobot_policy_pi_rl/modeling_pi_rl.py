@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
-
 from lerobot.policies.pretrained import ActionSelectKwargs, PreTrainedPolicy
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from . import processor_pi_rl  # noqa: F401  registers the processor steps that checkpoints name
 from .bases.adapter import FlowBase
@@ -121,7 +120,7 @@ class PIRLPolicy(PreTrainedPolicy):
         return torch.randn(shape, device=like.device, generator=generator)
 
     @torch.no_grad()
-    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:
+    def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]
         """Predicts a chunk by the ODE, without exploration.
 
         Args:
@@ -139,7 +138,7 @@ class PIRLPolicy(PreTrainedPolicy):
         return x[..., : self.base.real_action_dim]
 
     @torch.no_grad()
-    def select_action(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:
+    def select_action(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]
         """Next action `[B, A]`; predicts a new chunk when the last one is used up."""
         if not self._queue:
             chunk = self.predict_action_chunk(batch, **kwargs)[:, : self.config.n_action_steps]
@@ -205,9 +204,13 @@ class PIRLPolicy(PreTrainedPolicy):
             ValueError: If names or shapes differ from this policy's trainable tensors.
         """
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        wrong = sorted(own.keys() ^ tensors.keys()) or [n for n, p in own.items() if p.shape != tensors[n].shape]
+        wrong = sorted(own.keys() ^ tensors.keys()) or [
+            n for n, p in own.items() if p.shape != tensors[n].shape
+        ]
         if wrong:
-            raise ValueError(f"pushed weights do not fit this policy: {wrong[:3]} differ; start both from one config")
+            raise ValueError(
+                f"pushed weights do not fit this policy: {wrong[:3]} differ; start both from one config"
+            )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
@@ -226,6 +229,7 @@ class PIRLPolicy(PreTrainedPolicy):
         wrong = sorted(name for name in differing if not name.startswith("noise_network."))
         if wrong:
             raise ConfigError(
-                "policy.path", f"{model_file} does not fit the configured base: {wrong[:3]} are missing or not expected"
+                "policy.path",
+                f"{model_file} does not fit the configured base: {wrong[:3]} are missing or not expected",
             )
         return super()._load_as_safetensor(model, model_file, map_location, strict=False)

@@ -1,21 +1,19 @@
 """Pre- and post-processing of the `pi_rl` policy: the base's own."""
 
+import itertools
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, PolicyAction, TransitionKey
 from lerobot.processor import PolicyProcessorPipeline, ProcessorStep, ProcessorStepRegistry
 from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
+from torch import Tensor
 
 from .bases.configuration import TASK_EMBEDDING, CompactConfig
 from .configuration_pi_rl import PIRLConfig
-
-
 
 # A state component that hardly moved in the demonstrations is divided by this share of the feature's largest
 # deviation, not by its own: a quaternion that was constant to 1e-9 must not explode when it moves by 1e-3.
@@ -36,7 +34,7 @@ def embed_text(text: str, dim: int) -> Tensor:
     """
     words = text.lower().split()
     vector = torch.zeros(dim)
-    for token in words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]:
+    for token in words + [f"{a} {b}" for a, b in itertools.pairwise(words)]:
         code = zlib.crc32(token.encode())
         vector[code % dim] += 1.0 if code >> 31 else -1.0
     return vector / vector.norm().clamp(min=1e-6)
@@ -85,14 +83,17 @@ class TaskEmbeddingProcessorStep(ProcessorStep):
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
     ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
         """The embedding is an extra observation feature."""
-        features[PipelineFeatureType.OBSERVATION][TASK_EMBEDDING] = PolicyFeature(FeatureType.LANGUAGE, (self.dim,))
+        features[PipelineFeatureType.OBSERVATION][TASK_EMBEDDING] = PolicyFeature(
+            FeatureType.LANGUAGE, (self.dim,)
+        )
         return features
 
 
 def make_pi_rl_pre_post_processors(
     config: PIRLConfig, dataset_stats: dict[str, dict[str, Tensor]] | None = None
 ) -> tuple[
-    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]], PolicyProcessorPipeline[PolicyAction, PolicyAction]
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
     """Makes the pipelines of a new policy; those of a checkpoint are loaded by LeRobot from its files.
 
@@ -110,7 +111,8 @@ def make_pi_rl_pre_post_processors(
     if isinstance(config.base, CompactConfig) and config.base.task_dim > 0:
         inputs.append(TaskEmbeddingProcessorStep(config.base.task_dim))
     return make_policy_processor_pipelines(
-        input_steps=[*inputs, steps.to_device, steps.normalize], output_steps=[steps.unnormalize, steps.to_cpu]
+        input_steps=[*inputs, steps.to_device, steps.normalize],
+        output_steps=[steps.unnormalize, steps.to_cpu],
     )
 
 

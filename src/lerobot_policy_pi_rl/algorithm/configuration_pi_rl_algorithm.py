@@ -42,7 +42,13 @@ class CollectionConfig:
     def __post_init__(self) -> None:
         """Checks the fields."""
         name = "algorithm.collection"
-        for key, least in (("num_envs", 1), ("num_workers", 0), ("decisions", 1), ("num_actors", 1), ("actor_id", 0)):
+        for key, least in (
+            ("num_envs", 1),
+            ("num_workers", 0),
+            ("decisions", 1),
+            ("num_actors", 1),
+            ("actor_id", 0),
+        ):
             value = getattr(self, key)
             check(value >= least, f"{name}.{key}", f"must be at least {least}, got {value}")
         check(
@@ -150,7 +156,15 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         for name in ("epochs", "minibatch_size"):
             value = getattr(self, name)
             check(value >= 1, f"algorithm.{name}", f"must be at least 1, got {value}")
-        for name in ("clip_ratio", "lr", "critic_lr", "grad_clip_norm", "target_kl", "kl_stop", "huber_delta"):
+        for name in (
+            "clip_ratio",
+            "lr",
+            "critic_lr",
+            "grad_clip_norm",
+            "target_kl",
+            "kl_stop",
+            "huber_delta",
+        ):
             value = getattr(self, name)
             check(value > 0, f"algorithm.{name}", f"must be above 0, got {value}")
         check(self.lr_factor > 1, "algorithm.lr_factor", f"must be above 1, got {self.lr_factor}")
@@ -168,9 +182,10 @@ def refuse_stock_command() -> None:
         SystemExit: Under `python -m lerobot.rl.learner` or `lerobot.rl.actor`.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    command = STOCK_COMMANDS.get(getattr(spec, "name", "") or "")
+    running = getattr(spec, "name", None)
+    command = STOCK_COMMANDS.get(str(running))
     if command:
         raise SystemExit(
-            f"error: {spec.name} keeps a replay buffer of single steps and cannot train pi_rl; "
+            f"error: {running} keeps a replay buffer of single steps and cannot train pi_rl; "
             f"run {command} with the same arguments instead"
         )

@@ -33,4 +33,8 @@ class Critic(nn.Module):
     @torch.no_grad()
     def value(self, features: Tensor, rows_at_once: int = 4096) -> Tensor:
         """Value of many rows without gradients, in slices that bound memory."""
-        return torch.cat([self(part) for part in features.split(rows_at_once)]) if len(features) else features[:, 0]
+        return (
+            torch.cat([self(part) for part in features.split(rows_at_once)])
+            if len(features)
+            else features[:, 0]
+        )

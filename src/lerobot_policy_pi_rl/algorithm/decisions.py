@@ -99,7 +99,9 @@ class DecisionBatch:
         return DecisionBatch(
             observation={key: torch.cat([batch.observation[key] for batch in batches]) for key in keys},
             task=[task for batch in batches for task in batch.task],
-            next_row=torch.cat([batch.next_row + offset for batch, offset in zip(batches, offsets, strict=True)]),
+            next_row=torch.cat(
+                [batch.next_row + offset for batch, offset in zip(batches, offsets, strict=True)]
+            ),
             next_observation={
                 key: torch.cat([batch.next_observation[key] for batch in batches]) for key in keys
             },

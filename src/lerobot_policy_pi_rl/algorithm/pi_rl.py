@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
-
 from lerobot.rl.algorithms.base import RLAlgorithm
 from lerobot.rl.algorithms.configs import TrainingStats
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 
 from ..flow.density import kl_divergence
 from ..flow.sampler import Score, executed_sum
@@ -62,7 +61,9 @@ class Batch:
         """The given rows."""
         rows = rows.to(self.value.device)
         tensors = {
-            name: value[rows] for name, value in vars(self).items() if name not in ("observation", "reference")
+            name: value[rows]
+            for name, value in vars(self).items()
+            if name not in ("observation", "reference")
         }
         reference = self.reference and Gaussian(self.reference.mean[rows], self.reference.std[rows])
         observation = {key: value[rows] for key, value in self.observation.items()}
@@ -153,7 +154,9 @@ class PIRLAlgorithm(RLAlgorithm):
         """The critic and, if there is one, the reference policy."""
         state = {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
         if self.reference is not None:
-            state |= {f"reference.{name}": value.clone() for name, value in self.reference.state_dict().items()}
+            state |= {
+                f"reference.{name}": value.clone() for name, value in self.reference.state_dict().items()
+            }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
@@ -262,7 +265,8 @@ class PIRLAlgorithm(RLAlgorithm):
         error = float((log_ratio.exp() - 1).abs().max())
         if not error <= self.ratio_tolerance:
             raise RatioError(
-                f"the first minibatch's probability ratio is off by {error:.2e} (tolerance {self.ratio_tolerance:.0e}): "
+                f"the first minibatch's probability ratio is off by {error:.2e} "
+                f"(tolerance {self.ratio_tolerance:.0e}): "
                 "actor and learner do not compute the same density; check that both run the same version and config"
             )
         return error
@@ -280,7 +284,9 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def _policy_step(self, part: Batch, averages: Averages, last_epoch: Averages) -> int:
         config, score = self.config, self._score(part)
-        result = policy_loss(self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip)
+        result = policy_loss(
+            self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip
+        )
         entropy = executed_sum(score.entropy, part.executed).mean()
         loss = result.loss - config.entropy_coef * entropy
         if part.reference is not None:
@@ -288,7 +294,10 @@ class PIRLAlgorithm(RLAlgorithm):
             loss = loss + config.kl_coef * kl
             averages.add(reference_kl=kl)
         averages.add(
-            policy_loss=result.loss, approx_kl=result.approx_kl, clip_fraction=result.clip_fraction, entropy=entropy
+            policy_loss=result.loss,
+            approx_kl=result.approx_kl,
+            clip_fraction=result.clip_fraction,
+            entropy=entropy,
         )
         last_epoch.add(approx_kl=result.approx_kl)
         return self._step("policy", loss, averages)

@@ -4,9 +4,8 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-
 from lerobot.utils.constants import ACTION
+from torch import Tensor, nn
 
 from .adapter import FlowBase, Velocity
 from .configuration import TASK_EMBEDDING, CompactConfig
@@ -14,8 +13,11 @@ from .configuration import TASK_EMBEDDING, CompactConfig
 if TYPE_CHECKING:
     from ..configuration_pi_rl import PIRLConfig
 
+
 class TimeFeatures(nn.Module):
     """Sine and cosine features of the denoising time, `[B] -> [B, dim]`."""
+
+    frequencies: Tensor
 
     def __init__(self, dim: int) -> None:
         """Spaces the periods geometrically from 4e-3 to 4, as pi0 does."""
@@ -75,7 +77,9 @@ class CompactBase(FlowBase):
             config: The policy's configuration, with `input_features` and `output_features` filled in.
         """
         super().__init__()
-        assert isinstance(config.base, CompactConfig) and config.action_feature and config.input_features
+        assert isinstance(config.base, CompactConfig)
+        assert config.action_feature is not None
+        assert config.input_features is not None
         self.settings = config.base
         self.chunk_size = config.chunk_size
         self.action_dim = self.real_action_dim = config.action_feature.shape[0]
@@ -99,7 +103,9 @@ class CompactBase(FlowBase):
         parts = [batch[key].clamp(-clip, clip) for key in self.vectors]
         if self.settings.task_dim:
             parts.append(batch[TASK_EMBEDDING])
-        parts += [encoder(batch[key].float()) for key, encoder in zip(self.images, self.encoders, strict=True)]
+        parts += [
+            encoder(batch[key].float()) for key, encoder in zip(self.images, self.encoders, strict=True)
+        ]
         return torch.cat(parts, dim=1)
 
     def encode(self, batch: dict[str, Tensor]) -> Tensor:
@@ -131,5 +137,9 @@ class CompactBase(FlowBase):
         t = (beta.sample((action.shape[0],)) * 0.999 + 0.001).to(action)
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * action
         error = (self.velocity(self.encode(batch), x_t, t).velocity - (noise - action)) ** 2
-        real = ~batch["action_is_pad"] if "action_is_pad" in batch else torch.ones_like(error[..., 0], dtype=torch.bool)
+        real = (
+            ~batch["action_is_pad"]
+            if "action_is_pad" in batch
+            else torch.ones_like(error[..., 0], dtype=torch.bool)
+        )
         return (error.mean(-1) * real).sum() / real.sum().clamp(min=1)

@@ -30,7 +30,8 @@ class BaseConfig(draccus.ChoiceRegistry):
         choices = cls.get_known_choices()
         if name not in choices:
             raise ConfigError(
-                "policy.base.type", f"{name!r} is not a flow-matching base policy; choose one of {sorted(choices)}"
+                "policy.base.type",
+                f"{name!r} is not a flow-matching base policy; choose one of {sorted(choices)}",
             )
         return choices[name]
 

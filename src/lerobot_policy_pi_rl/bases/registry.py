@@ -31,7 +31,9 @@ def make_base(config: "PIRLConfig") -> FlowBase:
     """
     assert config.base is not None
     if config.base.type not in _FACTORIES:
-        raise ConfigError("policy.base.type", f"{config.base.type!r} has no adapter; have {sorted(_FACTORIES)}")
+        raise ConfigError(
+            "policy.base.type", f"{config.base.type!r} has no adapter; have {sorted(_FACTORIES)}"
+        )
     return _FACTORIES[config.base.type](config)
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def time_grid(num_steps: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+def time_grid(
+    num_steps: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Times of the K denoising steps and of the action end.
 
     Args:

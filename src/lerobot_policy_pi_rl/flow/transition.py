@@ -65,7 +65,9 @@ def step_std(kind: StepKind, t: Tensor, t_next: Tensor, noise_level: float) -> T
         return noise_level * torch.sqrt(t / distance * (t - t_next))
     if kind == "flow_cps":
         return t_next * math.sin(math.pi / 2 * noise_level)
-    raise ValueError(f"step kind {kind!r} has no closed-form deviation; choose one of ode, flow_sde, flow_cps")
+    raise ValueError(
+        f"step kind {kind!r} has no closed-form deviation; choose one of ode, flow_sde, flow_cps"
+    )
 
 
 def transition(

@@ -86,7 +86,9 @@ class Actor:
 
     def _evaluate(self, version: int) -> None:
         """Runs this actor's share of the validation starts and reports it."""
-        share = self._validation[self._collection.actor_id % self._collection.num_actors :: self._collection.num_actors]
+        share = self._validation[
+            self._collection.actor_id % self._collection.num_actors :: self._collection.num_actors
+        ]
         began = time.perf_counter()
         result = evaluate(self._player, self._groups, share)
         self._client.send_interaction(

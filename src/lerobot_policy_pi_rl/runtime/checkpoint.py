@@ -36,7 +36,7 @@ COUNTERS = "counters.json"
 FILE_SIZES = "file_sizes.json"
 ALGORITHM_TENSORS = "model.safetensors"
 
-# Names that no step has, for directories of a write that has not finished.
+
 BEST_CHECKPOINT_LINK = "best"
 ASIDE = ".writing-"
 REPLACED = ".replaced-"

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from lerobot.envs import EnvConfig
 from lerobot.utils.constants import ACTION
+from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch

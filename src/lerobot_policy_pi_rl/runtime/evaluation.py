@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from lerobot.utils.constants import ACTION
+from torch import Tensor
 
 from .collector import Group
 from .pipeline import Player
@@ -88,7 +87,9 @@ def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluati
     """
     places = [np.arange(number, len(seeds), len(groups)) for number in range(len(groups))]
     shares = {
-        number: _Share(player, groups[number], seeds[place]) for number, place in enumerate(places) if len(place)
+        number: _Share(player, groups[number], seeds[place])
+        for number, place in enumerate(places)
+        if len(place)
     }
     while any(share.unfinished for share in shares.values()):
         working = [share for share in shares.values() if share.unfinished]

@@ -83,7 +83,9 @@ class Gatherer:
         """
         wanted = self._collection.num_actors
         if not self._service.wait_connected(wanted, timeout=0.0):
-            logger.info("Waiting for %d actor(s); start them with lerobot-pi-rl-actor and the same config", wanted)
+            logger.info(
+                "Waiting for %d actor(s); start them with lerobot-pi-rl-actor and the same config", wanted
+            )
         while not self._service.wait_connected(wanted, POLL_S):
             self._look_around()
 

@@ -103,7 +103,7 @@ class Learner:
         self._algorithm.seed = cfg.seed or 0
         self._rollouts = Rollouts()
         checkpoint.remove_unfinished(self._output_dir)
-        self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)  # type: ignore[arg-type]
+        self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
         self._metrics = MetricsWriter(
@@ -115,7 +115,10 @@ class Learner:
         )
         link = policy_cfg.actor_learner_config
         self._service = PIRLLearnerService(
-            agreed_settings(cfg, self._player), algorithm_cfg.collection.max_actors, MAX_MESSAGE_BYTES, INBOX_CAPACITY
+            agreed_settings(cfg, self._player),
+            algorithm_cfg.collection.max_actors,
+            MAX_MESSAGE_BYTES,
+            INBOX_CAPACITY,
         )
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port)
         spec = wire_spec(cfg, self._player)
@@ -243,7 +246,9 @@ class Learner:
     def _resume(self) -> Progress:
         """Loads everything but the policy, which `make_player` loaded."""
         assert self._cfg.checkpoint_path is not None
-        resumed = checkpoint.load(self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers())
+        resumed = checkpoint.load(
+            self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers()
+        )
         logger.info("Resuming at version %d from %s", resumed.step, self._cfg.checkpoint_path)
         return Progress(**resumed.counters)  # type: ignore[arg-type]  # whole numbers come back whole
 

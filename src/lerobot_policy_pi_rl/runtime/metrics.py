@@ -146,7 +146,11 @@ class MetricsWriter:
         """Moves the bar; without a terminal, prints a line now and then, and at the end."""
         done = int(values.get(POSITION, 0))
         self._newest.update(values)
-        texts = [f"{label} {_text(self._newest[name])}" for label, name in self._shown.items() if name in self._newest]
+        texts = [
+            f"{label} {_text(self._newest[name])}"
+            for label, name in self._shown.items()
+            if name in self._newest
+        ]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(texts), refresh=False)
             self._bar.update(done - self._bar.n)
@@ -179,7 +183,9 @@ def cut_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    lines = [line for line in read(path) if line[STEP] < step or (line[STEP] == step and EVALUATION not in line)]
+    lines = [
+        line for line in read(path) if line[STEP] < step or (line[STEP] == step and EVALUATION not in line)
+    ]
     kept = "".join(json.dumps(line) + "\n" for line in lines)
     aside = path.with_suffix(".part")
     aside.write_text(kept, encoding="utf-8")

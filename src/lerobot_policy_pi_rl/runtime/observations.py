@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import EnvConfig, make_env_pre_post_processors, preprocess_observation
+from torch import Tensor
 
 from .environments import Observation, nested
 from .wire import TensorField

@@ -6,12 +6,10 @@ import io
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import draccus
 import torch
-from torch import Tensor
-
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs import EnvConfig, env_to_policy_features
@@ -19,6 +17,7 @@ from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
+from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from ..configuration_pi_rl import PIRLConfig
@@ -43,7 +42,6 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     # Set by the actor's command: it runs next to a learner that made the output folder, and never loads its
     # checkpoints. Not annotated, so it is no setting and is not saved.
     is_actor = False
-    _stated_output_dir: ClassVar[Path | None] = None
 
     def validate(self) -> None:
         """Completes and checks the configuration.
@@ -52,26 +50,30 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             ConfigError: If a setting cannot work.
             FileExistsError: If the output folder is taken and the run is not resumed.
         """
-        if self.algorithm is None:
+        if self.algorithm is None:  # type: ignore[has-type]  # LeRobot's classes are not typed for mypy
             self.algorithm = PIRLAlgorithmConfig()
         if not isinstance(self.algorithm, PIRLAlgorithmConfig):
             raise ConfigError(
-                "algorithm.type", f"{self.algorithm.type!r} is trained by lerobot.rl.learner; this command trains pi_rl"
+                "algorithm.type",
+                f"{self.algorithm.type!r} is trained by lerobot.rl.learner; this command trains pi_rl",
             )
         if self.env is None:
             raise ConfigError("env.type", "is missing; online training needs an environment")
+        if self.resume:
+            self._resume_policy()
         self._validate_as_lerobot_does()
         if not isinstance(self.policy, PIRLConfig):
-            raise ConfigError("policy.type", f"is {self.policy and self.policy.type!r}; this command trains 'pi_rl'")
+            raise ConfigError(
+                "policy.type", f"is {self.policy and self.policy.type!r}; this command trains 'pi_rl'"
+            )
         self.algorithm.policy_config = self.policy
 
     def _validate_as_lerobot_does(self) -> None:
         """Runs LeRobot's own checks around two assumptions that do not hold here."""
-        stated, output_dir = self.dataset, self.output_dir
+        stated, output_dir = self.dataset, self.output_dir  # type: ignore[has-type]
         if stated is None:
             # LeRobot reads `dataset.repo_id` whatever the training is.
             self.dataset = DatasetConfig(repo_id="none")
-        self._stated_output_dir = output_dir
         # It refuses an output folder that exists, but learner and actors write their logs to the same one.
         self.output_dir = None
         if output_dir is not None and not self.is_actor and not self.resume:
@@ -84,14 +86,17 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     def _check_unused(output_dir: Path) -> None:
         if (output_dir / CHECKPOINTS_DIR).exists():
             raise ConfigError(
-                "output_dir", f"{output_dir} holds the checkpoints of a run; add --resume=true or name another folder"
+                "output_dir",
+                f"{output_dir} holds the checkpoints of a run; add --resume=true or name another folder",
             )
 
     def _resolve_pretrained_from_cli(self) -> None:
-        """Takes the policy from the checkpoint of the run when it is resumed, else from `--policy.path`."""
+        """Takes the policy from `--policy.path`; that of a resumed run comes from its checkpoint."""
         if not self.resume:
             super()._resolve_pretrained_from_cli()
-            return
+
+    def _resume_policy(self) -> None:
+        """Takes the policy from the checkpoint to resume from."""
         self.checkpoint_path = self.find_checkpoint()
         verify(self.checkpoint_path)
         folder = self.checkpoint_path / PRETRAINED_MODEL_DIR
@@ -111,7 +116,9 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if folder.name == PRETRAINED_MODEL_DIR:
             return folder.resolve().parent
         if self._stated_output_dir is None:
-            raise ConfigError("resume", "needs the --output_dir of the run, or --config_path of one of its checkpoints")
+            raise ConfigError(
+                "resume", "needs the --output_dir of the run, or --config_path of one of its checkpoints"
+            )
         return find_last(self._stated_output_dir)
 
 
@@ -152,7 +159,9 @@ class Player:
 
 def parts(cfg: PIRLTrainConfig) -> tuple[PIRLConfig, PIRLAlgorithmConfig, EnvConfig]:
     """The three parts of a validated configuration, with their own types."""
-    assert isinstance(cfg.policy, PIRLConfig) and isinstance(cfg.algorithm, PIRLAlgorithmConfig) and cfg.env
+    assert isinstance(cfg.policy, PIRLConfig)
+    assert isinstance(cfg.algorithm, PIRLAlgorithmConfig)
+    assert cfg.env is not None
     return cfg.policy, cfg.algorithm, cfg.env
 
 
@@ -183,7 +192,9 @@ def check_checkpoint(policy_cfg: PIRLConfig) -> None:
     """Raises one clear line when a local checkpoint path holds no policy."""
     path = policy_cfg.pretrained_path
     if path is not None and Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
-        raise ConfigError("policy.path", f"{path} holds no policy (no config.json); name a pretrained_model folder")
+        raise ConfigError(
+            "policy.path", f"{path} holds no policy (no config.json); name a pretrained_model folder"
+        )
 
 
 def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig) -> None:
@@ -196,7 +207,9 @@ def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig) -> None:
     wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
     for key, feature in wanted.items():
         if key not in offered:
-            raise ConfigError("env.type", f"{env_cfg.type!r} does not give {key!r}; it gives {sorted(offered)}")
+            raise ConfigError(
+                "env.type", f"{env_cfg.type!r} does not give {key!r}; it gives {sorted(offered)}"
+            )
         if tuple(offered[key].shape) != tuple(feature.shape):
             raise ConfigError(
                 "env.type",

@@ -1,7 +1,6 @@
 """`lerobot-pi-rl-actor`: collects decisions for a learner."""
 
 import torch
-
 from lerobot.configs import parser
 
 from ..runtime.pipeline import PIRLTrainConfig, parts

@@ -8,7 +8,6 @@ from pathlib import Path
 from threading import Event
 
 from draccus.utils import DraccusException
-
 from lerobot.utils.import_utils import register_third_party_plugins
 
 from ..algorithm.pi_rl import RatioError
