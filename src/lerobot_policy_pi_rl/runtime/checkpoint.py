@@ -35,9 +35,9 @@ from torch.optim import Optimizer
 COUNTERS = "counters.json"
 FILE_SIZES = "file_sizes.json"
 ALGORITHM_TENSORS = "model.safetensors"
-
-
 BEST_CHECKPOINT_LINK = "best"
+
+# Names that no step has, for directories of a write that has not finished.
 ASIDE = ".writing-"
 REPLACED = ".replaced-"
 
