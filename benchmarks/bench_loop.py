@@ -9,6 +9,7 @@ are start-up, checkpoints and evaluations: how much they weigh is for the user t
 """
 
 import contextlib
+import itertools
 import json
 import socket
 import statistics
@@ -203,7 +204,8 @@ def rows(speeds: list[float], turns: list[Turn]) -> list[dict]:
         speeds: Bare steps per second around the turns, one more than turns.
         turns: Of the loop.
     """
-    ratios = [turn.steps / turn.wall / ((a + b) / 2) for turn, a, b in zip(turns, speeds, speeds[1:], strict=True)]
+    around = [statistics.mean(pair) for pair in itertools.pairwise(speeds)]
+    ratios = [turn.steps / turn.wall / bare for turn, bare in zip(turns, around, strict=True)]
     speed = statistics.median(turn.steps / turn.wall for turn in turns)
     detail = (
         f"{speed:,.0f} against {statistics.median(speeds):,.0f} steps/s, {len(turns)} rounds "

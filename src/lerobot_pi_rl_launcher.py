@@ -42,10 +42,12 @@ def setting(arguments: Sequence[str], name: str) -> object:
     """A setting from the command line, or from the configuration file, or None."""
     if (given := option(arguments, name)) is not None:
         return given
-    path = option(arguments, "config_path")
-    if path is None or not Path(path).is_file():
+    path = Path(option(arguments, "config_path") or "")
+    # LeRobot also takes the folder of a checkpoint.
+    path = path / "train_config.json" if path.is_dir() else path
+    if not path.is_file():
         return None
-    value: object = json.loads(Path(path).read_text())
+    value: object = json.loads(path.read_text())
     for key in name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
@@ -82,6 +84,7 @@ class Supervisor:
         self._learner = start("learner", arguments)
         self._actors = {number: self._start_actor(number) for number in range(num_actors)}
         self._restarts = 0
+        self._gave_up = False
 
     def _start_actor(self, number: int) -> subprocess.Popen[bytes]:
         return start("actor", [*self._arguments, f"--algorithm.collection.actor_id={number}"])
@@ -100,6 +103,7 @@ class Supervisor:
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
             say(f"actor {number} ended again (exit code {code}); ending the run, see its log")
+            self._gave_up = True
             self._learner.terminate()
             self._wait([self._learner])
             return
@@ -116,7 +120,9 @@ class Supervisor:
             for actor in self._actors.values():
                 actor.terminate()
         self._wait(list(self._actors.values()))
-        return self._learner.returncode
+        code = self._learner.returncode
+        # As a shell does: 128 and the signal's number.
+        return 128 - code if code < 0 else code or int(self._gave_up)
 
     @staticmethod
     def _wait(processes: list[subprocess.Popen[bytes]]) -> None:

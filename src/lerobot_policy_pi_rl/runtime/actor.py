@@ -1,5 +1,6 @@
 """The actor: receives weights, collects decisions with them, sends them to the learner."""
 
+import contextlib
 import logging
 import time
 from dataclasses import asdict
@@ -51,24 +52,33 @@ class Actor:
         Raises:
             ConnectionError: If the learner cannot be reached, refuses, or does not come back.
         """
-        self._client.connect(self._collection.connect_timeout_s)
-        logger.info("Actor %d is connected", self._collection.actor_id)
+        self._client.connect(self._collection.connect_timeout_s, self._stop)
+        if not self._stop.is_set():
+            logger.info("Actor %d is connected", self._collection.actor_id)
         version, fresh = -1, True
         while not self._stop.is_set():
             try:
                 weights = self._client.wait_weights(version, POLL_S)
-                if weights is None:
-                    continue
+            except LearnerLost as error:
+                self._reconnect(error)
+                version, fresh = -1, True
+                continue
+            if weights is None:
+                continue
+            # Lost while it collected: the next wait says so, or has the final weights that came before the end.
+            with contextlib.suppress(LearnerLost):
                 if self._serve(weights, fresh):
                     return
-                version, fresh = weights.header.version, False
-            except LearnerLost as error:
-                if self._stop.is_set():
-                    return
-                logger.warning("%s; waiting up to %.0f s for it", error, self._collection.connect_timeout_s)
-                self._client.reconnect(self._collection.connect_timeout_s)
-                logger.info("Actor %d is connected again", self._collection.actor_id)
-                version, fresh = -1, True
+            version, fresh = weights.header.version, False
+
+    def _reconnect(self, error: LearnerLost) -> None:
+        """Waits for a learner that was there, unless this actor is asked to leave."""
+        if self._stop.is_set():
+            return
+        logger.warning("%s; waiting up to %.0f s for it", error, self._collection.connect_timeout_s)
+        self._client.reconnect(self._collection.connect_timeout_s, self._stop)
+        if not self._stop.is_set():
+            logger.info("Actor %d is connected again", self._collection.actor_id)
 
     def _serve(self, weights: Weights, fresh: bool) -> bool:
         """Does what one message of weights asks for; true when it is the last."""

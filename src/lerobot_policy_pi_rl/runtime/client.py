@@ -284,11 +284,12 @@ class LearnerClient:
             return LinkState.NEW
         return LinkState.LOST if self._link.broken else LinkState.CONNECTED
 
-    def connect(self, timeout_s: float = 120.0) -> None:
+    def connect(self, timeout_s: float = 120.0, stop: threading.Event | None = None) -> None:
         """Waits for the learner and opens the streams.
 
         Args:
             timeout_s: Longest wait.
+            stop: Set from outside to end the wait; there is then no connection, and no error.
 
         Raises:
             LearnerUnreachable: Nobody answered in time.
@@ -297,7 +298,7 @@ class LearnerClient:
         """
         began = time.monotonic()
         told = began
-        while not self._closing.is_set():
+        while not (self._closing.is_set() or (stop is not None and stop.is_set())):
             error = self._attempt()
             now = time.monotonic()
             if error is None:
@@ -315,7 +316,7 @@ class LearnerClient:
             f"{self._command}"
         )
 
-    def reconnect(self, timeout_s: float = 120.0) -> None:
+    def reconnect(self, timeout_s: float = 120.0, stop: threading.Event | None = None) -> None:
         """Drops a broken connection, with what was queued on it, and connects again.
 
         The learner may be a resumed one whose versions are lower: ask `wait_weights` for any version next.
@@ -326,13 +327,14 @@ class LearnerClient:
         if self._link is not None:
             self._link.close(flush_s=0.0)
             self._link = None
-        self.connect(timeout_s)
+        self.connect(timeout_s, stop)
 
     def wait_weights(self, newer_than: int, timeout: float | None = None) -> Weights | None:
         """Waits for weights; only ever the newest that arrived.
 
         Args:
-            newer_than: Version that the actor already has; -1 for any.
+            newer_than: Version that the actor already has; -1 for any. Final weights always count as newer: a
+                learner that is stopped repeats its version with them.
             timeout: Seconds to wait; None waits until there are some.
 
         Returns:
@@ -345,13 +347,14 @@ class LearnerClient:
         link = self._connected_link()
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            fresh = link.weights is not None and link.weights.header.version > newer_than
+            held = link.weights
+            fresh = held is not None and (held.header.final or held.header.version > newer_than)
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             payload = link.take(0.0 if fresh else rest)
             if payload is not None:
                 link.weights = decode_weights(payload)
             elif fresh:
-                return link.weights
+                return held
             elif link.broken:
                 raise LearnerLost(self._lost_text(link))
             else:

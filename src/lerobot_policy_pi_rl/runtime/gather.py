@@ -21,6 +21,19 @@ POLL_S = 0.2
 STATISTICS_S = 5.0
 
 
+# Why something that arrived is kept from the algorithm.
+DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "malformed_messages")
+# What the learner reads of an actor's statistics, beside their kind and version.
+STATISTICS = {
+    "collection": ("episodes", "successes", "return_sum", "length_sum", "seconds", "latency"),
+    "evaluation": ("episodes", "successes"),
+}
+
+
+class NothingUsable(RuntimeError):
+    """Every decision of an iteration had to be dropped; the text is one line."""
+
+
 class Stopped(Exception):
     """The learner was asked to stop while it waited."""
 
@@ -72,7 +85,7 @@ class Gatherer:
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
         self._statistics: dict[tuple[str, int, int], dict[str, Scalar]] = {}
         self._last_arrival = time.monotonic()
-        self.dropped: Counter[str] = Counter()
+        self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         self.actors_left = 0
 
     def wait_for_actors(self) -> None:
@@ -101,6 +114,7 @@ class Gatherer:
 
         Raises:
             Stopped: If the learner was asked to stop.
+            NothingUsable: If every actor has delivered and nothing of it could be kept.
         """
         began = self._last_arrival = time.monotonic()
         iteration = _Iteration(version)
@@ -118,11 +132,15 @@ class Gatherer:
         return Gathered(decisions, found["collection"], found["evaluation"], time.monotonic() - began)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
-        """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds."""
+        """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
+
+        Raises:
+            Stopped: If the learner was asked to stop.
+        """
         deadline = time.monotonic() + timeout_s
         expected = {info.actor for info in self._service.connected()}
         while time.monotonic() < deadline:
-            self._read_interactions()
+            self._look_around()
             here = {actor for kind, actor, of in self._statistics if kind == "evaluation" and of == version}
             if expected & {info.actor for info in self._service.connected()} <= here:
                 break
@@ -138,8 +156,8 @@ class Gatherer:
         """Raises when every actor has delivered and nothing of it could be kept."""
         connected = {info.actor for info in self._service.connected()}
         if connected and connected <= iteration.delivered and not iteration.batches:
-            raise RuntimeError(
-                f"every decision of version {iteration.version} was dropped ({dict(self.dropped)}); "
+            raise NothingUsable(
+                f"every decision of version {iteration.version} was dropped ({dict(+self.dropped)}); "
                 "the policy or the environment gives numbers that are not finite"
             )
 
@@ -184,6 +202,10 @@ class Gatherer:
         if rollout.header.version != iteration.version:
             self.dropped["stale_decisions"] += len(rollout.decisions)
             return
+        if message.actor in iteration.delivered:
+            # It came back after a crash and collected its quota a second time: the same environments, twice.
+            self.dropped["repeated_decisions"] += len(rollout.decisions)
+            return
         decisions = self._keep(rollout.decisions, iteration.version)
         if len(decisions):
             iteration.batches.append(decisions)
@@ -226,8 +248,10 @@ class Gatherer:
         try:
             values = decode_interaction(message.payload)
             kind, version = values.get("kind"), values.get("version")
-            if kind not in ("collection", "evaluation") or not isinstance(version, int):
-                raise WireError("an interaction needs a kind (collection or evaluation) and a version")
+            if kind not in STATISTICS or type(version) is not int:
+                raise WireError(f"an interaction needs a kind (one of {list(STATISTICS)}) and a version")
+            for name in STATISTICS[str(kind)]:
+                _check_statistic(name, values.get(name))
         except WireError as error:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
@@ -239,3 +263,9 @@ class Gatherer:
         keys = sorted(key for key in self._statistics if key[0] == kind and key[2] <= version)
         found = {key: self._statistics.pop(key) for key in keys}
         return [values for key, values in found.items() if key[2] == version]
+
+
+def _check_statistic(name: str, value: Scalar | None) -> None:
+    """A statistic is a number that a metric can be made of."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= 2**63:
+        raise WireError(f"interaction {name}: {ascii(value)[:80]} is not a number of a usable size")

@@ -106,13 +106,6 @@ class Learner:
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
-        self._metrics = MetricsWriter(
-            self._output_dir,
-            make_tracker(cfg),
-            total_steps=policy_cfg.online_steps,
-            resume_step=self._progress.version,
-            shown=SHOWN,
-        )
         link = policy_cfg.actor_learner_config
         self._service = PIRLLearnerService(
             agreed_settings(cfg, self._player),
@@ -132,7 +125,8 @@ class Learner:
             PortUnavailable: If the learner cannot listen where it should.
             RatioError: If sampling and scoring do not agree.
         """
-        with self._server:
+        # The file of metrics after the port: a learner that is already running must not lose its lines to a second one.
+        with self._server, self._open_metrics() as self._metrics:
             logger.info("Listening on %s:%d", self._server.host, self._server.port)
             try:
                 self._train()
@@ -140,7 +134,15 @@ class Learner:
                 logger.info("Stopping at version %d", self._progress.version)
                 self._save()
                 self._publish(restart=False, evaluate=False, final=True)
-        self._metrics.close()
+
+    def _open_metrics(self) -> MetricsWriter:
+        return MetricsWriter(
+            self._output_dir,
+            make_tracker(self._cfg),
+            total_steps=self._online_steps,
+            resume_step=self._progress.version,
+            shown=SHOWN,
+        )
 
     def _train(self) -> None:
         self._gatherer.wait_for_actors()

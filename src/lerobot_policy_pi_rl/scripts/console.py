@@ -9,9 +9,13 @@ from threading import Event
 
 from draccus.utils import DraccusException
 from lerobot.utils.import_utils import register_third_party_plugins
+from tqdm import tqdm
 
 from ..algorithm.pi_rl import RatioError
 from ..runtime.checkpoint import CheckpointError
+from ..runtime.gather import NothingUsable
+
+PACKAGE = "lerobot_policy_pi_rl"
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -31,10 +35,13 @@ def run_command(command: Callable[[], None]) -> None:
         logging.getLogger(__name__).debug("Ended by", exc_info=True)
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("stopped at once; nothing was saved", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 # Errors that say what to do; anything else is a defect and keeps its stack trace.
-EXPECTED_ERRORS = (DraccusException, CheckpointError, RatioError, OSError, ValueError)
+EXPECTED_ERRORS = (DraccusException, CheckpointError, NothingUsable, RatioError, OSError, ValueError)
 
 
 def one_line(error: BaseException) -> str:
@@ -42,19 +49,27 @@ def one_line(error: BaseException) -> str:
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
-def log_to(file: Path, level: int = logging.INFO) -> None:
-    """Sends the log of this process to a file, and its warnings to stderr as well."""
+class ConsoleHandler(logging.Handler):
+    """Shows what a user should see, above the progress bar: our own notes, and everybody's warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes one record on stderr."""
+        if record.levelno >= logging.WARNING or record.name.startswith(PACKAGE):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to(file: Path) -> None:
+    """Sends the log of this process to a file, and the part that a user should see to stderr as well."""
     file.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    to_file, to_console = logging.FileHandler(file), logging.StreamHandler()
-    to_console.setLevel(logging.WARNING)
-    for handler in (to_file, to_console):
-        handler.setFormatter(form)
-        root.addHandler(handler)
-    root.setLevel(level)
+    to_file, to_console = logging.FileHandler(file), ConsoleHandler()
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_console.setFormatter(logging.Formatter("%(message)s"))
+    root.addHandler(to_file)
+    root.addHandler(to_console)
+    root.setLevel(logging.INFO)
 
 
 def stop_on_signals() -> Event:
