@@ -9,7 +9,7 @@ from lerobot.policies.gaussian_actor.configuration_gaussian_actor import ActorLe
 from lerobot.utils.constants import ACTION
 
 from .bases.configuration import BaseConfig, CompactConfig
-from .errors import ConfigError, check
+from .errors import check, config_error, refuse_stock_command
 
 EXPLORERS = ("flow_sde", "flow_cps", "flow_noise")
 RECORDINGS = ("hybrid", "joint")
@@ -27,7 +27,7 @@ class ExplorerConfig:
     # Scale of the noise of flow_sde and flow_cps. The first flow_sde step has exactly this standard deviation, in
     # units of the normalised action.
     noise_level: float = 0.5
-    # Correlation of the noise between neighbouring steps of a chunk, 0 to below 1 (flow_sde and flow_cps).
+    # Correlation of the noise between neighbouring steps of a chunk, 0 to below 1 (flow_sde only).
     noise_correlation: float = 0.5
     # Range of the standard deviation that flow_noise learns, in units of the normalised action.
     noise_std_min: float = 0.08
@@ -72,8 +72,8 @@ class ExplorerConfig:
 
     @property
     def correlation(self) -> float:
-        """Correlation in force: the learned deviation of flow_noise goes with independent noise."""
-        return 0.0 if self.kind == "flow_noise" else self.noise_correlation
+        """Correlation in force: flow_noise learns its deviation, and flow_cps preserves marginals, for white noise."""
+        return self.noise_correlation if self.kind == "flow_sde" else 0.0
 
 
 @PreTrainedConfig.register_subclass("pi_rl")
@@ -124,6 +124,7 @@ class PIRLConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         """Resolves the base and checks the fields against each other."""
+        refuse_stock_command()
         super().__post_init__()
         if self.base is None:
             self.base = CompactConfig()
@@ -178,10 +179,10 @@ class PIRLConfig(PreTrainedConfig):
             ConfigError: If no observation or no action feature is there.
         """
         if not self.input_features:
-            raise ConfigError(
+            raise config_error(
                 "policy.input_features", "is empty; the data set or environment must give observations"
             )
         if self.action_feature is None:
-            raise ConfigError(
+            raise config_error(
                 "policy.output_features", f"has no {ACTION!r}; the data set or environment must give it"
             )

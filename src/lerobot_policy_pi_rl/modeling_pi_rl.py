@@ -14,7 +14,7 @@ from . import processor_pi_rl  # noqa: F401  registers the processor steps that 
 from .bases.adapter import FlowBase
 from .bases.registry import make_base
 from .configuration_pi_rl import ExplorerConfig, PIRLConfig
-from .errors import ConfigError
+from .errors import config_error
 from .flow.sampler import Noise, Sample, Score, sample_hybrid, sample_joint, sample_ode, score
 from .flow.transition import FieldOutput
 
@@ -228,7 +228,7 @@ class PIRLPolicy(PreTrainedPolicy):
             differing = set(file.keys()) ^ model.state_dict().keys()
         wrong = sorted(name for name in differing if not name.startswith("noise_network."))
         if wrong:
-            raise ConfigError(
+            raise config_error(
                 "policy.path",
                 f"{model_file} does not fit the configured base: {wrong[:3]} are missing or not expected",
             )

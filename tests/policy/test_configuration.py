@@ -50,12 +50,15 @@ def test_policy_settings_that_cannot_work(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["act", "diffusion", "resnet"])
-def test_a_base_that_is_not_a_flow_policy(name: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"policy.base.type.*{name!r} is not a flow-matching base policy.*'compact'"
-    ):
-        BaseConfig.get_choice_class(name)
+@pytest.mark.parametrize("name", ["act", "diffusion", "pi0"])
+def test_a_policy_of_lerobot_that_cannot_be_a_base(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"policy.base.type.*{name!r} .*use 'compact'"):
+        BaseConfig.get_choice_class(name)()
+
+
+def test_a_base_nobody_knows() -> None:
+    with pytest.raises(ConfigError, match=r"policy.base.type.*'resnet' is not a flow-matching base policy"):
+        BaseConfig.get_choice_class("resnet")
 
 
 def test_a_base_without_an_adapter(make_config: MakeConfig) -> None:

@@ -1,21 +1,14 @@
 """Configuration of the `pi_rl` algorithm: collection, objective and stability."""
 
-import sys
 from dataclasses import dataclass, field
 
 from lerobot.rl.algorithms.configs import RLAlgorithmConfig
 
 from ..configuration_pi_rl import PIRLConfig
-from ..errors import check
+from ..errors import check, refuse_stock_command
 
 LR_SCHEDULES = ("adaptive", "constant")
 LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean")
-
-# LeRobot's own commands keep a replay buffer of single steps and cannot carry chunks and their denoising records.
-STOCK_COMMANDS = {
-    "lerobot.rl.learner": "lerobot-pi-rl-learner",
-    "lerobot.rl.actor": "lerobot-pi-rl-actor",
-}
 
 
 @dataclass
@@ -173,19 +166,3 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     def from_policy_config(cls, policy_cfg: PIRLConfig) -> "PIRLAlgorithmConfig":
         """Default algorithm for a policy."""
         return cls(policy_config=policy_cfg)
-
-
-def refuse_stock_command() -> None:
-    """Leaves LeRobot's own learner and actor with one line that names the command to use instead.
-
-    Raises:
-        SystemExit: Under `python -m lerobot.rl.learner` or `lerobot.rl.actor`.
-    """
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    running = getattr(spec, "name", None)
-    command = STOCK_COMMANDS.get(str(running))
-    if command:
-        raise SystemExit(
-            f"error: {running} keeps a replay buffer of single steps and cannot train pi_rl; "
-            f"run {command} with the same arguments instead"
-        )

@@ -22,7 +22,8 @@ from .critic import Critic
 from .losses import explained_variance, policy_loss, value_loss
 from .storage import Rollout, minibatches
 
-ROWS_AT_ONCE = 4096
+# Rows of a rollout that the reference policy scores at once.
+ROWS_AT_ONCE = 1024
 
 
 class RatioError(RuntimeError):
@@ -208,7 +209,8 @@ class PIRLAlgorithm(RLAlgorithm):
             if learn_policy and last_epoch.mean("approx_kl") > self.config.kl_stop * self.config.target_kl:
                 break
         if learn_policy:
-            self._adapt_lr(last_epoch.mean("approx_kl"))
+            # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
+            self._adapt_lr(math.inf if skipped else last_epoch.mean("approx_kl"))
         self.optimization_step += 1
         return self._stats(averages, extra | {"epochs": epochs, "skipped_steps": skipped, "lr": self.lr})
 
@@ -278,9 +280,16 @@ class PIRLAlgorithm(RLAlgorithm):
         return self.reduce(score.log_prob, part.executed) - part.log_prob
 
     def _reference_steps(self, batch: dict[str, Tensor], chain: Tensor, step: Tensor) -> Gaussian | None:
+        """The steps of the policy before reinforcement learning from the recorded states, `[N, S, H, D]`."""
         if self.reference is None:
             return None
-        return self.reference.score(batch, chain, step).steps
+        means, stds = [], []
+        for rows in torch.arange(len(chain), device=chain.device).split(ROWS_AT_ONCE):
+            part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
+            steps = self.reference.score(part, chain[rows], step[rows]).steps
+            means.append(steps.mean)
+            stds.append(steps.std)
+        return Gaussian(torch.cat(means), torch.cat(stds))
 
     def _policy_step(self, part: Batch, averages: Averages, last_epoch: Averages) -> int:
         config, score = self.config, self._score(part)

@@ -5,7 +5,7 @@ from typing import Any
 
 import draccus
 
-from ..errors import ConfigError
+from ..errors import config_error
 
 # Observation key under which the preprocessor puts the hashed task text.
 TASK_EMBEDDING = "observation.task_embedding"
@@ -25,11 +25,16 @@ class BaseConfig(draccus.ChoiceRegistry):
         return self.get_choice_name(self.__class__)
 
     @classmethod
+    def default_choice_name(cls) -> str:
+        """The base that is meant when only its settings are given."""
+        return "compact"
+
+    @classmethod
     def get_choice_class(cls, name: str) -> Any:
         """Configuration class of a base; an unknown name is one clear line."""
         choices = cls.get_known_choices()
         if name not in choices:
-            raise ConfigError(
+            raise config_error(
                 "policy.base.type",
                 f"{name!r} is not a flow-matching base policy; choose one of {sorted(choices)}",
             )
@@ -53,3 +58,29 @@ class CompactConfig(BaseConfig):
     image_dim: int = 128
     # Normalised state components are clipped to this many standard deviations.
     state_clip: float = 8.0
+
+
+# LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
+# the parser alone would print its whole usage first.
+NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
+WITHOUT_ADAPTER = ("pi0", "pi05", "smolvla", "xvla")
+
+
+def _register_refusal(name: str, reason: str) -> None:
+    """Registers a base whose configuration cannot be made."""
+
+    @dataclass
+    class RefusedConfig(BaseConfig):
+        """A policy of LeRobot's that cannot be a base."""
+
+        def __post_init__(self) -> None:
+            """Says why not."""
+            raise config_error("policy.base.type", f"{name!r} {reason}; use 'compact'")
+
+    BaseConfig.register_subclass(name, RefusedConfig)
+
+
+for _name in NOT_FLOW_MATCHING:
+    _register_refusal(_name, "is not a flow-matching policy, so its steps have no Gaussian to score")
+for _name in WITHOUT_ADAPTER:
+    _register_refusal(_name, "has no adapter in this release")

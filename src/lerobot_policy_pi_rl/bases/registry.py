@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import config_error
 from .adapter import FlowBase
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def make_base(config: "PIRLConfig") -> FlowBase:
     """
     assert config.base is not None
     if config.base.type not in _FACTORIES:
-        raise ConfigError(
+        raise config_error(
             "policy.base.type", f"{config.base.type!r} has no adapter; have {sorted(_FACTORIES)}"
         )
     return _FACTORIES[config.base.type](config)

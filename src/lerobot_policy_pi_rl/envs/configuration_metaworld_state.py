@@ -10,7 +10,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.envs.tasks import expand_tasks
-from lerobot_policy_pi_rl.errors import ConfigError, check
+from lerobot_policy_pi_rl.errors import check, config_error
 
 if TYPE_CHECKING:
     from lerobot_policy_pi_rl.envs.metaworld_state import MetaworldStateGym
@@ -58,7 +58,7 @@ class MetaworldStateEnv(EnvConfig):
         try:
             expand_tasks(self.task or "")
         except ValueError as error:
-            raise ConfigError("env.task", str(error)) from None
+            raise config_error("env.task", str(error)) from None
         check(self.fps == 80, "env.fps", f"must be 80, MetaWorld's control rate; got {self.fps}")
         check(
             1 <= self.episode_length <= LONGEST_EPISODE,

@@ -31,9 +31,13 @@ def all_tasks() -> list[str]:
     return sorted(_lerobot_table()["TASK_DESCRIPTIONS"])
 
 
+# LeRobot gives push and push-back one text, which a policy conditioned on it could not tell apart.
+OWN_TEXTS = {"push-back-v3": "Push the puck back to a goal"}
+
+
 def task_text(task: str) -> str:
-    """What the task asks for, in words, as LeRobot's own MetaWorld environment puts it."""
-    return _lerobot_table()["TASK_DESCRIPTIONS"][task]
+    """What the task asks for, in words: LeRobot's own, except `OWN_TEXTS`."""
+    return OWN_TEXTS.get(task) or _lerobot_table()["TASK_DESCRIPTIONS"][task]
 
 
 def expert_name(task: str) -> str:

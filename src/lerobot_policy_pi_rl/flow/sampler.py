@@ -28,6 +28,10 @@ class Noise:
     level: float = 0.5
     correlation: float = 0.0
 
+    def transition(self, x_t: Tensor, field: FieldOutput, t: Tensor, t_next: Tensor) -> Gaussian:
+        """The stochastic step; sampling and scoring both call this."""
+        return transition(self.kind, x_t, field, t, t_next, self.level, self.correlation)
+
     def stochastic_steps(self, num_steps: int) -> int:
         """How many of the K steps have noise, counted from the first: Flow-CPS ends without any."""
         return num_steps - 1 if self.kind == "flow_cps" else num_steps
@@ -121,7 +125,7 @@ def sample_hybrid(
         if k >= how.stochastic_steps(num_steps):
             x = ode
             continue
-        step = transition(how.kind, x, output, t, t_next, how.level)
+        step = how.transition(x, output, t, t_next)
         x_next = torch.where(here, step.mean + step.std * push, ode)
         before, after = torch.where(here, x, before), torch.where(here, x_next, after)
         log_p = torch.where(here[..., 0], log_prob(x_next, step, real_dims, how.correlation), log_p)
@@ -159,7 +163,7 @@ def sample_joint(
         if k >= recorded:
             x = transition("ode", x, output, t, t_next).mean
             continue
-        step = transition(how.kind, x, output, t, t_next, how.level)
+        step = how.transition(x, output, t, t_next)
         x = step.mean + step.std * colour(_randn_like(noise, generator), how.correlation)
         log_p = log_p + log_prob(x, step, real_dims, how.correlation)
         chain.append(x)
@@ -185,7 +189,7 @@ def score(field: Field, chain: Tensor, step: Tensor, num_steps: int, how: Noise,
     log_p, spread, gaussians = [], [], []
     for s in range(step.shape[1]):
         t, t_next = grid[step[:, s]], grid[step[:, s] + 1]
-        gaussian = transition(how.kind, chain[:, s], field(chain[:, s], t), t, t_next, how.level)
+        gaussian = how.transition(chain[:, s], field(chain[:, s], t), t, t_next)
         log_p.append(log_prob(chain[:, s + 1], gaussian, real_dims, how.correlation))
         spread.append(entropy(gaussian, real_dims, how.correlation))
         gaussians.append(Gaussian(gaussian.mean, gaussian.std.expand_as(gaussian.mean)))

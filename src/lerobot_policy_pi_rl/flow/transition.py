@@ -70,14 +70,31 @@ def step_std(kind: StepKind, t: Tensor, t_next: Tensor, noise_level: float) -> T
     )
 
 
+def correlate(x: Tensor, correlation: float) -> Tensor:
+    """Multiplies by the correlation matrix `C_ij = correlation^|i - j|` along the chunk, `[..., H, D]`."""
+    if correlation == 0:
+        return x
+    place = torch.arange(x.shape[-2], device=x.device)
+    return (correlation ** (place[:, None] - place).abs().to(x.dtype)) @ x
+
+
 def transition(
-    kind: StepKind, x_t: Tensor, field: FieldOutput, t: Tensor, t_next: Tensor, noise_level: float = 0.0
+    kind: StepKind,
+    x_t: Tensor,
+    field: FieldOutput,
+    t: Tensor,
+    t_next: Tensor,
+    noise_level: float = 0.0,
+    correlation: float = 0.0,
 ) -> Gaussian:
     """Distribution of `x_{t'}` given `x_t` (pi_RL, arXiv 2510.25889, eq. 7 and 8).
 
     The mean is `(1 - t') * a_hat + w * e_hat` with the action end `a_hat = x_t - t * v` and the noise end
     `e_hat = x_t + (1 - t) * v`. It is computed as the Euler step plus `(w - t') * e_hat`, which is the same
     number and makes a step without noise equal the base policy's own Euler step to the bit.
+
+    Flow-SDE's `(w - t') * e_hat = -std^2 / (2 t) * e_hat` is the drift that cancels what the noise adds. For noise
+    with correlation matrix C along the chunk it is `-std^2 / (2 t) * C e_hat`.
 
     Args:
         kind: `ode`, `flow_sde`, `flow_cps` or `flow_noise`.
@@ -86,6 +103,7 @@ def transition(
         t: Time of each row, `[B]`.
         t_next: Next time of each row, `[B]`.
         noise_level: Scale of the noise for `flow_sde` and `flow_cps`.
+        correlation: AR(1) coefficient of the noise along the chunk; only `flow_sde` corrects its drift for it.
 
     Returns:
         Mean `[B, H, D]` and deviation (broadcastable to it).
@@ -102,5 +120,7 @@ def transition(
     std = step_std(kind, now, after, noise_level)
     if kind == "ode":
         return Gaussian(euler, std)
-    shift = -(std**2) / (2 * now) if kind == "flow_sde" else after * (math.cos(math.pi / 2 * noise_level) - 1)
-    return Gaussian(euler + shift * (x_t + (1 - now) * field.velocity), std)
+    noise_end = x_t + (1 - now) * field.velocity
+    if kind == "flow_sde":
+        return Gaussian(euler - std**2 / (2 * now) * correlate(noise_end, correlation), std)
+    return Gaussian(euler + after * (math.cos(math.pi / 2 * noise_level) - 1) * noise_end, std)

@@ -34,6 +34,10 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 PR_SET_PDEATHSIG = 1
 
 
+class EnvironmentFailed(RuntimeError):
+    """A worker failed, died or did not answer; the text is one line."""
+
+
 @dataclass(frozen=True)
 class ChunkStep:
     """What one chunk did in each of N environments.
@@ -268,7 +272,7 @@ class _Worker:
         try:
             self.pipe.send((name, arguments))
         except OSError as error:
-            raise RuntimeError(self._death()) from error
+            raise EnvironmentFailed(self._death()) from error
 
     def answer(self, deadline: float) -> Any:
         """Waits for the answer to the request sent before.
@@ -278,14 +282,14 @@ class _Worker:
         """
         try:
             if not self.pipe.poll(max(deadline - time.monotonic(), 0.0)):
-                raise RuntimeError(
+                raise EnvironmentFailed(
                     f"environment worker {self._name} did not answer in time; see docs/environments.md"
                 )
             result, message = self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise RuntimeError(self._death()) from error
+            raise EnvironmentFailed(self._death()) from error
         if message is not None:
-            raise RuntimeError(f"environment worker {self._name} failed: {message}")
+            raise EnvironmentFailed(f"environment worker {self._name} failed: {message}")
         return result
 
     @property
@@ -333,7 +337,7 @@ class ChunkedVectorEnv:
 
     Raises:
         ValueError: N < 1 or W < 0.
-        RuntimeError: A worker failed, died or did not answer; the vector is closed.
+        EnvironmentFailed: A worker failed, died or did not answer; the vector is closed.
     """
 
     def __init__(
@@ -384,7 +388,7 @@ class ChunkedVectorEnv:
         try:
             for worker in self._workers:
                 worker.ask(name, *(argument[worker.rows] for argument in arguments))
-        except RuntimeError:
+        except EnvironmentFailed:
             self.close()
             raise
 

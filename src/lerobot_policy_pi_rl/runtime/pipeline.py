@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from ..configuration_pi_rl import PIRLConfig
-from ..errors import ConfigError
+from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .checkpoint import find_last, verify
 from .observations import ObservationPath
@@ -53,17 +53,17 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if self.algorithm is None:  # type: ignore[has-type]  # LeRobot's classes are not typed for mypy
             self.algorithm = PIRLAlgorithmConfig()
         if not isinstance(self.algorithm, PIRLAlgorithmConfig):
-            raise ConfigError(
+            raise config_error(
                 "algorithm.type",
                 f"{self.algorithm.type!r} is trained by lerobot.rl.learner; this command trains pi_rl",
             )
         if self.env is None:
-            raise ConfigError("env.type", "is missing; online training needs an environment")
+            raise config_error("env.type", "is missing; online training needs an environment")
         if self.resume:
             self._resume_policy()
         self._validate_as_lerobot_does()
         if not isinstance(self.policy, PIRLConfig):
-            raise ConfigError(
+            raise config_error(
                 "policy.type", f"is {self.policy and self.policy.type!r}; this command trains 'pi_rl'"
             )
         self.algorithm.policy_config = self.policy
@@ -85,7 +85,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     @staticmethod
     def _check_unused(output_dir: Path) -> None:
         if (output_dir / CHECKPOINTS_DIR).exists():
-            raise ConfigError(
+            raise config_error(
                 "output_dir",
                 f"{output_dir} holds the checkpoints of a run; add --resume=true or name another folder",
             )
@@ -93,6 +93,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     def _resolve_pretrained_from_cli(self) -> None:
         """Takes the policy from `--policy.path`; that of a resumed run comes from its checkpoint."""
         if not self.resume:
+            check_checkpoint(parser.get_path_arg("policy"))
             super()._resolve_pretrained_from_cli()
 
     def _resume_policy(self) -> None:
@@ -115,11 +116,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         folder = config_path.parent if config_path.is_file() else config_path
         if folder.name == PRETRAINED_MODEL_DIR:
             return folder.resolve().parent
-        if self._stated_output_dir is None:
-            raise ConfigError(
+        if self.output_dir is None:
+            raise config_error(
                 "resume", "needs the --output_dir of the run, or --config_path of one of its checkpoints"
             )
-        return find_last(self._stated_output_dir)
+        return find_last(Path(self.output_dir))
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
         ConfigError: If the policy and the environment do not fit, or there is no checkpoint where one is named.
     """
     policy_cfg, _, env_cfg = parts(cfg)
-    check_checkpoint(policy_cfg)
+    check_checkpoint(policy_cfg.pretrained_path)
     check_features(policy_cfg, env_cfg)
     torch.manual_seed(cfg.seed or 0)
     # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
@@ -188,11 +189,19 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     return Player(policy.eval(), preprocessor, postprocessor, path)
 
 
-def check_checkpoint(policy_cfg: PIRLConfig) -> None:
-    """Raises one clear line when a local checkpoint path holds no policy."""
-    path = policy_cfg.pretrained_path
-    if path is not None and Path(path).is_absolute() and not (Path(path) / "config.json").is_file():
-        raise ConfigError(
+def check_checkpoint(path: str | Path | None) -> None:
+    """Checks that a folder holds a policy.
+
+    Args:
+        path: As given by the user. One that can be a name on the Hub (`policy`, `user/policy`) is left to LeRobot.
+
+    Raises:
+        ConfigError: If it holds none.
+    """
+    if path is None or (Path(path) / "config.json").is_file():
+        return
+    if Path(path).is_absolute() or len(Path(path).parts) > 2:
+        raise config_error(
             "policy.path", f"{path} holds no policy (no config.json); name a pretrained_model folder"
         )
 
@@ -207,11 +216,11 @@ def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig) -> None:
     wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
     for key, feature in wanted.items():
         if key not in offered:
-            raise ConfigError(
+            raise config_error(
                 "env.type", f"{env_cfg.type!r} does not give {key!r}; it gives {sorted(offered)}"
             )
         if tuple(offered[key].shape) != tuple(feature.shape):
-            raise ConfigError(
+            raise config_error(
                 "env.type",
                 f"{env_cfg.type!r} gives {key!r} with shape {tuple(offered[key].shape)}, but the policy was trained "
                 f"with {tuple(feature.shape)}",

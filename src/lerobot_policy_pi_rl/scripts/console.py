@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..algorithm.pi_rl import RatioError
 from ..runtime.checkpoint import CheckpointError
+from ..runtime.environments import EnvironmentFailed
 from ..runtime.gather import NothingUsable
 
 PACKAGE = "lerobot_policy_pi_rl"
@@ -41,7 +42,15 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 # Errors that say what to do; anything else is a defect and keeps its stack trace.
-EXPECTED_ERRORS = (DraccusException, CheckpointError, NothingUsable, RatioError, OSError, ValueError)
+EXPECTED_ERRORS = (
+    DraccusException,
+    CheckpointError,
+    EnvironmentFailed,
+    NothingUsable,
+    RatioError,
+    OSError,
+    ValueError,
+)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,362 @@
+"""Two environments whose every step can be recomputed by hand, small runs in them, and commands in real processes."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+from gymnasium import spaces
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+import lerobot_policy_pi_rl  # noqa: F401  registers policy, algorithm and environment
+from lerobot_policy_pi_rl.runtime.collector import Collector, make_groups
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, make_player, parts
+
+SMALL = [
+    "--policy.type=pi_rl",
+    "--policy.device=cpu",
+    "--policy.push_to_hub=false",
+    "--policy.base.type=compact",
+    "--policy.base.hidden_dim=32",
+    "--policy.base.num_blocks=1",
+    "--policy.base.time_dim=8",
+    "--policy.base.task_dim=0",
+    "--algorithm.type=pi_rl",
+    "--algorithm.critic_hidden_dims=[32]",
+    "--algorithm.collection.num_envs=4",
+    "--algorithm.collection.num_workers=0",
+    "--algorithm.collection.decisions=4",
+    "--algorithm.epochs=2",
+    "--algorithm.minibatch_size=8",
+    "--algorithm.critic_warmup=1",
+    "--env_eval_freq=0",
+    "--save_freq=0",
+    "--seed=3",
+]
+"""A run whose iterations take milliseconds; the environment is missing."""
+
+REACH = ["--env.type=metaworld_state", "--env.task=reach-v3", "--env.episode_length=30", "--env.reward=dense"]
+"""The environment of the runs in real processes: its episodes do not end where iterations do."""
+
+
+# Environments
+
+
+class Line(gym.Env):
+    """A point is moved along a line: solved beyond `GOAL`, cut after `limit` steps.
+
+    The state is all there is, so a test can step it by hand from any observation.
+    """
+
+    GOAL = 0.3
+    observation_space = spaces.Dict({"agent_pos": spaces.Box(-1e9, 1e9, (2,), np.float32)})
+    action_space = spaces.Box(-1e9, 1e9, (2,), np.float32)
+    task_description = "move right"
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        start = np.random.default_rng(seed).uniform(-0.2, 0.2)
+        self.state = np.array([start, 0], np.float32)
+        return {"agent_pos": self.state}, {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        self.state = line_step(self.state, action)
+        solved = bool(self.state[0] > self.GOAL)
+        return (
+            {"agent_pos": self.state},
+            float(self.state[0]),
+            solved,
+            bool(self.state[1] >= self.limit),
+            {"is_success": solved},
+        )
+
+
+def line_step(state: np.ndarray, action: np.ndarray) -> np.ndarray:
+    """One step of `Line`."""
+    return np.array([state[0] + np.float32(0.1) * action[0], state[1] + 1], np.float32)
+
+
+class Fate(Line):
+    """Whatever is done, a start of seed s ends after `2 + s % 7` steps, solved if s is odd."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.last, self.lucky = 2 + seed % 7, bool(seed % 2)
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        observation = super().step(action)[0]
+        over = bool(self.state[1] >= self.last)
+        return observation, 0.0, over and self.lucky, over, {"is_success": over and self.lucky}
+
+
+@EnvConfig.register_subclass("test_line")
+@dataclass
+class LineConfig(EnvConfig):
+    """Configuration of `Line`, or of `Fate`."""
+
+    limit: int = 12
+    fate: bool = False
+    features: dict[str, PolicyFeature] = field(
+        default_factory=lambda: {
+            ACTION: PolicyFeature(FeatureType.ACTION, (2,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (2,)),
+        }
+    )
+    features_map: dict[str, str] = field(default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE})
+
+    @property
+    def gym_kwargs(self) -> dict:
+        return {}
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        kind = Fate if self.fate else Line
+        return {"line": {0: gym.vector.SyncVectorEnv([lambda: kind(self.limit)] * n_envs)}}
+
+
+# Runs in this process
+
+MakeConfig = Callable[..., PIRLTrainConfig]
+MakeCollector = Callable[..., Collector]
+
+
+@pytest.fixture
+def make_cfg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeConfig:
+    """Parses and validates a configuration of a small run on `Line`; further arguments come last and win."""
+
+    def make(*arguments: str, validate: bool = True) -> PIRLTrainConfig:
+        given = [*SMALL, "--env.type=test_line", f"--output_dir={tmp_path / 'run'}", *arguments]
+        # LeRobot reads paths from the command line a second time.
+        monkeypatch.setattr(sys, "argv", ["test", *given])
+        cfg = draccus.parse(PIRLTrainConfig, args=latest(given))
+        if validate:
+            cfg.validate()
+        return cfg
+
+    return make
+
+
+def latest(arguments: Sequence[str]) -> list[str]:
+    """Each `--name=value` once, as it was given last; paths, which draccus does not know, left out."""
+    by_name = {argument.partition("=")[0]: argument for argument in arguments}
+    return [
+        argument
+        for name, argument in by_name.items()
+        if name not in ("--policy.path", "--config_path") and not argument.endswith("=absent")
+    ]
+
+
+@pytest.fixture
+def make_collector(make_cfg: MakeConfig) -> Iterator[MakeCollector]:
+    """Makes a collector with environments of its own; the arguments are those of `make_cfg`."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments: str) -> Collector:
+            cfg = make_cfg(*arguments)
+            _, algorithm, env = parts(cfg)
+            groups = make_groups(env, algorithm.collection)
+            collector = Collector(make_player(cfg), groups, algorithm.collection, cfg.seed or 0)
+            stack.callback(collector.close)
+            return collector
+
+        yield make
+
+
+@pytest.fixture
+def simulate() -> Callable[..., dict[str, Any]]:
+    """Steps `Line` by hand through one chunk: what a decision from this observation must record."""
+
+    def run(state: np.ndarray, chunk: np.ndarray, limit: int = 12) -> dict[str, Any]:
+        reward, executed, solved, cut = np.float64(0), 0, False, False
+        for action in chunk:
+            state = line_step(state, action)
+            reward, executed = reward + float(state[0]), executed + 1
+            solved, cut = bool(state[0] > Line.GOAL), bool(state[1] >= limit)
+            if solved or cut:
+                break
+        return {
+            "reward": float(np.float32(reward)),
+            "executed": executed,
+            "terminated": solved,
+            "truncated": cut and not solved,
+            "success": solved,
+            "next": state,
+        }
+
+    return run
+
+
+# Real processes
+
+
+def unused_port() -> int:
+    """A TCP port on the loopback interface that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def await_true(condition: Callable[[], Any], timeout: float, what: str) -> None:
+    """Waits until something that nobody signals becomes true.
+
+    Raises:
+        TimeoutError: If it does not in time.
+    """
+    deadline = time.monotonic() + timeout
+    never = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {timeout:.0f} s: {what}")
+        never.wait(0.05)
+
+
+class Command:
+    """One of the installed commands, running."""
+
+    def __init__(self, name: str, arguments: Sequence[str], console: Path) -> None:
+        program = Path(sys.executable).parent / name
+        self.console = console
+        with console.open("wb") as file:
+            self.process = subprocess.Popen(
+                [program, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def shown(self) -> list[str]:
+        """Lines on the console so far."""
+        return self.console.read_text(errors="replace").splitlines()
+
+    def errors(self) -> list[str]:
+        """Lines that report an error; a stack trace counts line by line."""
+        return [line for line in self.shown if line.startswith(("error", "Traceback", "  File"))]
+
+    def wait(self, timeout: float = 90) -> int:
+        """Exit code."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{self.process.args} still runs; it says {self.shown[-5:]}") from None
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kills it at once, as the kernel would."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        """Leaves nothing of it, not even what it started."""
+        family = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+class Run:
+    """A run in real processes: one output folder, one port, one set of arguments."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+        self.output_dir = folder / "run"
+        self.port = unused_port()
+        self.arguments = [
+            *SMALL,
+            *REACH,
+            f"--output_dir={self.output_dir}",
+            f"--policy.actor_learner_config.learner_port={self.port}",
+            *arguments,
+        ]
+        self._folder = folder
+        self._commands: list[Command] = []
+
+    def start(self, name: str, *arguments: str, alone: bool = False) -> Command:
+        """Starts a command with the run's arguments and more, or `alone` with these only."""
+        console = self._folder / f"console_{len(self._commands)}.txt"
+        given = list(arguments) if alone else latest([*self.arguments, *arguments])
+        self._commands.append(Command(name, given, console))
+        return self._commands[-1]
+
+    def learner(self, *arguments: str) -> Command:
+        return self.start("lerobot-pi-rl-learner", *arguments)
+
+    def actor(self, number: int = 0, *arguments: str) -> Command:
+        return self.start("lerobot-pi-rl-actor", f"--algorithm.collection.actor_id={number}", *arguments)
+
+    def train(self, *arguments: str) -> Command:
+        return self.start("lerobot-pi-rl-train", *arguments)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of iterations in `metrics.jsonl` so far, without those of evaluations."""
+        return [row for row in self.all_rows() if "rollout/decisions" in row]
+
+    def all_rows(self) -> list[dict[str, Any]]:
+        path = self.output_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def log(self, name: str) -> str:
+        path = self.output_dir / "logs" / f"{name}.log"
+        return path.read_text() if path.exists() else ""
+
+    def await_rows(
+        self, condition: Callable[[list[dict[str, Any]]], Any], what: str, timeout: float = 90
+    ) -> None:
+        """Waits until the rows fulfil a condition; fails at once when a command has ended with an error."""
+
+        def fulfilled() -> bool:
+            broken = [command.errors() for command in self._commands if command.errors()]
+            assert not broken, f"while waiting until {what}: {broken}"
+            return bool(condition(self.rows()))
+
+        await_true(fulfilled, timeout, what)
+
+    def checkpoint(self, name: str = "last") -> Path:
+        return self.output_dir / "checkpoints" / name
+
+    def end(self) -> None:
+        for command in self._commands:
+            command.end()
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
+    """Makes runs; all their processes end with the module."""
+    runs: list[Run] = []
+
+    def make(*arguments: str) -> Run:
+        runs.append(Run(tmp_path_factory.mktemp("run"), arguments))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.end()

@@ -1,0 +1,210 @@
+"""The collector, on an environment that is stepped again by hand."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor
+
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.seeds import stream
+
+MakeCollector = Callable[..., Collector]
+Simulate = Callable[..., dict[str, Any]]
+
+# Enough decisions for several episodes of each kind.
+LONG = "--algorithm.collection.decisions=12"
+
+
+def columns(batch: DecisionBatch, *without: str) -> dict[str, Any]:
+    """All columns by name, but some; dicts flattened."""
+    flat: dict[str, Any] = {}
+    for entry in fields(batch):
+        value = getattr(batch, entry.name)
+        flat.update(
+            {f"{entry.name}.{key}": inner for key, inner in value.items()}
+            if isinstance(value, dict)
+            else {entry.name: value}
+        )
+    return {name: value for name, value in flat.items() if name not in without}
+
+
+def assert_same(one: DecisionBatch, two: DecisionBatch, *without: str) -> None:
+    """Equal to the bit."""
+    ours, theirs = columns(one, *without), columns(two, *without)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        same = torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name]
+        assert same, name
+
+
+def test_the_same_seed_actor_and_version_give_the_same_decisions(make_collector: MakeCollector) -> None:
+    batches = []
+    for _ in range(2):
+        collector = make_collector(LONG)
+        collector.restart(5)
+        batches.append(collector.collect(5).decisions)
+    assert_same(*batches)
+
+
+@pytest.mark.parametrize(
+    "changes", [("--seed=4", 5), ("--algorithm.collection.actor_id=1", 5), ("--seed=3", 6)]
+)
+def test_another_seed_actor_or_version_gives_others(
+    make_collector: MakeCollector, changes: tuple[str, int]
+) -> None:
+    plain, other = make_collector(), make_collector(changes[0])
+    # One set of weights: only what is random in the collection may differ.
+    other._player.policy.load_state_dict(plain._player.policy.state_dict())
+    batches = []
+    for collector, version in ((plain, 5), (other, changes[1])):
+        collector.restart(version)
+        batches.append(collector.collect(version).decisions)
+    one, two = batches
+    assert not torch.equal(one.observation[OBS_STATE], two.observation[OBS_STATE])
+    assert not torch.equal(one.chain[:, 0], two.chain[:, 0])
+
+
+def test_a_restart_forgets_all_that_was_before(make_collector: MakeCollector) -> None:
+    used, fresh = make_collector(LONG), make_collector(LONG)
+    used.restart(0)
+    for version in range(3):
+        used.collect(version)
+    batches = []
+    for collector in (used, fresh):
+        collector.restart(3)
+        batches.append((collector.collect(3).decisions, collector.collect(4).decisions))
+    for one, two in zip(*batches, strict=True):
+        # A decision's number goes on counting; what it is and did is the same.
+        assert_same(one, two, "index")
+        assert (one.index - two.index).unique().tolist() == [36]
+
+
+def test_without_a_restart_episodes_go_on(make_collector: MakeCollector) -> None:
+    collector = make_collector("--env.limit=1000")
+    collector.restart(0)
+    first, second = collector.collect(0).decisions, collector.collect(1).decisions
+    after = {
+        int(first.env[row]): observation
+        for row, observation in zip(first.next_row.tolist(), first.next_observation[OBS_STATE], strict=True)
+    }
+    for row in range(4):
+        env = int(second.env[row])
+        if env in after:
+            assert torch.equal(second.observation[OBS_STATE][row], after[env])
+    assert len(after) > 0
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_every_decision_is_what_the_environment_did(
+    make_collector: MakeCollector, simulate: Simulate, workers: int
+) -> None:
+    collector = make_collector(LONG, f"--algorithm.collection.num_workers={workers}")
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    state, next_state = batch.observation[OBS_STATE].numpy(), batch.next_observation[OBS_STATE].numpy()
+    own = {row: next_state[place] for place, row in enumerate(batch.next_row.tolist())}
+    place = {
+        (int(env), int(index)): row
+        for row, (env, index) in enumerate(zip(batch.env, batch.index, strict=True))
+    }
+    for row in range(len(batch)):
+        expected = simulate(state[row], batch.action[row].numpy())
+        for name in ("executed", "terminated", "truncated", "success"):
+            assert getattr(batch, name)[row].item() == expected[name], name
+        assert batch.reward[row].item() == pytest.approx(expected["reward"], rel=1e-6)
+        successor = place.get((int(batch.env[row]), int(batch.index[row]) + 1))
+        # A success has no next value; a truncation carries its true last observation, not the next episode's first.
+        assert (row in own) == (expected["truncated"] or (successor is None and not expected["terminated"]))
+        if row in own:
+            np.testing.assert_array_equal(own[row], expected["next"])
+        elif successor is not None and not expected["terminated"]:
+            np.testing.assert_array_equal(state[successor], expected["next"])
+        if successor is not None and (expected["terminated"] or expected["truncated"]):
+            assert state[successor][1] == 0
+    # Otherwise the loop above has shown less than it says.
+    assert batch.terminated.any()
+    assert batch.truncated.any()
+    assert not batch.truncated[len(batch) - 4 :].all()
+
+
+def test_two_groups_give_the_rows_of_one(make_collector: MakeCollector) -> None:
+    batches = []
+    for workers in (1, 2):
+        collector = make_collector(LONG, f"--algorithm.collection.num_workers={workers}")
+        assert len(collector._groups) == workers
+        collector.restart(0)
+        batches.append(collector.collect(0).decisions)
+    one, two = batches
+    layouts = [
+        {
+            name: value.shape[1:] if isinstance(value, Tensor) else None
+            for name, value in columns(batch).items()
+        }
+        for batch in batches
+    ]
+    assert layouts[0] == layouts[1]
+    assert len(one) == len(two) == 48
+    for batch in batches:
+        pairs = sorted(zip(batch.env.tolist(), batch.index.tolist(), strict=True))
+        assert pairs == [(env, index) for env in range(4) for index in range(12)]
+
+
+def test_environments_are_numbered_over_all_actors(make_collector: MakeCollector) -> None:
+    collector = make_collector("--algorithm.collection.actor_id=2")
+    collector.restart(0)
+    first, second = collector.collect(7).decisions, collector.collect(8).decisions
+    assert first.env.tolist() == [8, 9, 10, 11] * 4
+    assert first.index.tolist() == [step for step in range(4) for _ in range(4)]
+    assert second.index.tolist() == [step for step in range(4, 8) for _ in range(4)]
+    assert first.version.tolist() == [7] * 16
+    assert first.task == ["move right"] * 16
+
+
+def test_statistics_are_those_of_the_episodes_that_ended(make_collector: MakeCollector) -> None:
+    collector = make_collector(LONG)
+    collector.restart(0)
+    collected = [collector.collect(version) for version in range(2)]
+    batch = DecisionBatch.concatenate([part.decisions for part in collected])
+    done = batch.terminated | batch.truncated
+    statistics = [part.statistics for part in collected]
+    assert sum(part.episodes for part in statistics) == int(done.sum())
+    assert sum(part.successes for part in statistics) == int(batch.success.sum())
+    assert sum(part.env_steps for part in statistics) == int(batch.executed.sum())
+    # The episodes that still run are not in the sums yet.
+    running = [int(np.flatnonzero(done[batch.env == env].numpy())[-1]) + 1 for env in range(4)]
+    ended = torch.cat([(batch.env == env).nonzero()[:last, 0] for env, last in enumerate(running)])
+    assert sum(part.length_sum for part in statistics) == int(batch.executed[ended].sum())
+    assert sum(part.return_sum for part in statistics) == pytest.approx(
+        float(batch.reward[ended].sum()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("explorer", ["flow_sde", "flow_cps", "flow_noise"])
+def test_the_learner_scores_what_the_actor_sampled(make_collector: MakeCollector, explorer: str) -> None:
+    collector = make_collector(f"--policy.explorer.kind={explorer}")
+    collector.restart(0)
+    batch, player = collector.collect(0).decisions, collector._player
+    with torch.no_grad():
+        score = player.policy.score(
+            player.preprocess_packed(batch.observation, batch.task), batch.chain, batch.step
+        )
+    torch.testing.assert_close(score.log_prob, batch.log_prob, atol=1e-4, rtol=1e-4)
+
+
+def test_a_short_horizon_executes_the_head_of_a_chunk(make_collector: MakeCollector) -> None:
+    collector = make_collector("--policy.n_action_steps=2", "--env.limit=1000")
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    assert batch.action.shape[1] == 5
+    assert int(batch.executed.max()) == 2
+
+
+def test_streams_of_different_purposes_differ() -> None:
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+    assert len({int(stream(*key).integers(2**62)) for key in keys}) == len(keys)

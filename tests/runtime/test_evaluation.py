@@ -1,0 +1,73 @@
+"""The evaluation during training: every start once, in order, by the ODE."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.evaluation import evaluate
+from lerobot_policy_pi_rl.runtime.seeds import torch_seed
+
+MakeCollector = Callable[..., Collector]
+FATE = "--env.fate=true"
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 3, 4, 23])
+def test_every_start_runs_once_and_keeps_its_place(
+    make_collector: MakeCollector, workers: int, count: int
+) -> None:
+    collector = make_collector(FATE, f"--algorithm.collection.num_workers={workers}")
+    seeds = 500 + np.random.default_rng(0).permutation(count)
+    result = evaluate(collector._player, collector._groups, seeds)
+    np.testing.assert_array_equal(result.success, seeds % 2 == 1)
+    # Environments that wait for the others' starts to end do not count.
+    assert result.env_steps == int((2 + seeds % 7).sum())
+
+
+def test_no_start_is_no_work(make_collector: MakeCollector) -> None:
+    collector = make_collector(FATE)
+    result = evaluate(collector._player, collector._groups, np.arange(0))
+    assert result.success.shape == (0,)
+    assert result.env_steps == 0
+
+
+def test_it_is_deterministic(make_collector: MakeCollector) -> None:
+    collector = make_collector()
+    seeds = np.arange(500, 540)
+    first = evaluate(collector._player, collector._groups, seeds)
+    collector.restart(0)
+    collector.collect(0)
+    again = evaluate(collector._player, collector._groups, seeds)
+    np.testing.assert_array_equal(first.success, again.success)
+    assert first.env_steps == again.env_steps
+    assert first.success.any()
+    assert not first.success.all()
+
+
+def test_one_environment_is_what_a_loop_by_hand_gives(
+    make_collector: MakeCollector, simulate: Callable[..., dict]
+) -> None:
+    collector = make_collector("--algorithm.collection.num_envs=1")
+    player, seeds = collector._player, np.arange(500, 512)
+    result = evaluate(player, collector._groups, seeds)
+
+    generator = torch.Generator().manual_seed(torch_seed(500, 501, 502, 503, 12))
+    success, steps = [], 0
+    for seed in seeds:
+        start = np.random.default_rng(int(seed)).uniform(-0.2, 0.2)
+        state, over = np.array([start, 0], np.float32), False
+        while not over:
+            batch = player.preprocess({OBS_STATE: torch.from_numpy(state)[None]}, ["move right"])
+            noise = torch.randn((1, 5, 2), generator=generator)
+            chunk = player.postprocessor(player.policy.predict_action_chunk(batch, noise=noise))
+            outcome = simulate(state, chunk[0].numpy())
+            state, over = outcome["next"], outcome["terminated"] or outcome["truncated"]
+            steps += outcome["executed"]
+        success.append(outcome["success"])
+    assert result.success.tolist() == success
+    assert result.env_steps == steps
+    assert ACTION in player.policy.config.output_features
