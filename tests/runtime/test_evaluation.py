@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import OBS_STATE
 
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
@@ -70,4 +70,3 @@ def test_one_environment_is_what_a_loop_by_hand_gives(
         success.append(outcome["success"])
     assert result.success.tolist() == success
     assert result.env_steps == steps
-    assert ACTION in player.policy.config.output_features
