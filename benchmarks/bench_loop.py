@@ -1,8 +1,8 @@
 """Environment steps per second of the whole training loop over those of the bare environments.
 
-The loop is the real one: `lerobot-pi-rl-train` with `recipes/metaworld.json` and an untrained policy, so learner and actor are processes
-that talk gRPC. The bare environments are the same number, spread over the same number of worker processes in the same
-way, and driven by random chunks.
+The loop is the real one: `lerobot-pi-rl-train` with `recipes/metaworld.json` and an untrained policy, so learner and
+actor are processes that talk gRPC. The bare environments are the same number, spread over the same number of worker
+processes in the same way, and driven by random chunks.
 
 Both take turns of whole episodes on the same machine: while one runs, every process of the other is stopped. Left out
 are start-up, checkpoints and evaluations: how much they weigh is for the user to choose (`save_freq`, `env_eval_freq`).
@@ -11,6 +11,7 @@ are start-up, checkpoints and evaluations: how much they weigh is for the user t
 import contextlib
 import itertools
 import json
+import signal
 import socket
 import statistics
 import subprocess
@@ -111,6 +112,9 @@ class Loop:
         command += [f"--policy.actor_learner_config.learner_port={port}"]
         self._metrics, self._log = output / FILE_NAME, (output.parent / "loop.log").open("w")
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT)
+
+    def warm_up(self) -> None:
+        """Lets it start and do its first iterations."""
         self._wait_for(WARM_UP)
         self.pause()
 
@@ -164,9 +168,38 @@ class Loop:
         self._log.close()
 
 
+class OtherLoad:
+    """How many cores programs other than this one and its children keep busy, from now on."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), self._others()
+
+    @staticmethod
+    def _others() -> float:
+        everything = psutil.cpu_times()
+        own = [p.cpu_times() for p in (psutil.Process(), *psutil.Process().children(recursive=True))]
+        return (
+            sum(everything)
+            - everything.idle
+            - getattr(everything, "iowait", 0.0)
+            - sum(times.user + times.system for times in own)
+        )
+
+    def cores(self) -> float:
+        """Mean since the start."""
+        start, others = self._start
+        return max(0.0, (self._others() - others) / (time.perf_counter() - start))
+
+
 @contextlib.contextmanager
-def contestants(env_cfg: EnvConfig, collection: CollectionConfig, decisions: int) -> Iterator[tuple[Bare, Loop]]:
-    """Starts both sides."""
+def contestants(
+    env_cfg: EnvConfig, collection: CollectionConfig, decisions: int
+) -> Iterator[tuple[Bare, Loop]]:
+    """Starts both sides.
+
+    A run that is stopped does not end when it is told to, so this process makes sure to let it go on when it is ended.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     length = PIRLConfig(push_to_hub=False).n_action_steps
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         # First of all, because it forks.
@@ -175,6 +208,7 @@ def contestants(env_cfg: EnvConfig, collection: CollectionConfig, decisions: int
         policy = save_untrained(Path(folder) / "policy", env_cfg)
         loop = Loop(Path(folder) / "run", policy)
         stack.callback(loop.close)
+        loop.warm_up()
         yield bare, loop
 
 
@@ -190,26 +224,27 @@ def run(quick: bool = False) -> list[dict]:
     decisions = EPISODES * env_cfg.episode_length // chunk
     with contestants(env_cfg, collection, decisions) as (bare, loop):
         bare.steps_per_second()
-        speeds, turns = [bare.steps_per_second()], []
+        load, speeds, turns = OtherLoad(), [bare.steps_per_second()], []
         for _ in range(3 if quick else ROUNDS):
             turns.append(loop.turn(decisions // collection.decisions))
             speeds.append(bare.steps_per_second())
-    return rows(speeds, turns)
+        return rows(speeds, turns, load.cores())
 
 
-def rows(speeds: list[float], turns: list[Turn]) -> list[dict]:
+def rows(speeds: list[float], turns: list[Turn], load: float) -> list[dict]:
     """The ratio, and what the loop's time is made of.
 
     Args:
         speeds: Bare steps per second around the turns, one more than turns.
         turns: Of the loop.
+        load: Cores that other programs kept busy meanwhile.
     """
     around = [statistics.mean(pair) for pair in itertools.pairwise(speeds)]
     ratios = [turn.steps / turn.wall / bare for turn, bare in zip(turns, around, strict=True)]
     speed = statistics.median(turn.steps / turn.wall for turn in turns)
     detail = (
         f"{speed:,.0f} against {statistics.median(speeds):,.0f} steps/s, {len(turns)} rounds "
-        f"({min(ratios):.2f} to {max(ratios):.2f}); without start-up, checkpoints and evaluations"
+        f"({min(ratios):.2f} to {max(ratios):.2f}); other programs kept {load:.1f} cores busy"
     )
     ratio = statistics.median(ratios)
     collect, update = (
@@ -220,7 +255,11 @@ def rows(speeds: list[float], turns: list[Turn]) -> list[dict]:
     shares = [
         ("environments", ratio, "what bare environments need for the same steps"),
         ("actor beyond that", collect - ratio, "inference, processors and records while the workers wait"),
-        ("wire", wire, "learner waiting while nobody collects: weights and decisions on their way, (de)coding"),
+        (
+            "wire",
+            wire,
+            "learner waiting while nobody collects: weights and decisions on their way, (de)coding",
+        ),
         ("update", update, "learner preparing the rollout and updating, while the actor waits"),
         ("rest", rest, "publishing and logging"),
     ]

@@ -56,6 +56,10 @@ REACH = ["--env.type=metaworld_state", "--env.task=reach-v3", "--env.episode_len
 """The environment of the runs in real processes: its episodes do not end where iterations do."""
 
 
+LEROBOTS_OWN = ("--policy.path", "--config_path")
+"""What LeRobot reads before draccus, which does not know it."""
+
+
 # Environments
 
 
@@ -149,7 +153,7 @@ def make_cfg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeConfig:
         given = [*SMALL, "--env.type=test_line", f"--output_dir={tmp_path / 'run'}", *arguments]
         # LeRobot reads paths from the command line a second time.
         monkeypatch.setattr(sys, "argv", ["test", *given])
-        cfg = draccus.decode(PIRLTrainConfig, nested(latest(given)))
+        cfg = draccus.decode(PIRLTrainConfig, nested(latest(given, LEROBOTS_OWN)))
         if validate:
             cfg.validate()
         return cfg
@@ -157,14 +161,10 @@ def make_cfg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MakeConfig:
     return make
 
 
-def latest(arguments: Sequence[str]) -> list[str]:
-    """Each `--name=value` once, as it was given last; paths, which draccus does not know, left out."""
+def latest(arguments: Sequence[str], without: Sequence[str] = ()) -> list[str]:
+    """Each `--name=value` once, as it was given last, but for names that begin with one of `without`."""
     by_name = {argument.partition("=")[0]: argument for argument in arguments}
-    return [
-        argument
-        for name, argument in by_name.items()
-        if name not in ("--policy.path", "--config_path") and not argument.endswith("=absent")
-    ]
+    return [argument for name, argument in by_name.items() if not name.startswith(tuple(without))]
 
 
 def nested(arguments: Sequence[str]) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class Command:
 
     def __init__(self, name: str, arguments: Sequence[str], console: Path) -> None:
         program = Path(sys.executable).parent / name
-        self.console = console
+        self.console, self.expected_to_fail = console, False
         with console.open("wb") as file:
             self.process = subprocess.Popen(
                 [program, *arguments],
@@ -278,6 +278,13 @@ class Command:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{self.process.args} still runs; it says {self.shown[-5:]}") from None
+
+    def failure(self, timeout: float = 150) -> str:
+        """The one line with which it ends, exit code 1; it then counts as expected."""
+        assert self.wait(timeout) == 1, self.shown
+        assert len(self.errors()) == 1, self.shown
+        self.expected_to_fail = True
+        return self.errors()[0]
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -316,21 +323,21 @@ class Run:
         self._folder = folder
         self._commands: list[Command] = []
 
-    def start(self, name: str, *arguments: str, alone: bool = False) -> Command:
+    def start(self, name: str, *arguments: str, without: Sequence[str] = (), alone: bool = False) -> Command:
         """Starts a command with the run's arguments and more, or `alone` with these only."""
         console = self._folder / f"console_{len(self._commands)}.txt"
-        given = list(arguments) if alone else latest([*self.arguments, *arguments])
+        given = list(arguments) if alone else latest([*self.arguments, *arguments], without)
         self._commands.append(Command(name, given, console))
         return self._commands[-1]
 
-    def learner(self, *arguments: str) -> Command:
-        return self.start("lerobot-pi-rl-learner", *arguments)
+    def learner(self, *arguments: str, without: Sequence[str] = ()) -> Command:
+        return self.start("lerobot-pi-rl-learner", *arguments, without=without)
 
     def actor(self, number: int = 0, *arguments: str) -> Command:
         return self.start("lerobot-pi-rl-actor", f"--algorithm.collection.actor_id={number}", *arguments)
 
-    def train(self, *arguments: str) -> Command:
-        return self.start("lerobot-pi-rl-train", *arguments)
+    def train(self, *arguments: str, without: Sequence[str] = ()) -> Command:
+        return self.start("lerobot-pi-rl-train", *arguments, without=without)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of iterations in `metrics.jsonl` so far, without those of evaluations."""
@@ -348,10 +355,10 @@ class Run:
     def await_rows(
         self, condition: Callable[[list[dict[str, Any]]], Any], what: str, timeout: float = 90
     ) -> None:
-        """Waits until the rows fulfil a condition; fails at once when a command has ended with an error."""
+        """Waits until the rows fulfil a condition; fails at once when a command reports an unexpected error."""
 
         def fulfilled() -> bool:
-            broken = [command.errors() for command in self._commands if command.errors()]
+            broken = [c.errors() for c in self._commands if c.errors() and not c.expected_to_fail]
             assert not broken, f"while waiting until {what}: {broken}"
             return bool(condition(self.rows()))
 

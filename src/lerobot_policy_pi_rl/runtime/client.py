@@ -304,17 +304,16 @@ class LearnerClient:
             if error is None:
                 return
             if now - began >= timeout_s:
-                break
+                raise LearnerUnreachable(
+                    f"no learner answers at {self._address} after {now - began:.0f} s; start it with "
+                    f"{self._command}"
+                )
             if now - told >= MESSAGE_SECONDS or told == began:
                 told = now
                 logger.info(
                     "Waiting for the learner at %s (%.0f of %.0f s)", self._address, now - began, timeout_s
                 )
             self._closing.wait(min(RETRY_SECONDS, began + timeout_s - now))
-        raise LearnerUnreachable(
-            f"no learner answers at {self._address} after {time.monotonic() - began:.0f} s; start it with "
-            f"{self._command}"
-        )
 
     def reconnect(self, timeout_s: float = 120.0, stop: threading.Event | None = None) -> None:
         """Drops a broken connection, with what was queued on it, and connects again.
@@ -333,8 +332,8 @@ class LearnerClient:
         """Waits for weights; only ever the newest that arrived.
 
         Args:
-            newer_than: Version that the actor already has; -1 for any. Final weights always count as newer: a
-                learner that is stopped repeats its version with them.
+            newer_than: Version that the actor already has; -1 for any. Final weights count as newer when they
+                arrive: a learner that is stopped repeats its version with them.
             timeout: Seconds to wait; None waits until there are some.
 
         Returns:
@@ -346,13 +345,14 @@ class LearnerClient:
         """
         link = self._connected_link()
         deadline = None if timeout is None else time.monotonic() + timeout
+        arrived = False
         while True:
             held = link.weights
-            fresh = held is not None and (held.header.final or held.header.version > newer_than)
+            fresh = held is not None and (held.header.version > newer_than or (arrived and held.header.final))
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             payload = link.take(0.0 if fresh else rest)
             if payload is not None:
-                link.weights = decode_weights(payload)
+                link.weights, arrived = decode_weights(payload), True
             elif fresh:
                 return held
             elif link.broken:

@@ -232,13 +232,17 @@ class Gatherer:
 
     def _wait_for_statistics(self, iteration: _Iteration, kinds: tuple[str, ...]) -> None:
         deadline = time.monotonic() + STATISTICS_S
-        wanted = {(kind, actor, iteration.version) for kind in kinds for actor in iteration.delivered}
-        while not wanted <= self._statistics.keys() and time.monotonic() < deadline:
+        self._read_interactions()
+        while self._misses_statistics(iteration, kinds) and time.monotonic() < deadline:
             message = self._service.interactions.get(POLL_S)
             if message is not None:
                 self._read(message)
-            elif not iteration.delivered & {info.actor for info in self._service.connected()}:
-                break
+
+    def _misses_statistics(self, iteration: _Iteration, kinds: tuple[str, ...]) -> bool:
+        """Whether something is still to come from an actor that delivered and is there to send it."""
+        here = iteration.delivered & {info.actor for info in self._service.connected()}
+        wanted = {(kind, actor, iteration.version) for kind in kinds for actor in here}
+        return not wanted <= self._statistics.keys()
 
     def _read_interactions(self) -> None:
         while (message := self._service.interactions.get(0.0)) is not None:

@@ -1,0 +1,352 @@
+"""What the learner keeps, drops, waits for and does not wait for."""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Event
+
+import pytest
+import torch
+from lerobot.utils.constants import OBS_STATE
+
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, Gathered, Gatherer, NothingUsable, Stopped
+from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
+from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo, Inbox, Received
+from lerobot_policy_pi_rl.runtime.wire import RolloutHeader, WireSpec, encode_decisions, encode_interaction
+
+VERSION, QUOTA, SOON = 7, 16, 20.0
+PLAIN = {"episodes": 2, "successes": 1, "return_sum": 3.5, "length_sum": 40, "seconds": 0.5, "latency": 0.01}
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Room:
+    """Stands in for the service: the same inboxes, with actors that come and go at a word."""
+
+    def __init__(self) -> None:
+        self.decisions, self.interactions = Inbox(64), Inbox(64)
+        self.rejected: list[tuple[int, str, str]] = []
+        self._here: dict[int, ActorInfo] = {}
+        self._events: list[ActorEvent] = []
+
+    def join(self, *actors: int) -> None:
+        for actor in actors:
+            self._here[actor] = ActorInfo(actor, "here", 0.0)
+            self._events.append(ActorEvent("joined", self._here[actor]))
+
+    def leave(self, actor: int) -> None:
+        self._events.append(ActorEvent("left", self._here.pop(actor)))
+
+    def connected(self) -> list[ActorInfo]:
+        return [self._here[actor] for actor in sorted(self._here)]
+
+    def wait_connected(self, count: int, timeout: float | None = None) -> bool:
+        return len(self._here) >= count
+
+    def next_event(self, timeout: float = 0.0) -> ActorEvent | None:
+        return self._events.pop(0) if self._events else None
+
+    def reject(self, actor: int, reason: str, detail: str = "") -> None:
+        self.rejected.append((actor, reason, detail))
+
+
+@dataclass
+class Scene:
+    """A gatherer, the room it looks at, and what an actor would send."""
+
+    room: Room
+    gatherer: Gatherer
+    stop: Event
+    quota: DecisionBatch
+
+    def of(self, actor: int) -> DecisionBatch:
+        """An actor's quota."""
+        return replace(self.quota, env=self.quota.env + 4 * actor)
+
+    def send(self, sender: int, batch: DecisionBatch | None = None, **header: int) -> None:
+        values = {"actor": sender, "version": VERSION, "iteration_part": 0, "last": True, **header}
+        payload = encode_decisions(self.of(sender) if batch is None else batch, RolloutHeader(**values))  # type: ignore[arg-type]
+        self.send_bytes(sender, payload)
+
+    def send_bytes(self, actor: int, payload: bytes) -> None:
+        self.room.decisions.put(Received(actor, payload), lambda: True)
+
+    def tell(self, actor: int, kind: str = "collection", version: int = VERSION, **values: object) -> None:
+        told = encode_interaction({"kind": kind, "version": version, **PLAIN, **values})  # type: ignore[dict-item]
+        self.room.interactions.put(Received(actor, told), lambda: True)
+
+    def deliver(self, *actors: int) -> None:
+        """Statistics and quota, as actors send them."""
+        for actor in actors:
+            self.tell(actor)
+            self.send(actor)
+
+
+@pytest.fixture
+def scene(make_cfg: Callable, make_collector: Callable[..., Collector]) -> Scene:
+    collector = make_collector()
+    cfg = make_cfg()
+    spec: WireSpec = wire_spec(cfg, collector._player)
+    collector.restart(VERSION)
+    room, stop = Room(), Event()
+    gatherer = Gatherer(room, spec, CollectionConfig(num_envs=4, decisions=4, idle_warning_s=0.3), stop)  # type: ignore[arg-type]
+    return Scene(room, gatherer, stop, collector.collect(VERSION).decisions)
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., Future]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit
+
+
+def gather(scene: Scene, evaluating: bool = False) -> Gathered:
+    return scene.gatherer.gather(VERSION, evaluating)
+
+
+def test_all_actors_quotas_are_gathered(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    scene.deliver(0, 1)
+    gathered = gather(scene)
+    assert sorted(set(gathered.decisions.env.tolist())) == list(range(8))
+    assert len(gathered.decisions) == 2 * QUOTA
+    assert [row["return_sum"] for row in gathered.collections] == [3.5, 3.5]
+    assert gathered.evaluations == []
+    assert not any(scene.gatherer.dropped.values())
+
+
+def test_a_quota_may_come_in_parts(scene: Scene) -> None:
+    scene.room.join(0)
+    scene.tell(0)
+    for part in range(4):
+        rows = torch.arange(4 * part, 4 * part + 4)
+        scene.send(0, scene.quota.select(rows), iteration_part=part, last=part == 3)
+    assert len(gather(scene).decisions) == QUOTA
+
+
+def test_decisions_that_are_not_finite_are_dropped_and_counted(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.room.join(0)
+    scene.tell(0)
+    reward, state = scene.quota.reward.clone(), scene.quota.observation[OBS_STATE].clone()
+    reward[3], state[5, 0] = torch.nan, torch.inf
+    scene.send(0, replace(scene.quota, reward=reward, observation={OBS_STATE: state}))
+    gathered = gather(scene)
+    kept = [row for row in range(QUOTA) if row not in (3, 5)]
+    assert torch.equal(gathered.decisions.reward, reward[kept])
+    assert torch.equal(gathered.decisions.chain, scene.quota.chain[kept])
+    assert scene.gatherer.dropped["non_finite_decisions"] == 2
+    assert "Dropped 2 of 16 decisions" in caplog.text
+
+
+def test_when_nothing_is_left_the_error_says_so(scene: Scene) -> None:
+    scene.room.join(0)
+    scene.tell(0)
+    scene.send(0, replace(scene.quota, log_prob=torch.full_like(scene.quota.log_prob, torch.nan)))
+    with pytest.raises(
+        NothingUsable, match=r"every decision of version 7.*non_finite_decisions': 16"
+    ) as error:
+        gather(scene)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["garbage", "empty", "other actor", "foreign environments", "other shape"])
+def test_a_malformed_message_is_rejected_and_counted(scene: Scene, case: str) -> None:
+    scene.room.join(0, 1)
+    if case == "garbage":
+        scene.send_bytes(1, b"\x00garbage" * 100)
+    elif case == "empty":
+        scene.send_bytes(1, b"")
+    elif case == "other actor":
+        scene.send(1, actor=0)
+    elif case == "foreign environments":
+        scene.send(1, scene.of(0))
+    else:
+        scene.send(1, replace(scene.of(1), log_prob=scene.quota.log_prob[:, :-1]))
+    scene.deliver(0, 1)
+    gathered = gather(scene)
+    assert len(gathered.decisions) == 2 * QUOTA
+    assert scene.gatherer.dropped["malformed_messages"] == 1
+    (actor, reason, detail) = scene.room.rejected[0]
+    assert (actor, reason) == (1, "malformed")
+    assert detail
+    assert "\n" not in detail
+
+
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
+def test_decisions_of_other_weights_are_dropped_and_counted(scene: Scene, version: int) -> None:
+    scene.room.join(0)
+    scene.send(0, version=version)
+    scene.deliver(0)
+    assert len(gather(scene).decisions) == QUOTA
+    assert scene.gatherer.dropped["stale_decisions"] == QUOTA
+
+
+def test_a_single_decision_of_other_weights_is_dropped_and_counted(scene: Scene) -> None:
+    scene.room.join(0)
+    scene.tell(0)
+    version = scene.quota.version.clone()
+    version[2] = VERSION - 1
+    scene.send(0, replace(scene.quota, version=version))
+    assert gather(scene).decisions.version.tolist() == [VERSION] * (QUOTA - 1)
+    assert scene.gatherer.dropped["stale_decisions"] == 1
+
+
+def test_a_quota_that_is_collected_twice_counts_once(scene: Scene) -> None:
+    """An actor that dies after its quota and comes back before the others are done is asked again."""
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    scene.room.leave(0)
+    scene.room.join(0)
+    scene.deliver(0, 1)
+    gathered = gather(scene)
+    pairs = list(zip(gathered.decisions.env.tolist(), gathered.decisions.index.tolist(), strict=True))
+    assert len(pairs) == len(set(pairs)) == 2 * QUOTA
+    assert scene.gatherer.dropped["repeated_decisions"] == QUOTA
+
+
+def test_an_actor_that_leaves_is_not_waited_for(
+    scene: Scene, background: Callable[..., Future], caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.6)
+    scene.room.leave(1)
+    assert len(waiting.result(SOON).decisions) == QUOTA
+    assert scene.gatherer.actors_left == 1
+    assert "Actor 1 left before it delivered its quota; going on with actor(s) [0]" in caplog.text
+
+
+def test_an_actor_that_joins_is_waited_for(scene: Scene, background: Callable[..., Future]) -> None:
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.6)
+    scene.deliver(1)
+    assert len(waiting.result(SOON).decisions) == 2 * QUOTA
+
+
+def test_without_any_actor_it_waits_for_the_next(
+    scene: Scene, background: Callable[..., Future], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    scene.room.join(0)
+    waiting = background(gather, scene)
+    scene.room.leave(0)
+    with pytest.raises(TimeoutError):
+        waiting.result(1.0)
+    assert "going on with none until one connects" in caplog.text
+    assert re.search(r"Nothing arrived for \d+ s; waiting for an actor to connect", caplog.text)
+    scene.room.join(3)
+    scene.deliver(3)
+    assert waiting.result(SOON).decisions.env.min() == 12
+    assert "Actor 3 joined from here" in caplog.text
+
+
+def test_a_silent_actor_is_named(
+    scene: Scene, background: Callable[..., Future], caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(1.0)
+    assert "waiting for actor(s) [1]" in caplog.text
+    scene.deliver(1)
+    waiting.result(SOON)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kind": "gossip"},
+        {"version": 1.5},
+        {"version": True},
+        {"episodes": "two"},
+        {"seconds": True},
+        {"return_sum": 10**80},
+    ],
+)
+def test_statistics_that_no_metric_can_be_made_of_are_rejected(scene: Scene, values: dict) -> None:
+    scene.room.join(0)
+    scene.tell(0, **values)
+    scene.deliver(0)
+    assert [row["episodes"] for row in gather(scene).collections] == [2]
+    assert scene.gatherer.dropped["malformed_messages"] == 1
+
+
+def test_a_missing_statistic_is_rejected(scene: Scene) -> None:
+    scene.room.join(0)
+    told = encode_interaction({"kind": "collection", "version": VERSION})
+    scene.room.interactions.put(Received(0, told), lambda: True)
+    scene.deliver(0)
+    assert len(gather(scene).collections) == 1
+    assert "episodes" in scene.room.rejected[0][2]
+
+
+def test_evaluations_come_with_the_iteration_they_were_asked_for(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    for actor in (0, 1):
+        scene.tell(actor, "evaluation", successes=actor)
+        scene.tell(actor, "evaluation", VERSION - 1, successes=9)
+    scene.deliver(0, 1)
+    assert [row["successes"] for row in gather(scene, evaluating=True).evaluations] == [0, 1]
+
+
+def test_statistics_of_an_actor_that_left_are_not_waited_for(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    scene.send(1)
+    scene.room.leave(1)
+    scene.deliver(0)
+    began = time.monotonic()
+    assert len(gather(scene).collections) == 1
+    assert time.monotonic() - began < STATISTICS_S
+
+
+def test_statistics_that_came_before_their_actor_left_are_used(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    scene.deliver(0, 1)
+    scene.room.leave(1)
+    assert len(gather(scene).collections) == 2
+
+
+def test_the_last_evaluation_is_waited_for(scene: Scene, background: Callable[..., Future]) -> None:
+    scene.room.join(0, 1)
+    scene.tell(0, "evaluation")
+    waiting = background(scene.gatherer.gather_evaluation, VERSION, SOON)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.6)
+    scene.tell(1, "evaluation")
+    assert len(waiting.result(SOON)) == 2
+
+
+def test_the_last_evaluation_of_an_actor_that_left_is_not_waited_for(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    scene.tell(0, "evaluation")
+    scene.room.leave(0)
+    scene.room.leave(1)
+    assert len(scene.gatherer.gather_evaluation(VERSION, SOON)) == 1
+
+
+@pytest.mark.parametrize("what", ["gather", "gather_evaluation", "wait_for_actors"])
+def test_every_wait_can_be_stopped(scene: Scene, background: Callable[..., Future], what: str) -> None:
+    if what != "wait_for_actors":
+        scene.room.join(0)
+    arguments = {"gather": (VERSION, False), "gather_evaluation": (VERSION, SOON), "wait_for_actors": ()}[
+        what
+    ]
+    waiting = background(getattr(scene.gatherer, what), *arguments)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.5)
+    scene.stop.set()
+    with pytest.raises(Stopped):
+        waiting.result(SOON)

@@ -1,0 +1,271 @@
+"""Learner and actor in this process, over loopback: what a run does, and what it writes."""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from lerobot.rl.algorithms.configs import TrainingStats
+from safetensors.torch import load_file
+
+from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
+from lerobot_policy_pi_rl.runtime.actor import Actor
+from lerobot_policy_pi_rl.runtime.client import LearnerClient
+from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.runtime.service import PortUnavailable
+
+MakeConfig = Callable[..., PIRLTrainConfig]
+Train = Callable[..., list[dict[str, Any]]]
+SOON = 30.0
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def run_actor(actor: Actor) -> None:
+    try:
+        actor.run()
+    finally:
+        actor.close()
+
+
+@pytest.fixture
+def train(make_cfg: MakeConfig, free_port: int, tmp_path: Path) -> Train:
+    """Runs a learner and its actors to the end; the arguments are those of `make_cfg`. Returns the metrics."""
+
+    def run(*arguments: str, actors: int = 1, folder: str = "run") -> list[dict[str, Any]]:
+        output_dir = tmp_path / folder
+        port = f"--policy.actor_learner_config.learner_port={free_port}"
+        given = [
+            port,
+            f"--output_dir={output_dir}",
+            *arguments,
+            f"--algorithm.collection.num_actors={actors}",
+        ]
+        stop = Event()
+        learner = Learner(make_cfg(*given), stop)
+        # An actor reads the configuration as its own command would.
+        makers = [
+            lambda number=number: Actor(
+                as_actor(make_cfg(*given, f"--algorithm.collection.actor_id={number}", validate=False)), stop
+            )
+            for number in range(actors)
+        ]
+        running = [make() for make in makers]
+        with ThreadPoolExecutor(actors) as pool:
+            futures = [pool.submit(run_actor, actor) for actor in running]
+            try:
+                learner.run()
+            finally:
+                stop.set()
+            for future in futures:
+                future.result(SOON)
+        lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+def as_actor(cfg: PIRLTrainConfig) -> PIRLTrainConfig:
+    cfg.is_actor, cfg.resume = True, False
+    cfg.validate()
+    return cfg
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether something that nobody signals becomes true soon."""
+    deadline, never = time.monotonic() + SOON, Event()
+    while not condition() and time.monotonic() < deadline:
+        never.wait(0.01)
+    return condition()
+
+
+def iterations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "rollout/decisions" in row]
+
+
+def evaluations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if "eval/success" in row]
+
+
+def reproducible(row: dict[str, Any]) -> dict[str, Any]:
+    """The part of a row that does not depend on the clock."""
+    return {
+        name: value
+        for name, value in row.items()
+        if name == "step" or name.split("/")[0] in ("loss", "ppo", "rollout", "gradient", "eval")
+    }
+
+
+def test_a_run_learns_from_every_decision(train: Train) -> None:
+    rows = iterations(train("--steps=4"))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["rollout/decisions"] for row in rows] == [16] * 4
+    assert [row["progress/decisions"] for row in rows] == [16, 32, 48, 64]
+    assert all(row["rollout/staleness"] == 0 for row in rows)
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in rows)
+    # The first iteration is the critic's alone.
+    assert "loss/policy" not in rows[0]
+    assert all(math.isfinite(row["loss/policy"]) and math.isfinite(row["loss/value"]) for row in rows[1:])
+
+
+def test_two_actors_share_the_work(train: Train) -> None:
+    rows = iterations(train("--steps=3", "--env_eval_freq=2", "--eval.n_episodes=5", actors=2))
+    assert [row["rollout/decisions"] for row in rows] == [32] * 3
+    assert all(row["actors/connected"] == 2 for row in rows[:-1])
+
+
+def test_every_validation_start_runs_once_however_many_actors_there_are(train: Train) -> None:
+    arguments = ("--steps=2", "--env_eval_freq=1", "--eval.n_episodes=7", "--env.fate=true")
+    one = evaluations(train(*arguments, folder="one"))
+    two = evaluations(train(*arguments, actors=2, folder="two"))
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [0, 1, 2]
+    # Starts 500000 to 500006: three of the seven seeds are odd.
+    assert all(row["eval/episodes"] == 7 for row in one + two)
+    assert all(row["eval/success"] == pytest.approx(3 / 7) for row in one + two)
+
+
+def test_the_best_checkpoint_is_the_first_of_the_best(train: Train, tmp_path: Path) -> None:
+    rows = evaluations(train("--steps=2", "--env_eval_freq=1", "--eval.n_episodes=7", "--env.fate=true"))
+    assert [row["eval/best_version"] for row in rows] == [0, 0, 0]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "best").readlink() == Path("000000")
+    assert (checkpoints / "last").readlink() == Path("000002")
+
+
+def test_a_run_ends_when_its_steps_are_used_up(train: Train) -> None:
+    # 4 environments, 4 decisions, 5 steps each: 80 an iteration while no episode ends inside a chunk.
+    rows = iterations(train("--steps=100", "--policy.online_steps=200", "--env.limit=20", "--env.fate=false"))
+    assert rows[-1]["progress/env_steps"] >= 200
+    assert rows[-2]["progress/env_steps"] < 200
+
+
+def test_a_run_ends_when_the_policy_is_good_enough(train: Train) -> None:
+    rows = train(
+        "--steps=100",
+        "--env_eval_freq=3",
+        "--eval.n_episodes=7",
+        "--env.fate=true",
+        "--algorithm.stop_success=0.4",
+    )
+    # Known after the first evaluation, which comes with the first iteration.
+    assert [row["step"] for row in iterations(rows)] == [1]
+
+
+@pytest.mark.parametrize("explorer", ["flow_sde", "flow_noise"])
+def test_a_resumed_run_is_the_run(train: Train, explorer: str, tmp_path: Path) -> None:
+    plain = (
+        f"--policy.explorer.kind={explorer}",
+        "--save_freq=2",
+        "--env_eval_freq=2",
+        "--eval.n_episodes=6",
+    )
+    whole = train(*plain, "--steps=6", folder="whole")
+    train(*plain, "--steps=4", folder="parts")
+    parts = train(*plain, "--steps=6", "--resume=true", folder="parts")
+    assert [reproducible(row) for row in whole] == [reproducible(row) for row in parts]
+    one, two = (
+        load_file(tmp_path / folder / "checkpoints" / "last" / "pretrained_model" / "model.safetensors")
+        for folder in ("whole", "parts")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_is_the_same_again(train: Train) -> None:
+    first, second = (train("--steps=3", folder=folder) for folder in ("one", "two"))
+    assert [reproducible(row) for row in first] == [reproducible(row) for row in second]
+    other = train("--steps=3", "--seed=4", folder="other")
+    assert reproducible(first[-1]) != reproducible(other[-1])
+
+
+def test_a_stopped_run_has_a_checkpoint_and_sends_its_actors_home(
+    make_cfg: MakeConfig, free_port: int, tmp_path: Path
+) -> None:
+    """Also an actor that waits for weights, having delivered: the last ones repeat its version."""
+    port = f"--policy.actor_learner_config.learner_port={free_port}"
+    cfg = make_cfg(port, "--steps=1000000")
+    learner_stop, actor_stop = Event(), Event()
+    learner = Learner(cfg, learner_stop)
+    # A second actor that never delivers keeps the first one waiting.
+    silent = LearnerClient("127.0.0.1", free_port, 1, learner._service._settings)
+    actor = Actor(as_actor(make_cfg(port, validate=False)), actor_stop)
+    with ThreadPoolExecutor(2) as pool:
+        training, acting = pool.submit(learner.run), pool.submit(run_actor, actor)
+        try:
+            silent.connect(SOON)
+            first = silent.wait_weights(-1, SOON)
+            # Statistics and quota of the actor: it has delivered.
+            assert eventually(lambda: learner._service.traffic().messages == 2)
+            learner_stop.set()
+            training.result(SOON)
+            acting.result(SOON)
+            last = silent.wait_weights(first.header.version, SOON) if first else None
+        finally:
+            learner_stop.set()
+            actor_stop.set()
+            silent.close()
+    assert last is not None
+    assert last.header.final
+    assert int((tmp_path / "run" / "checkpoints" / "last").resolve().name) == last.header.version
+
+
+def test_an_actor_that_waits_for_a_learner_can_be_stopped(make_cfg: MakeConfig, free_port: int) -> None:
+    cfg = make_cfg(f"--policy.actor_learner_config.learner_port={free_port}", validate=False)
+    stop = Event()
+    actor = Actor(as_actor(cfg), stop)
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(run_actor, actor)
+        with pytest.raises(TimeoutError):
+            acting.result(1.0)
+        stop.set()
+        acting.result(SOON)
+
+
+def test_a_second_learner_leaves_the_files_of_the_first_alone(
+    make_cfg: MakeConfig, free_port: int, tmp_path: Path, train: Train
+) -> None:
+    train("--steps=3", "--save_freq=2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = metrics.read_bytes()
+    (tmp_path / "run" / "checkpoints" / "last").unlink()
+    (tmp_path / "run" / "checkpoints" / "last").symlink_to("000002")
+    port = f"--policy.actor_learner_config.learner_port={free_port}"
+    running = Learner(make_cfg(port, f"--output_dir={tmp_path / 'first'}"), Event())
+    with running._server, pytest.raises(PortUnavailable):
+        Learner(make_cfg(port, "--resume=true"), Event()).run()
+    assert metrics.read_bytes() == before
+
+
+def test_a_policy_that_does_not_score_what_it_sampled_ends_the_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reduce = PIRLAlgorithm.reduce
+    calls = threading.local()
+
+    def off(self: PIRLAlgorithm, per_step: torch.Tensor, executed: torch.Tensor) -> torch.Tensor:
+        # The first reduction of an iteration is that of what was sampled.
+        calls.count = getattr(calls, "count", 0) + 1
+        return reduce(self, per_step, executed) + (0.1 if calls.count == 1 else 0.0)
+
+    monkeypatch.setattr(PIRLAlgorithm, "reduce", off)
+    with pytest.raises(RatioError, match="ratio is off by"):
+        train("--steps=2")
+
+
+def test_rollouts_are_read_once() -> None:
+    rollouts = Rollouts()
+    rollouts.put("rollout")  # type: ignore[arg-type]
+    assert list(rollouts) == ["rollout"]
+    assert list(rollouts) == []
+
+
+def test_metrics_have_the_names_of_their_page() -> None:
+    stats = TrainingStats(losses={"value_loss": 1.0}, grad_norms={"policy": 2.0}, extra={"approx_kl": 3.0})
+    assert learning_metrics(stats) == {"loss/value": 1.0, "gradient/policy_norm": 2.0, "ppo/approx_kl": 3.0}

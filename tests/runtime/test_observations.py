@@ -1,0 +1,68 @@
+"""The path of an observation from the environment to the policy, over the wire."""
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import preprocess_observation
+from lerobot.envs.configs import AlohaEnv
+
+from lerobot_policy_pi_rl.runtime.observations import ObservationPath
+
+TOP, STATE = "observation.images.top", "observation.state"
+FEATURES = {
+    TOP: PolicyFeature(FeatureType.VISUAL, (3, 16, 32)),
+    STATE: PolicyFeature(FeatureType.STATE, (4,)),
+}
+
+
+@pytest.fixture
+def path() -> ObservationPath:
+    return ObservationPath(FEATURES, AlohaEnv(), None)
+
+
+def raw(rows: int = 2) -> dict[str, np.ndarray]:
+    """Observations as `ChunkedVectorEnv` gives them; the pictures have every value that a byte has."""
+    values = np.arange(rows * 16 * 32 * 3) % 256
+    rng = np.random.default_rng(0)
+    return {
+        "pixels/top": rng.permutation(values).astype(np.uint8).reshape(rows, 16, 32, 3),
+        "agent_pos": rng.normal(size=(rows, 4)),
+    }
+
+
+def test_it_is_the_path_of_lerobots_evaluation(path: ObservationPath) -> None:
+    flat = raw()
+    expected = preprocess_observation({"pixels": {"top": flat["pixels/top"]}, "agent_pos": flat["agent_pos"]})
+    found = path.from_environment(flat, ["a", "b"])
+    assert found.keys() == FEATURES.keys()
+    for key, value in found.items():
+        assert torch.equal(value, expected[key])
+
+
+def test_the_wire_changes_no_bit(path: ObservationPath) -> None:
+    there = path.from_environment(raw(), ["a", "b"])
+    packed = path.pack(there)
+    for key, entry in path.wire_fields().items():
+        assert packed[key].dtype == entry.dtype
+        assert tuple(packed[key].shape[1:]) == entry.shape
+    assert len(packed[TOP].unique()) == 256
+    here = path.unpack(packed)
+    for key, value in there.items():
+        assert torch.equal(here[key], value)
+        assert here[key].dtype == value.dtype
+
+
+def test_a_picture_crosses_as_bytes(path: ObservationPath) -> None:
+    packed = path.pack(path.from_environment(raw(), ["a", "b"]))
+    assert torch.equal(packed[TOP], torch.from_numpy(raw()["pixels/top"]).permute(0, 3, 1, 2))
+
+
+def test_what_the_policy_does_not_read_is_left_out(path: ObservationPath) -> None:
+    found = path.from_environment({**raw(), "environment_state": np.zeros((2, 7))}, ["a", "b"])
+    assert found.keys() == FEATURES.keys()
+
+
+def test_a_missing_feature_is_named(path: ObservationPath) -> None:
+    with pytest.raises(KeyError, match=r"does not give \['observation.images.top'\]"):
+        path.from_environment({"agent_pos": np.zeros((2, 4))}, ["a", "b"])

@@ -1,0 +1,282 @@
+"""One configuration for both sides, and what both build from it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.rl.algorithms.sac import SACAlgorithmConfig
+
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
+from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.learner import Learner
+from lerobot_policy_pi_rl.runtime.pipeline import (
+    PIRLTrainConfig,
+    agreed_settings,
+    check_checkpoint,
+    check_features,
+    make_player,
+    parts,
+    wire_spec,
+)
+from lerobot_policy_pi_rl.runtime.wire import (
+    RolloutHeader,
+    decode_decisions,
+    encode_decisions,
+    settings_differences,
+)
+
+MakeConfig = Callable[..., PIRLTrainConfig]
+
+
+def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
+    """The text of an error, which must be one line."""
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def saved(make_cfg: MakeConfig, tmp_path: Path) -> Path:
+    """Checkpoint of a run that has not begun."""
+    from threading import Event
+
+    learner = Learner(make_cfg(), Event())
+    learner._save()
+    return tmp_path / "run" / "checkpoints" / "000000"
+
+
+# Validation
+
+
+def test_no_data_set_is_needed(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg()
+    assert cfg.dataset is None
+    assert isinstance(cfg.algorithm, PIRLAlgorithmConfig)
+    assert cfg.algorithm.policy_config is cfg.policy
+
+
+def test_the_algorithm_is_ours_when_none_is_named(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg(validate=False)
+    cfg.algorithm = None
+    cfg.validate()
+    assert isinstance(cfg.algorithm, PIRLAlgorithmConfig)
+
+
+def test_another_algorithm_is_refused(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg(validate=False)
+    cfg.algorithm = SACAlgorithmConfig()
+    with pytest.raises(ConfigError, match=r"algorithm.type.*'sac' is trained by lerobot.rl.learner") as error:
+        cfg.validate()
+    one_line(error)
+
+
+def test_another_policy_is_refused(make_cfg: MakeConfig) -> None:
+    from lerobot.policies.act.configuration_act import ACTConfig
+
+    cfg = make_cfg(validate=False)
+    cfg.policy = ACTConfig(push_to_hub=False)
+    with pytest.raises(ConfigError, match=r"policy.type.*'act'.*'pi_rl'") as error:
+        cfg.validate()
+    one_line(error)
+
+
+def test_an_environment_is_needed(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg(validate=False)
+    cfg.env = None
+    with pytest.raises(ConfigError, match=r"env.type.*is missing") as error:
+        cfg.validate()
+    one_line(error)
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(make_cfg: MakeConfig, saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir.*--resume=true") as error:
+        make_cfg()
+    one_line(error)
+
+
+def test_a_folder_with_logs_only_is_used(make_cfg: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    assert make_cfg().output_dir == tmp_path / "run"
+
+
+def test_an_actor_works_next_to_the_checkpoints(make_cfg: MakeConfig, saved: Path) -> None:
+    cfg = make_cfg(validate=False)
+    cfg.is_actor = True
+    cfg.validate()
+    assert cfg.output_dir == saved.parents[1]
+
+
+# Resuming
+
+
+def test_a_run_is_resumed_from_its_last_checkpoint(make_cfg: MakeConfig, saved: Path) -> None:
+    cfg = make_cfg("--resume=true")
+    assert cfg.checkpoint_path == saved
+    assert cfg.policy is not None
+    assert Path(str(cfg.policy.pretrained_path)) == saved / "pretrained_model"
+
+
+@pytest.mark.parametrize("named", ["pretrained_model", "pretrained_model/train_config.json"])
+def test_a_run_is_resumed_from_a_named_checkpoint(make_cfg: MakeConfig, saved: Path, named: str) -> None:
+    last = saved.parent / "last"
+    cfg = make_cfg("--resume=true", f"--config_path={last / named}")
+    assert cfg.checkpoint_path == saved
+
+
+def test_settings_of_the_policy_can_be_changed_when_resuming(make_cfg: MakeConfig, saved: Path) -> None:
+    cfg = make_cfg("--resume=true", "--policy.online_steps=5")
+    assert parts(cfg)[0].online_steps == 5
+    assert parts(cfg)[0].chunk_size == 5
+
+
+def test_resuming_needs_a_checkpoint(make_cfg: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*run/checkpoints/last") as error:
+        make_cfg("--resume=true")
+    one_line(error)
+
+
+def test_resuming_needs_a_place(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg("--resume=true", validate=False)
+    cfg.output_dir = None
+    with pytest.raises(ConfigError, match=r"resume.*needs the --output_dir") as error:
+        cfg.validate()
+    one_line(error)
+
+
+def test_a_cut_checkpoint_is_not_resumed(make_cfg: MakeConfig, saved: Path) -> None:
+    file = saved / "pretrained_model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors is \d+ bytes, \d+ bytes were written"
+    ) as error:
+        make_cfg("--resume=true")
+    one_line(error)
+
+
+# A policy that was trained before
+
+
+@pytest.mark.parametrize("path", ["/nowhere/pretrained_model", "outputs/nowhere/pretrained_model"])
+def test_a_missing_policy_is_named(make_cfg: MakeConfig, path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"policy.path.*{path} holds no policy") as error:
+        make_cfg(f"--policy.path={path}")
+    one_line(error)
+
+
+def test_what_may_be_a_name_on_the_hub_is_left_to_lerobot() -> None:
+    for name in (None, "policy", "user/policy"):
+        check_checkpoint(name)
+
+
+def test_a_trained_policy_is_taken_with_its_weights(
+    make_cfg: MakeConfig, saved: Path, tmp_path: Path
+) -> None:
+    made = make_player(make_cfg(f"--output_dir={tmp_path / 'other'}"))
+    cfg = make_cfg(
+        f"--policy.path={saved / 'pretrained_model'}", "--seed=99", f"--output_dir={tmp_path / 'other'}"
+    )
+    loaded = make_player(cfg)
+    for name, value in made.policy.state_dict().items():
+        assert torch.equal(loaded.policy.state_dict()[name], value), name
+
+
+def test_a_policy_for_another_environment_is_refused(make_cfg: MakeConfig) -> None:
+    policy_cfg, _, env_cfg = parts(make_cfg())
+    policy_cfg.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (39,))}
+    with pytest.raises(
+        ConfigError, match=r"env.type.*'observation.state' with shape \(2,\).*\(39,\)"
+    ) as error:
+        check_features(policy_cfg, env_cfg)
+    one_line(error)
+    policy_cfg.input_features = {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 8, 8))}
+    with pytest.raises(ConfigError, match=r"'test_line' does not give 'observation.images.top'") as error:
+        check_features(policy_cfg, env_cfg)
+    one_line(error)
+
+
+# What both sides agree on
+
+
+def settings(cfg: PIRLTrainConfig, stats: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    player = make_player(cfg)
+    if stats is not None:
+        player.preprocessor.steps[-1].load_state_dict(stats)
+    return agreed_settings(cfg, player)
+
+
+def test_two_builds_agree(make_cfg: MakeConfig) -> None:
+    one, two = settings(make_cfg()), settings(make_cfg("--algorithm.collection.actor_id=1"))
+    assert settings_differences(one, two) == []
+    # As it arrives on the other side.
+    assert settings_differences(one, json.loads(json.dumps(two, default=str))) == []
+
+
+def test_a_checkpoint_agrees_with_the_run_that_saved_it(
+    make_cfg: MakeConfig, saved: Path, tmp_path: Path
+) -> None:
+    resumed = settings(make_cfg("--resume=true"))
+    fresh = settings(make_cfg(f"--output_dir={tmp_path / 'other'}"))
+    assert settings_differences(resumed, fresh) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"),
+    [
+        ("--policy.num_inference_steps=5", "policy.num_inference_steps"),
+        ("--policy.n_action_steps=4", "policy.n_action_steps"),
+        ("--policy.explorer.noise_level=0.4", "policy.explorer.noise_level"),
+        ("--policy.base.num_blocks=2", "policy.base.num_blocks"),
+        ("--env.limit=13", "env.limit"),
+        ("--seed=4", "seed"),
+        ("--algorithm.collection.decisions=5", "algorithm.collection.decisions"),
+        ("--algorithm.collection.num_envs=5", "algorithm.collection.num_envs"),
+    ],
+)
+def test_what_matters_is_compared(make_cfg: MakeConfig, argument: str, name: str) -> None:
+    lines = settings_differences(settings(make_cfg()), settings(make_cfg(argument)))
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{name}: learner ")
+
+
+@pytest.mark.parametrize(
+    "argument", ["--algorithm.lr=1e-5", "--algorithm.collection.num_workers=1", "--env.max_parallel_tasks=3"]
+)
+def test_what_one_side_decides_alone_is_not_compared(make_cfg: MakeConfig, argument: str) -> None:
+    assert settings_differences(settings(make_cfg()), settings(make_cfg(argument))) == []
+
+
+def test_statistics_of_the_normalisation_are_compared(make_cfg: MakeConfig) -> None:
+    def stats(mean: float) -> dict[str, torch.Tensor]:
+        return {"observation.state.mean": torch.full((2,), mean), "observation.state.std": torch.ones(2)}
+
+    plain, same, other = (settings(make_cfg(), stats(mean)) for mean in (0.5, 0.5, 0.5001))
+    assert settings_differences(plain, same) == []
+    lines = settings_differences(plain, other)
+    assert len(lines) == 1
+    assert lines[0].startswith("policy.normalisation: ")
+
+
+def test_one_seed_gives_one_policy(make_cfg: MakeConfig) -> None:
+    one, two, other = (make_player(make_cfg(f"--seed={seed}")).policy.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--policy.explorer.kind=flow_noise",), ("--policy.n_action_steps=3",)]
+)
+def test_the_learner_accepts_what_its_actor_collects(
+    make_cfg: MakeConfig, make_collector: Callable[..., Collector], arguments: tuple[str, ...]
+) -> None:
+    collector = make_collector(*arguments)
+    collector.restart(0)
+    collected = collector.collect(0).decisions
+    spec = wire_spec(make_cfg(*arguments), collector._player)
+    payload = encode_decisions(collected, RolloutHeader(0, 0, 0, True))
+    assert len(decode_decisions(payload, spec).decisions) == len(collected)

@@ -1,0 +1,110 @@
+"""A run as a user starts it: the installed commands, in real processes."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs import make_env
+from lerobot.policies import make_policy, make_pre_post_processors
+from lerobot.scripts.lerobot_eval import eval_policy
+
+from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+ITERATIONS = 4
+GROUPS = ("loss", "ppo", "rollout", "gradient", "progress", "speed", "push", "actors", "dropped")
+
+
+@pytest.fixture(scope="module")
+def finished(make_run: Callable[..., Any]) -> Any:
+    """A run that `lerobot-pi-rl-train` took to its end."""
+    run = make_run(f"--steps={ITERATIONS}", "--save_freq=2", "--env_eval_freq=2", "--eval.n_episodes=3")
+    command = run.train("--algorithm.collection.num_workers=2")
+    assert command.wait(120) == 0, command.shown
+    assert command.errors() == []
+    return run
+
+
+def test_a_run_ends_by_itself_with_its_checkpoints(finished: Any) -> None:
+    folder = finished.output_dir / "checkpoints"
+    assert sorted(entry.name for entry in folder.iterdir()) == ["000000", "000002", "000004", "best", "last"]
+    assert (folder / "last").readlink() == Path("000004")
+    for checkpoint in ("000000", "000002", "000004", "best", "last"):
+        for part in ("pretrained_model", "training_state", "algorithm"):
+            assert (folder / checkpoint / part).is_dir()
+        for file in ("config.json", "model.safetensors", "train_config.json", "policy_preprocessor.json"):
+            assert (folder / checkpoint / "pretrained_model" / file).is_file()
+        assert (folder / checkpoint / "training_state" / "training_step.json").is_file()
+
+
+def test_every_iteration_is_in_the_metrics(finished: Any) -> None:
+    rows = finished.rows()
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert {name.split("/")[0] for name in row if name != "step"} == set(GROUPS)
+        assert all(value is not None for value in row.values())
+        assert row["rollout/decisions"] == 16
+        assert row["rollout/staleness"] == 0
+        assert row["ppo/ratio_first_error"] <= 1e-3
+        assert row["push/bytes"] > 0
+        assert 0 <= row["push/latency_s"] < 60
+        assert not any(value for name, value in row.items() if name.startswith("dropped/"))
+    assert [row["step"] for row in finished.all_rows() if "eval/success" in row] == [0, 2, 4]
+
+
+def test_both_sides_keep_a_log(finished: Any) -> None:
+    assert "Listening on 127.0.0.1" in finished.log("learner")
+    assert "Actor 0 joined" in finished.log("learner")
+    assert "Actor 0 is connected" in finished.log("actor_0")
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_checkpoint_is_a_policy_for_stock_lerobot(finished: Any, name: str) -> None:
+    env_cfg = MetaworldStateEnv(task="reach-v3", episode_length=30)
+    path = finished.checkpoint(name) / "pretrained_model"
+    policy_cfg = PreTrainedConfig.from_pretrained(path)
+    policy_cfg.pretrained_path = path
+    policy = make_policy(policy_cfg, env_cfg=env_cfg).eval()
+    preprocessor, postprocessor = make_pre_post_processors(policy_cfg, pretrained_path=str(path))
+    env_steps = env_cfg.get_env_processors()
+    vector = make_env(env_cfg, n_envs=2)["metaworld_state"][0]
+    with torch.no_grad():
+        info = eval_policy(
+            env=vector,
+            policy=policy,
+            env_preprocessor=env_steps[0],
+            env_postprocessor=env_steps[1],
+            preprocessor=preprocessor,
+            postprocessor=postprocessor,
+            n_episodes=2,
+            start_seed=100_000,
+        )
+    vector.close()
+    assert len(info["per_episode"]) == 2
+
+
+def test_ctrl_c_stops_a_resumed_run_with_a_checkpoint_and_leaves_nothing(finished: Any) -> None:
+    """The run goes on from the configuration in its own checkpoint, and is then interrupted."""
+    config = finished.checkpoint() / "pretrained_model" / "train_config.json"
+    command = finished.start(
+        "lerobot-pi-rl-train", f"--config_path={config}", "--resume=true", "--steps=100000", alone=True
+    )
+    finished.await_rows(lambda rows: len(rows) > ITERATIONS + 2, "the resumed run goes on")
+    family = psutil.Process(command.process.pid).children(recursive=True)
+    # Learner, actor, and its two workers.
+    assert len(family) == 4
+    command.signal(signal.SIGINT)
+    assert command.wait(20) == 0, command.shown
+    assert command.errors() == []
+    gone, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive, gone
+    assert "Resuming at version 4" in finished.log("learner")
+    rows = finished.rows()
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert int(finished.checkpoint().resolve().name) == rows[-1]["step"]

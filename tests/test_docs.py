@@ -1,0 +1,122 @@
+"""The pages: the configuration page is what the code says, every metric is explained, and no link leads nowhere."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
+from lerobot_policy_pi_rl.algorithm.storage import prepare
+from lerobot_policy_pi_rl.bases.configuration import CompactConfig
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+from lerobot_policy_pi_rl.runtime.learner import learning_metrics
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RUNTIME = ROOT / "src/lerobot_policy_pi_rl/runtime"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+STATE, ROWS = "observation.state", 8
+GROUPS = "rollout|eval|ppo|loss|gradient|progress|speed|push|actors|dropped"
+
+
+def test_the_configuration_page_is_what_the_generator_makes() -> None:
+    made = runpy.run_path(str(DOCS / "make_configuration.py"))["page"]()
+    assert (DOCS / "configuration.md").read_text() == made, "run python docs/make_configuration.py"
+
+
+def policy_config() -> PIRLConfig:
+    """A small policy with every part that has metrics of its own."""
+    return PIRLConfig(
+        device="cpu",
+        push_to_hub=False,
+        base=CompactConfig(hidden_dim=16, num_blocks=1, time_dim=4, task_dim=0),
+        explorer=ExplorerConfig(kind="flow_noise"),
+        input_features={STATE: PolicyFeature(FeatureType.STATE, (3,))},
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
+    )
+
+
+def decisions_of(policy: PIRLPolicy) -> DecisionBatch:
+    """One decision of each of a few environments, which all end."""
+    observation = {STATE: torch.randn(ROWS, 3)}
+    sample = policy.explore(observation)
+    none = torch.zeros(ROWS, dtype=torch.int64)
+    return DecisionBatch(
+        observation=observation,
+        task=[""] * ROWS,
+        chain=sample.chain,
+        step=sample.step,
+        log_prob=sample.log_prob,
+        action=sample.x,
+        reward=torch.randn(ROWS),
+        executed=torch.full((ROWS,), policy.config.n_action_steps),
+        terminated=torch.ones(ROWS, dtype=torch.bool),
+        truncated=none.bool(),
+        success=none.bool(),
+        version=none,
+        env=torch.arange(ROWS),
+        index=none,
+        next_row=none[:0],
+        next_observation={STATE: torch.zeros(0, 3)},
+    )
+
+
+def algorithm_metrics() -> set[str]:
+    """Names that the update writes, from one update with everything on."""
+    config = policy_config()
+    settings = PIRLAlgorithmConfig(critic_warmup=0, kl_coef=0.1, epochs=1, policy_config=config)
+    algorithm = PIRLAlgorithm(PIRLPolicy(config).eval(), settings)
+    algorithm.make_optimizers_and_scheduler()
+    rollout = prepare(decisions_of(algorithm.policy), lambda observation, task: observation)
+    return set(learning_metrics(algorithm.update(iter([rollout]))))
+
+
+def runtime_metrics() -> set[str]:
+    """Names that the learner and the gatherer write out in their code."""
+    learner, gatherer = ((RUNTIME / name).read_text() for name in ("learner.py", "gather.py"))
+    stated = re.findall(rf'"((?:{GROUPS})/\w+)"', learner)
+    counted = re.findall(r'self\.dropped\["(\w+)"\]', gatherer)
+    assert stated
+    assert counted
+    return {*stated, *(f"dropped/{name}" for name in counted)}
+
+
+def test_every_metric_is_explained_and_no_other() -> None:
+    page = (DOCS / "metrics.md").read_text()
+    explained = re.findall(
+        rf"^\| `((?:{GROUPS})/\w+)` \|", page.partition("## Every metric")[2], re.MULTILINE
+    )
+    assert len(explained) == len(set(explained))
+    assert set(explained) == algorithm_metrics() | runtime_metrics()
+
+
+def prose(page: Path) -> str:
+    """A page without its code, in which brackets mean something else."""
+    return re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links, as GitHub makes it."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", prose(page))
+    links += re.findall(r"""(?:src|href)=["']([^"']+)["']""", prose(page))
+    broken = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
