@@ -91,24 +91,25 @@ class Supervisor:
 
     def watch(self, stop: Event) -> int:
         """Waits for the end of the run; returns its exit code."""
-        while self._learner.poll() is None and not stop.is_set():
-            for number, actor in self._actors.items():
+        while self._learner.poll() is None and not stop.is_set() and not self._gave_up:
+            for number, actor in list(self._actors.items()):
                 if actor.poll() not in (None, 0) and self._learner.poll() is None:
-                    self._revive(number, actor.returncode)
+                    self._replace(number, actor.returncode)
             stop.wait(POLL_S)
         return self._end()
 
-    def _revive(self, number: int, code: int) -> None:
-        """Starts a dead actor again, or ends the run when that does not help."""
+    def _replace(self, number: int, code: int) -> None:
+        """Starts an actor again that was killed; one that ended with an error of its own would only end again."""
         self._restarts += 1
-        if self._restarts > MAX_RESTARTS:
-            say(f"actor {number} ended again (exit code {code}); ending the run, see its log")
-            self._gave_up = True
-            self._learner.terminate()
-            self._wait([self._learner])
+        if code < 0 and self._restarts <= MAX_RESTARTS:
+            say(f"actor {number} was ended by signal {-code}; starting it again")
+            self._actors[number] = self._start_actor(number)
             return
-        say(f"actor {number} ended (exit code {code}); starting it again")
-        self._actors[number] = self._start_actor(number)
+        del self._actors[number]
+        self._gave_up = not self._actors
+        say(
+            f"actor {number} ended with exit code {code}; {'ending the run' if self._gave_up else 'going on without it'}"
+        )
 
     def _end(self) -> int:
         """Ends the learner first: it saves a checkpoint and sends the actors home."""

@@ -96,9 +96,9 @@ class Actor:
 
     def _evaluate(self, version: int) -> None:
         """Runs this actor's share of the validation starts and reports it."""
-        share = self._validation[
-            self._collection.actor_id % self._collection.num_actors :: self._collection.num_actors
-        ]
+        mine, actors = self._collection.actor_id, self._collection.num_actors
+        # An actor beyond the configured number would run somebody else's starts a second time.
+        share = self._validation[mine::actors] if mine < actors else self._validation[:0]
         began = time.perf_counter()
         result = evaluate(self._player, self._groups, share)
         self._client.send_interaction(
