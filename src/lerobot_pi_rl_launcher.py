@@ -107,9 +107,8 @@ class Supervisor:
             return
         del self._actors[number]
         self._gave_up = not self._actors
-        say(
-            f"actor {number} ended with exit code {code}; {'ending the run' if self._gave_up else 'going on without it'}"
-        )
+        going_on = "ending the run" if self._gave_up else "going on without it"
+        say(f"actor {number} ended with exit code {code}; {going_on}")
 
     def _end(self) -> int:
         """Ends the learner first: it saves a checkpoint and sends the actors home."""
