@@ -9,6 +9,7 @@ import datetime as dt
 import importlib
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -172,8 +173,10 @@ def demos() -> None:
 def _run(name: str) -> None:
     """Imports and runs one of the package's commands.
 
-    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
+    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it. Torch's
+    threads sleep instead of spinning between parallel regions: the cores are needed by the environments' workers.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("lerobot.utils.import_utils").addFilter(
         lambda record: "torchcodec" not in record.getMessage()
     )

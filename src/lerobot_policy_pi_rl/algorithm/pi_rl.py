@@ -128,8 +128,8 @@ class PIRLAlgorithm(RLAlgorithm):
     def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
         """Builds the optimizers of the policy and of the critic."""
         self.optimizers = {
-            "policy": Adam(self._policy_parameters(), lr=self.config.lr, eps=1e-5),
-            "critic": Adam(self.critic.parameters(), lr=self.config.critic_lr, eps=1e-5),
+            "policy": Adam(self._policy_parameters(), lr=self.config.lr, eps=1e-5, fused=True),
+            "critic": Adam(self.critic.parameters(), lr=self.config.critic_lr, eps=1e-5, fused=True),
         }
         return self.optimizers
 

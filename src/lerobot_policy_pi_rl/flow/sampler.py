@@ -115,8 +115,9 @@ def sample_hybrid(
     chosen = _randint(how.stochastic_steps(num_steps), batch, noise, generator)
     push = colour(_randn_like(noise, generator), how.correlation)
     grid = time_grid(num_steps, noise.device)
-    x, before, after = noise, torch.zeros_like(noise), torch.zeros_like(noise)
-    log_p = noise.new_zeros(noise.shape[:2])
+    # What each row recorded at its own step; the density is then evaluated once, for all rows together.
+    x = before = after = mean = noise
+    std = torch.ones_like(noise)
     for k in range(num_steps):
         t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
         output = field(x, t)
@@ -128,8 +129,9 @@ def sample_hybrid(
         step = how.transition(x, output, t, t_next)
         x_next = torch.where(here, step.mean + step.std * push, ode)
         before, after = torch.where(here, x, before), torch.where(here, x_next, after)
-        log_p = torch.where(here[..., 0], log_prob(x_next, step, real_dims, how.correlation), log_p)
+        mean, std = torch.where(here, step.mean, mean), torch.where(here, step.std, std)
         x = x_next
+    log_p = log_prob(after, Gaussian(mean, std), real_dims, how.correlation)
     return Sample(x, torch.stack([before, after], 1), chosen[:, None], log_p)
 
 
