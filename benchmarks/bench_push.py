@@ -56,6 +56,9 @@ def milliseconds(rounds: int, **tasks: Callable[[], object]) -> dict[str, float]
 def latency(algorithm: PIRLAlgorithm, rounds: int) -> dict:
     """Encoding at the learner, and decoding and loading at the actor, together; without the network."""
     policy = algorithm.policy
+    # As actors do.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     ours, full = encode_weights(algorithm.get_weights(), HEADER), state_to_bytes(policy.state_dict())
     taken = milliseconds(
         rounds,
@@ -64,6 +67,7 @@ def latency(algorithm: PIRLAlgorithm, rounds: int) -> dict:
         decode=lambda: policy.load_trainable_state(decode_weights(ours).tensors),
         stock_decode=lambda: policy.load_state_dict(bytes_to_state_dict(full)),
     )
+    torch.set_num_threads(threads)
     return {
         "name": "latency of a push, all tensors trained",
         "value": taken["encode"] + taken["decode"],

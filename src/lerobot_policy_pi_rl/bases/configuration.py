@@ -49,7 +49,7 @@ class CompactConfig(BaseConfig):
     # Width of the hidden layers.
     hidden_dim: int = 256
     # Number of residual blocks of the velocity network.
-    num_blocks: int = 1
+    num_blocks: int = 3
     # Number of sine and cosine features of the denoising time.
     time_dim: int = 32
     # Width of the hashed task embedding; 0 leaves the task text out (a single-task policy).
