@@ -9,7 +9,6 @@ import datetime as dt
 import importlib
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -173,10 +172,8 @@ def demos() -> None:
 def _run(name: str) -> None:
     """Imports and runs one of the package's commands.
 
-    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it. Torch's
-    threads sleep instead of spinning between parallel regions: the cores are needed by the environments' workers.
+    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("lerobot.utils.import_utils").addFilter(
         lambda record: "torchcodec" not in record.getMessage()
     )

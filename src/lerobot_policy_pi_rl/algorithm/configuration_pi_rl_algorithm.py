@@ -16,11 +16,12 @@ class CollectionConfig:
     """How actors collect decisions."""
 
     # Number of environments an actor steps at once.
-    num_envs: int = 32
-    # Number of worker processes that step them; 0 steps them inside the actor.
-    num_workers: int = 2
+    num_envs: int = 64
+    # Number of worker processes that step them; 0 steps them inside the actor. Twice the cores keeps every core busy
+    # while the policy thinks for some of the environments.
+    num_workers: int = 4
     # Decisions per environment and iteration.
-    decisions: int = 16
+    decisions: int = 8
     # Number of actors the learner waits for before the first iteration.
     num_actors: int = 1
     # Most actors that may be connected at once.
@@ -68,7 +69,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     gae_lambda: float = 0.95
 
     # Passes over each rollout.
-    epochs: int = 6
+    epochs: int = 4
     # Decisions per gradient step.
     minibatch_size: int = 256
     # Clip range of the probability ratio.

@@ -1,5 +1,6 @@
 """Turns weights into decisions: a policy that explores in a vector of environments."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class _Step:
 class Group:
     """Some of the environments, stepped together by their own workers.
 
-    While the workers of one group execute a chunk, the policy thinks for the other.
+    While the worker of one group executes a chunk, the policy thinks for another.
     """
 
     def __init__(self, env_cfg: EnvConfig, first: int, num_envs: int, num_workers: int) -> None:
@@ -96,18 +97,16 @@ class Group:
 
 
 def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
-    """Splits the environments into two groups with workers of their own, where there are enough of both.
+    """Splits the environments into one group for each worker, or one for all without workers.
 
     It forks processes: call it before gRPC starts.
     """
-    count, workers = collection.num_envs, collection.num_workers
-    first = collection.actor_id * count
-    if workers < 2 or count < 2:
-        return [Group(env_cfg, first, count, workers)]
-    half = count // 2
+    first = collection.actor_id * collection.num_envs
+    count = max(1, min(collection.num_workers, collection.num_envs))
+    bounds = np.linspace(0, collection.num_envs, count + 1).astype(int).tolist()
+    workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, first, half, workers // 2),
-        Group(env_cfg, first + half, count - half, workers - workers // 2),
+        Group(env_cfg, first + start, stop - start, workers) for start, stop in itertools.pairwise(bounds)
     ]
 
 

@@ -1,5 +1,6 @@
 """`lerobot-pi-rl-learner`: trains a flow policy from what actors collect."""
 
+import torch
 from lerobot.configs import parser
 
 from ..runtime.pipeline import PIRLTrainConfig
@@ -11,6 +12,8 @@ def learn(cfg: PIRLTrainConfig) -> None:
     """Runs the learner with a parsed configuration."""
     from ..runtime.learner import Learner
 
+    # Small matrices gain nothing from a second thread, and it would wait for cores that the actors use.
+    torch.set_num_threads(1)
     stop = stop_on_signals()
     cfg.validate()
     assert cfg.output_dir is not None
