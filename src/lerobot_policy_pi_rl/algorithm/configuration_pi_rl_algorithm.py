@@ -16,12 +16,11 @@ class CollectionConfig:
     """How actors collect decisions."""
 
     # Number of environments an actor steps at once.
-    num_envs: int = 64
-    # Number of worker processes that step them; 0 steps them inside the actor. Twice the cores keeps every core busy
-    # while the policy thinks for some of the environments.
-    num_workers: int = 4
+    num_envs: int = 32
+    # Number of worker processes that step them; 0 steps them inside the actor.
+    num_workers: int = 2
     # Decisions per environment and iteration.
-    decisions: int = 8
+    decisions: int = 16
     # Number of actors the learner waits for before the first iteration.
     num_actors: int = 1
     # Most actors that may be connected at once.
@@ -69,7 +68,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     gae_lambda: float = 0.95
 
     # Passes over each rollout.
-    epochs: int = 4
+    epochs: int = 6
     # Decisions per gradient step.
     minibatch_size: int = 256
     # Clip range of the probability ratio.
