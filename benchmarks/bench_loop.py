@@ -54,7 +54,8 @@ class Turn:
         wall: From the end of one iteration to the end of another.
         collect: Collecting, as the actor measures it.
         wait: The learner waiting for decisions: pushing, collecting, sending and decoding.
-        update: Preparing the rollout and updating.
+        update: Preparing the rollout and improving the policy.
+        critic: Training the critic, while the actor collects.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Turn:
     collect: float
     wait: float
     update: float
+    critic: float
 
 
 class Bare:
@@ -72,7 +74,7 @@ class Bare:
         self._decisions, self._length = decisions, length
         self._random = np.random.default_rng(0)
         for group in self._groups:
-            group.reset(self._seeds(group))
+            group.envs.reset(self._seeds(group))
 
     def steps_per_second(self) -> float:
         """Runs one turn."""
@@ -134,10 +136,11 @@ class Loop:
         self.pause()
         rows = read(self._metrics)[first - 1 : last]
         steps = rows[-1]["progress/env_steps"] - rows[0]["progress/env_steps"]
-        collect, wait, update = (
-            sum(row[f"speed/{name}_seconds"] for row in rows[1:]) for name in ("collect", "wait", "update")
+        parts = (
+            sum(row[f"speed/{name}_seconds"] for row in rows[1:])
+            for name in ("collect", "wait", "update", "critic")
         )
-        return Turn(steps, wall, collect, wait, update)
+        return Turn(steps, wall, *parts)
 
     def _wait_for(self, lines: int) -> int:
         """Waits until the metrics have this many lines; returns how many there are."""
@@ -250,17 +253,23 @@ def rows(speeds: list[float], turns: list[Turn], load: float) -> list[dict]:
     collect, update = (
         statistics.median(getattr(turn, name) / turn.wall for turn in turns) for name in ("collect", "update")
     )
-    wire = statistics.median((turn.wait - turn.collect) / turn.wall for turn in turns)
-    rest = statistics.median((turn.wall - turn.wait - turn.update) / turn.wall for turn in turns)
+    wire = statistics.median((turn.wait + turn.critic - turn.collect) / turn.wall for turn in turns)
+    rest = statistics.median(
+        (turn.wall - turn.wait - turn.update - turn.critic) / turn.wall for turn in turns
+    )
     shares = [
         ("environments", ratio, "what bare environments need for the same steps"),
-        ("actor beyond that", collect - ratio, "inference, processors and records while the workers wait"),
+        (
+            "actor beyond that",
+            collect - ratio,
+            "inference, processors, records and the critic's update beside them",
+        ),
         (
             "wire",
             wire,
             "learner waiting while nobody collects: weights and decisions on their way, (de)coding",
         ),
-        ("update", update, "learner preparing the rollout and updating, while the actor waits"),
+        ("update", update, "learner preparing the rollout and improving the policy, while the actor waits"),
         ("rest", rest, "publishing and logging"),
     ]
     return [

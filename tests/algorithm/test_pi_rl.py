@@ -160,6 +160,22 @@ def test_critic_warm_up_leaves_the_policy_bitwise_unchanged(
     assert not same(policy, policy_of(algorithm))
 
 
+def test_actors_can_have_the_improved_policy_before_the_critic_is_trained(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm, other = make_algorithm(), make_algorithm()
+    before, seen = (policy_of(algorithm), critic_of(algorithm)), []
+    algorithm.policy_ready = lambda: seen.append((policy_of(algorithm), critic_of(algorithm)))
+    iterate(algorithm, collect)
+    iterate(other, collect)
+    [(policy, critic)] = seen
+    assert same(policy, policy_of(algorithm))
+    assert not same(policy, before[0])
+    assert same(critic, before[1])
+    assert not same(critic, critic_of(algorithm))
+    assert same(critic_of(algorithm), critic_of(other))
+
+
 def test_rows_that_lost_their_successor_are_not_trained_on(
     make_algorithm: MakeAlgorithm, collect: Collect
 ) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lerobot_policy_pi_rl.flow.grid import time_grid
 from lerobot_policy_pi_rl.flow.sampler import Noise, sample_joint, sample_ode
-from lerobot_policy_pi_rl.flow.transition import FieldOutput, transition
+from lerobot_policy_pi_rl.flow.transition import FieldOutput, coefficients, transition
 
 # Mean and deviation of the actions of a chunk of 2 steps and 2 dimensions.
 MEAN = torch.tensor([[0.7, -0.3], [0.0, 1.0]])
@@ -34,10 +34,10 @@ def final_moments(kind: str, num_steps: int, level: float) -> tuple[Tensor, Tens
     states = torch.stack([torch.zeros_like(MEAN), torch.ones_like(MEAN)]).double()
     mean, variance = torch.zeros_like(MEAN).double(), torch.ones_like(MEAN).double()
     for k in range(num_steps):
-        t, t_next = grid[k].expand(2), grid[k + 1].expand(2)
-        step = transition(kind, states, field(states, t), t, t_next, level)
+        there = coefficients(kind, grid[k], grid[k + 1], level)
+        step = transition(states, field(states, grid[k].expand(2)), there)
         offset, slope = step.mean[0], step.mean[1] - step.mean[0]
-        mean, variance = slope * mean + offset, slope**2 * variance + step.std[0] ** 2
+        mean, variance = slope * mean + offset, slope**2 * variance + step.std**2
     return mean, variance.sqrt()
 
 

@@ -4,9 +4,18 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from lerobot_policy_pi_rl.flow.grid import time_grid
-from lerobot_policy_pi_rl.flow.transition import FIXED_STD_KINDS, FieldOutput, Gaussian, step_std, transition
+from lerobot_policy_pi_rl.flow.transition import (
+    FIXED_STD_KINDS,
+    FieldOutput,
+    Gaussian,
+    StepKind,
+    coefficients,
+    step_std,
+    transition,
+)
 
 # Deviation of each Flow-SDE step for (K, noise level), worked out by hand from `level * sqrt(t / (1 - t) / K)`.
 SDE_DEVIATIONS = {
@@ -17,12 +26,19 @@ SDE_DEVIATIONS = {
 }
 
 
+def step_between(
+    kind: StepKind, x: Tensor, field: FieldOutput, t: Tensor, t_next: Tensor, level: float = 0.0
+) -> Gaussian:
+    """The step of each row from its time `[B]` to its next one."""
+    return transition(x, field, coefficients(kind, t[:, None, None], t_next[:, None, None], level))
+
+
 def step_at(kind: str, k: int, num_steps: int, x: float, velocity: float, level: float) -> Gaussian:
     """Distribution of step k from a state whose every component is `x`, in float64."""
     grid = time_grid(num_steps, dtype=torch.float64)
     state = torch.full((1, 2, 3), x, dtype=torch.float64)
     field = FieldOutput(torch.full_like(state, velocity), std=torch.full_like(state, level))
-    return transition(kind, state, field, grid[k : k + 1], grid[k + 1 : k + 2], level)
+    return step_between(kind, state, field, grid[k : k + 1], grid[k + 1 : k + 2], level)
 
 
 def noise_end_weight(kind: str, k: int, num_steps: int, level: float) -> float:
@@ -100,7 +116,7 @@ def test_a_step_without_noise_is_the_euler_step_to_the_bit(kind: str) -> None:
         grid = time_grid(num_steps)
         for k in range(num_steps):
             t, t_next = grid[k].expand(64), grid[k + 1].expand(64)
-            step = transition(kind, x, FieldOutput(velocity), t, t_next, 0.0)
+            step = step_between(kind, x, FieldOutput(velocity), t, t_next, 0.0)
             assert torch.equal(step.mean, x - (t - t_next)[:, None, None] * velocity)
             assert not step.std.any()
 
@@ -108,11 +124,11 @@ def test_a_step_without_noise_is_the_euler_step_to_the_bit(kind: str) -> None:
 def test_rows_may_be_at_different_times() -> None:
     grid, k = time_grid(4), torch.tensor([3, 0, 2])
     x, velocity = torch.randn(3, 2, 2), torch.randn(3, 2, 2)
-    together = transition("flow_sde", x, FieldOutput(velocity), grid[k], grid[k + 1], 0.5)
+    together = step_between("flow_sde", x, FieldOutput(velocity), grid[k], grid[k + 1], 0.5)
     for row in range(3):
         here = slice(row, row + 1)
         t, t_next = grid[k[here]], grid[k[here] + 1]
-        alone = transition("flow_sde", x[here], FieldOutput(velocity[here]), t, t_next, 0.5)
+        alone = step_between("flow_sde", x[here], FieldOutput(velocity[here]), t, t_next, 0.5)
         assert torch.equal(together.mean[here], alone.mean)
         assert torch.equal(together.std[here], alone.std)
 
@@ -120,10 +136,10 @@ def test_rows_may_be_at_different_times() -> None:
 def test_flow_noise_takes_the_field_s_deviation() -> None:
     std = torch.rand(1, 2, 3) + 0.1
     zero = torch.zeros(1, 2, 3)
-    step = transition("flow_noise", zero, FieldOutput(zero, std), torch.ones(1), torch.full((1,), 0.75))
+    step = step_between("flow_noise", zero, FieldOutput(zero, std), torch.ones(1), torch.full((1,), 0.75))
     assert torch.equal(step.std, std)
     with pytest.raises(ValueError, match="needs a learned deviation"):
-        transition("flow_noise", zero, FieldOutput(zero), torch.ones(1), torch.full((1,), 0.75))
+        step_between("flow_noise", zero, FieldOutput(zero), torch.ones(1), torch.full((1,), 0.75))
 
 
 def test_a_learned_deviation_has_no_closed_form() -> None:

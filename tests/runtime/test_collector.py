@@ -71,6 +71,19 @@ def test_another_seed_actor_or_version_gives_others(
     assert not torch.equal(one.chain[:4, 0], two.chain[:4, 0])
 
 
+def test_it_does_not_matter_which_group_is_ready_first(
+    make_collector: MakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    for pick in (lambda vectors: 0, lambda vectors: len(vectors) - 1):
+        monkeypatch.setattr("lerobot_policy_pi_rl.runtime.collector.first_ready", pick)
+        collector = make_collector(LONG, "--algorithm.collection.num_workers=2")
+        assert len(collector._groups) == 2
+        collector.restart(5)
+        batches.append(DecisionBatch.concatenate([collector.collect(v).decisions for v in (5, 6)]))
+    assert_same(*batches)
+
+
 def test_a_restart_forgets_all_that_was_before(make_collector: MakeCollector) -> None:
     used, fresh = make_collector(LONG), make_collector(LONG)
     used.restart(0)

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from lerobot.envs.configs import EnvConfig
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
-from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv, ChunkStep, nested
+from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv, ChunkStep, first_ready, nested
 
 WORKERS = [0, 1, 2]
 
@@ -207,6 +207,21 @@ def test_workers_die_with_their_parent() -> None:
     alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, left = psutil.wait_procs(alive, timeout=10)
     assert not [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_the_vector_that_answers_first_is_named_first() -> None:
+    with ChunkedVectorEnv(CounterConfig(), 2, 1) as one, ChunkedVectorEnv(CounterConfig(), 2, 1) as other:
+        for vector in (one, other):
+            vector.reset(np.arange(2))
+        other.send(chunk(1, num_envs=2), np.arange(2))
+        assert first_ready([one, other]) == 1
+        # Nobody answers: the first is named when the time is up.
+        other.receive()
+        assert first_ready([one, other], timeout=0.05) == 0
+        os.kill(other._workers[0].process.pid, signal.SIGKILL)
+        assert first_ready([one, other]) == 1
+    with ChunkedVectorEnv(CounterConfig(), 2, 1) as one, ChunkedVectorEnv(CounterConfig(), 2, 0) as here:
+        assert first_ready([one, here]) == 1
 
 
 def test_misuse_is_one_clear_line() -> None:

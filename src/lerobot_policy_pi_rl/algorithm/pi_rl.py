@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,8 @@ class PIRLAlgorithm(RLAlgorithm):
         self.reference = self._freeze_copy(policy) if config.kl_coef > 0 else None
         self.optimizers: dict[str, Optimizer] = {}
         self.seed = 0
+        # Called in every update as soon as the policy is improved; the critic is trained after that.
+        self.policy_ready: Callable[[], None] = lambda: None
         tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 else 0.1
         self.ratio_tolerance = tolerance if config.ratio_tolerance is None else config.ratio_tolerance
 
@@ -180,6 +182,10 @@ class PIRLAlgorithm(RLAlgorithm):
     def update(self, batch_iterator: Iterator[Rollout]) -> TrainingStats:
         """One PPO iteration on the next rollout.
 
+        First the policy takes all its epochs, then the critic: neither reads what the other does in the meantime,
+        because advantages and value targets are computed once, before. Actors can act with the improved policy
+        (`policy_ready`) while the critic is trained.
+
         Args:
             batch_iterator: Yields rollouts.
 
@@ -193,26 +199,49 @@ class PIRLAlgorithm(RLAlgorithm):
         self.policy.eval()
         batch = self.evaluate(rollout)
         averages, extra = Averages(), self._rollout_statistics(batch, rollout)
-        learn_policy = self.optimization_step >= self.config.critic_warmup
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.optimization_step)
-        skipped, epochs = 0, 0
-        for epoch in range(self.config.epochs):
+        extra |= self._improve_policy(batch, rollout, averages)
+        self.policy_ready()
+        skipped = self._train_critic(batch, rollout, averages)
+        self.optimization_step += 1
+        extra |= {"skipped_steps": extra["skipped_steps"] + skipped, "lr": self.lr}
+        return self._stats(averages, extra)
+
+    def _improve_policy(self, batch: Batch, rollout: Rollout, averages: Averages) -> dict[str, float]:
+        """The policy's epochs, none while the critic warms up."""
+        config, skipped, epochs = self.config, 0, 0
+        warm = self.optimization_step >= config.critic_warmup
+        generator = self._generator(0)
+        ratio_error = math.nan
+        for epoch in range(config.epochs if warm else 1):
             last_epoch = Averages()
-            for number, rows in enumerate(minibatches(rollout.usable, self.config.minibatch_size, generator)):
+            for number, rows in enumerate(minibatches(rollout.usable, config.minibatch_size, generator)):
                 part = batch.rows(rows)
                 if epoch == number == 0:
-                    extra["ratio_first_error"] = self.check_ratio(part, rollout.decisions.version[rows])
-                skipped += self._critic_step(part, averages)
-                if learn_policy:
-                    skipped += self._policy_step(part, averages, last_epoch)
-            epochs += 1
-            if learn_policy and last_epoch.mean("approx_kl") > self.config.kl_stop * self.config.target_kl:
+                    ratio_error = self.check_ratio(part, rollout.decisions.version[rows])
+                if not warm:
+                    break
+                skipped += self._policy_step(part, averages, last_epoch)
+            epochs += warm
+            if last_epoch.mean("approx_kl") > config.kl_stop * config.target_kl:
                 break
-        if learn_policy:
+        if warm:
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
             self._adapt_lr(math.inf if skipped else last_epoch.mean("approx_kl"))
-        self.optimization_step += 1
-        return self._stats(averages, extra | {"epochs": epochs, "skipped_steps": skipped, "lr": self.lr})
+        return {"ratio_first_error": ratio_error, "epochs": epochs, "skipped_steps": skipped}
+
+    def _train_critic(self, batch: Batch, rollout: Rollout, averages: Averages) -> int:
+        """The critic's epochs; returns how many steps were skipped."""
+        skipped, generator = 0, self._generator(1)
+        for _ in range(self.config.epochs):
+            for rows in minibatches(rollout.usable, self.config.minibatch_size, generator):
+                skipped += self._critic_step(batch.rows(rows), averages)
+        return skipped
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        """Source of an iteration's minibatches, the same in a resumed run."""
+        generator = torch.Generator()
+        generator.manual_seed((self.seed * 1_000_003 + self.optimization_step) * 2 + purpose)
+        return generator
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> Batch:

@@ -5,6 +5,7 @@ With correlation `rho` the noise of neighbouring chunk steps follows a stationar
 over the first n steps is the exact marginal density of the n executed steps: what was not executed contributes nothing.
 """
 
+import functools
 import math
 
 import torch
@@ -25,11 +26,18 @@ def colour(noise: Tensor, correlation: float) -> Tensor:
     """
     if correlation == 0:
         return noise
-    fresh = math.sqrt(1 - correlation**2)
-    steps = [noise[..., 0, :]]
-    for index in range(1, noise.shape[-2]):
-        steps.append(correlation * steps[-1] + fresh * noise[..., index, :])
-    return torch.stack(steps, dim=-2)
+    return _colouring(noise.shape[-2], correlation, noise.device, noise.dtype) @ noise
+
+
+@functools.lru_cache(maxsize=16)
+def _colouring(size: int, correlation: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Lower triangular L with `L L^T = C`: `L_ij = sqrt(1 - rho^2) rho^(i - j)`, without the root for `j = 0`."""
+    # A tensor made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        place = torch.arange(size, device=device)
+        power = (correlation ** (place[:, None] - place).clamp(min=0).to(dtype)).tril()
+        power[:, 1:] *= math.sqrt(1 - correlation**2)
+        return power
 
 
 def whiten(noise: Tensor, correlation: float) -> Tensor:

@@ -1,14 +1,15 @@
 """Sampling a chunk by the ODE or with recorded noise, and scoring what was recorded."""
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .density import colour, entropy, log_prob
 from .grid import time_grid
-from .transition import FieldOutput, Gaussian, StepKind, transition
+from .transition import Coefficients, FieldOutput, Gaussian, StepKind, coefficients, transition
 
 # (x_t [B, H, D], t [B]) -> velocity and, with a noise network, the deviation.
 Field = Callable[[Tensor, Tensor], FieldOutput]
@@ -27,10 +28,6 @@ class Noise:
     kind: StepKind
     level: float = 0.5
     correlation: float = 0.0
-
-    def transition(self, x_t: Tensor, field: FieldOutput, t: Tensor, t_next: Tensor) -> Gaussian:
-        """The stochastic step; sampling and scoring both call this."""
-        return transition(self.kind, x_t, field, t, t_next, self.level, self.correlation)
 
     def stochastic_steps(self, num_steps: int) -> int:
         """How many of the K steps have noise, counted from the first: Flow-CPS ends without any."""
@@ -69,6 +66,45 @@ class Score:
     steps: Gaussian
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """The K denoising steps of a sampler: times `[K]`, and the coefficients of every step, `[K]`."""
+
+    times: Tensor
+    steps: Coefficients
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Coefficients]:
+        """Times `[B]` and coefficients `[B, 1, 1]` of the step that each row is at, `[B]`."""
+        return self.times[rows], self.map(lambda values: values[rows][:, None, None])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
+        """The coefficients, each of them changed."""
+        steps = self.steps
+        drift = None if steps.drift is None else change(steps.drift)
+        return replace(
+            steps,
+            delta=change(steps.delta),
+            remaining=change(steps.remaining),
+            drift=drift,
+            std=change(steps.std),
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def schedule(kind: StepKind, level: float, num_steps: int, device: torch.device) -> Schedule:
+    """The schedule of K steps of one kind on a device, computed once; it is not to be written to."""
+    # A tensor made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        grid = time_grid(num_steps, device)
+        return Schedule(grid[:-1], coefficients(kind, grid[:-1], grid[1:], level))
+
+
+def pick(steps: Coefficients, k: int) -> Coefficients:
+    """Coefficients of step k, from those of all steps along the first axis."""
+    drift = None if steps.drift is None else steps.drift[k]
+    return Coefficients(steps.delta[k], steps.remaining[k], drift, steps.std[k], steps.learned)
+
+
 def sample_ode(field: Field, noise: Tensor, num_steps: int) -> Tensor:
     """Integrates the ODE from noise to a chunk.
 
@@ -81,10 +117,9 @@ def sample_ode(field: Field, noise: Tensor, num_steps: int) -> Tensor:
         The chunk `[B, H, D]`.
     """
     x, batch = noise, noise.shape[0]
-    grid = time_grid(num_steps, noise.device)
+    plan = schedule("ode", 0.0, num_steps, noise.device)
     for k in range(num_steps):
-        t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
-        x = transition("ode", x, field(x, t), t, t_next).mean
+        x = transition(x, field(x, plan.times[k].expand(batch)), pick(plan.steps, k)).mean
     return x
 
 
@@ -114,25 +149,25 @@ def sample_hybrid(
     batch = noise.shape[0]
     chosen = _randint(how.stochastic_steps(num_steps), batch, noise, generator)
     push = colour(_randn_like(noise, generator), how.correlation)
-    grid = time_grid(num_steps, noise.device)
-    # What each row recorded at its own step; the density is then evaluated once, for all rows together.
-    x = before = after = mean = noise
-    std = torch.ones_like(noise)
+    plan = schedule(how.kind, how.level, num_steps, noise.device)
+    # Drift and deviation of every step and row, `[K, B, 1, 1]`: zero but at the row's own step, which leaves the ODE.
+    here = (torch.arange(num_steps, device=noise.device)[:, None] == chosen)[..., None, None]
+    steps = plan.steps
+    drift = None if steps.drift is None else steps.drift[:, None, None, None] * here
+    steps = replace(steps, drift=drift, std=steps.std[:, None, None, None] * here)
+    states, means, stds = [noise], [], []
     for k in range(num_steps):
-        t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
-        output = field(x, t)
-        here = (chosen == k)[:, None, None]
-        ode = transition("ode", x, output, t, t_next).mean
-        if k >= how.stochastic_steps(num_steps):
-            x = ode
-            continue
-        step = how.transition(x, output, t, t_next)
-        x_next = torch.where(here, step.mean + step.std * push, ode)
-        before, after = torch.where(here, x, before), torch.where(here, x_next, after)
-        mean, std = torch.where(here, step.mean, mean), torch.where(here, step.std, std)
-        x = x_next
-    log_p = log_prob(after, Gaussian(mean, std), real_dims, how.correlation)
-    return Sample(x, torch.stack([before, after], 1), chosen[:, None], log_p)
+        x = states[k]
+        step = transition(x, field(x, plan.times[k].expand(batch)), pick(steps, k), how.correlation)
+        states.append(step.mean + step.std * push)
+        means.append(step.mean)
+        stds.append(step.std)
+    # The density is evaluated once, for all rows together, at the step that each row recorded.
+    rows, chain = torch.arange(batch, device=noise.device), torch.stack(states)
+    own = Gaussian(torch.stack(means)[chosen, rows], torch.stack(stds)[chosen, rows])
+    before, after = chain[chosen, rows], chain[chosen + 1, rows]
+    log_p = log_prob(after, own, real_dims, how.correlation)
+    return Sample(states[-1], torch.stack([before, after], 1), chosen[:, None], log_p)
 
 
 def sample_joint(
@@ -157,15 +192,14 @@ def sample_joint(
         The sample; S is the number of stochastic steps (K, or K - 1 for Flow-CPS).
     """
     batch, recorded = noise.shape[0], how.stochastic_steps(num_steps)
-    grid = time_grid(num_steps, noise.device)
+    plan = schedule(how.kind, how.level, num_steps, noise.device)
     chain, log_p, x = [noise], noise.new_zeros(noise.shape[:2]), noise
     for k in range(num_steps):
-        t, t_next = grid[k].expand(batch), grid[k + 1].expand(batch)
-        output = field(x, t)
+        step = transition(x, field(x, plan.times[k].expand(batch)), pick(plan.steps, k), how.correlation)
         if k >= recorded:
-            x = transition("ode", x, output, t, t_next).mean
+            # The last step of Flow-CPS has neither noise nor drift.
+            x = step.mean
             continue
-        step = how.transition(x, output, t, t_next)
         x = step.mean + step.std * colour(_randn_like(noise, generator), how.correlation)
         log_p = log_p + log_prob(x, step, real_dims, how.correlation)
         chain.append(x)
@@ -187,11 +221,11 @@ def score(field: Field, chain: Tensor, step: Tensor, num_steps: int, how: Noise,
     Returns:
         Log-probability, entropy and the Gaussians of the recorded transitions.
     """
-    grid = time_grid(num_steps, chain.device)
+    plan = schedule(how.kind, how.level, num_steps, chain.device)
     log_p, spread, gaussians = [], [], []
     for s in range(step.shape[1]):
-        t, t_next = grid[step[:, s]], grid[step[:, s] + 1]
-        gaussian = how.transition(chain[:, s], field(chain[:, s], t), t, t_next)
+        t, coefficients_there = plan.at(step[:, s])
+        gaussian = transition(chain[:, s], field(chain[:, s], t), coefficients_there, how.correlation)
         log_p.append(log_prob(chain[:, s + 1], gaussian, real_dims, how.correlation))
         spread.append(entropy(gaussian, real_dims, how.correlation))
         gaussians.append(Gaussian(gaussian.mean, gaussian.std.expand_as(gaussian.mean)))

@@ -1,5 +1,6 @@
 """One denoising step as a Gaussian: the single function behind sampling and scoring."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -70,57 +71,88 @@ def step_std(kind: StepKind, t: Tensor, t_next: Tensor, noise_level: float) -> T
     )
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """What of a denoising step depends on its times alone; everything broadcasts to `[B, H, D]`.
+
+    Attributes:
+        delta: Length of the step, `t - t'`.
+        remaining: `1 - t`, how far the noise end is.
+        drift: Share of the noise end that is taken off the Euler step; None if nothing is.
+        std: Deviation of the step; where it is learned, the factor of the field's.
+        learned: The field gives the deviation.
+    """
+
+    delta: Tensor
+    remaining: Tensor
+    drift: Tensor | None
+    std: Tensor
+    learned: bool = False
+
+
+def coefficients(kind: StepKind, t: Tensor, t_next: Tensor, noise_level: float = 0.0) -> Coefficients:
+    """Coefficients of the steps between given times, each of the times' own shape.
+
+    Args:
+        kind: `ode`, `flow_sde`, `flow_cps` or `flow_noise`.
+        t: Times of the states, any shape.
+        t_next: Times of the next states, same shape.
+        noise_level: Scale of the noise for `flow_sde` and `flow_cps`.
+    """
+    if kind == "flow_noise":
+        return Coefficients(t - t_next, 1 - t, None, torch.ones_like(t), learned=True)
+    std = step_std(kind, t, t_next, noise_level)
+    drift = None
+    if kind == "flow_sde":
+        drift = std**2 / (2 * t)
+    elif kind == "flow_cps":
+        drift = t_next * (1 - math.cos(math.pi / 2 * noise_level))
+    return Coefficients(t - t_next, 1 - t, drift, std)
+
+
+@functools.lru_cache(maxsize=16)
+def _correlation_matrix(size: int, correlation: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # A tensor made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        place = torch.arange(size, device=device)
+        return correlation ** (place[:, None] - place).abs().to(dtype)
+
+
 def correlate(x: Tensor, correlation: float) -> Tensor:
     """Multiplies by the correlation matrix `C_ij = correlation^|i - j|` along the chunk, `[..., H, D]`."""
     if correlation == 0:
         return x
-    place = torch.arange(x.shape[-2], device=x.device)
-    return (correlation ** (place[:, None] - place).abs().to(x.dtype)) @ x
+    return _correlation_matrix(x.shape[-2], correlation, x.device, x.dtype) @ x
 
 
-def transition(
-    kind: StepKind,
-    x_t: Tensor,
-    field: FieldOutput,
-    t: Tensor,
-    t_next: Tensor,
-    noise_level: float = 0.0,
-    correlation: float = 0.0,
-) -> Gaussian:
+def transition(x_t: Tensor, field: FieldOutput, step: Coefficients, correlation: float = 0.0) -> Gaussian:
     """Distribution of `x_{t'}` given `x_t` (pi_RL, arXiv 2510.25889, eq. 7 and 8).
 
     The mean is `(1 - t') * a_hat + w * e_hat` with the action end `a_hat = x_t - t * v` and the noise end
-    `e_hat = x_t + (1 - t) * v`. It is computed as the Euler step plus `(w - t') * e_hat`, which is the same
+    `e_hat = x_t + (1 - t) * v`. It is computed as the Euler step minus `(t' - w) * e_hat`, which is the same
     number and makes a step without noise equal the base policy's own Euler step to the bit.
 
-    Flow-SDE's `(w - t') * e_hat = -std^2 / (2 t) * e_hat` is the drift that cancels what the noise adds. For noise
-    with correlation matrix C along the chunk it is `-std^2 / (2 t) * C e_hat`.
+    Flow-SDE's `(t' - w) * e_hat = std^2 / (2 t) * e_hat` is the drift that cancels what the noise adds. For noise
+    with correlation matrix C along the chunk it is `std^2 / (2 t) * C e_hat`. Flow-CPS has
+    `t' * (1 - cos(pi / 2 * noise_level))` in its place, Flow-Noise nothing.
 
     Args:
-        kind: `ode`, `flow_sde`, `flow_cps` or `flow_noise`.
         x_t: State `[B, H, D]`.
         field: Velocity at `(x_t, t)`, and the learned deviation for `flow_noise`.
-        t: Time of each row, `[B]`.
-        t_next: Next time of each row, `[B]`.
-        noise_level: Scale of the noise for `flow_sde` and `flow_cps`.
-        correlation: AR(1) coefficient of the noise along the chunk; only `flow_sde` corrects its drift for it.
+        step: The step's coefficients, broadcastable to the state.
+        correlation: AR(1) coefficient of the noise along the chunk that the drift is corrected for.
 
     Returns:
         Mean `[B, H, D]` and deviation (broadcastable to it).
 
     Raises:
-        ValueError: If `flow_noise` is asked for and the field has no deviation.
+        ValueError: If the deviation is learned and the field gives none.
     """
-    now, after = t[:, None, None], t_next[:, None, None]
-    euler = x_t - (now - after) * field.velocity
-    if kind == "flow_noise":
-        if field.std is None:
-            raise ValueError("flow_noise needs a learned deviation: the field returned none")
-        return Gaussian(euler, field.std)
-    std = step_std(kind, now, after, noise_level)
-    if kind == "ode":
-        return Gaussian(euler, std)
-    noise_end = x_t + (1 - now) * field.velocity
-    if kind == "flow_sde":
-        return Gaussian(euler - std**2 / (2 * now) * correlate(noise_end, correlation), std)
-    return Gaussian(euler + after * (math.cos(math.pi / 2 * noise_level) - 1) * noise_end, std)
+    mean = x_t - step.delta * field.velocity
+    if step.drift is not None:
+        mean = mean - step.drift * correlate(x_t + step.remaining * field.velocity, correlation)
+    if not step.learned:
+        return Gaussian(mean, step.std)
+    if field.std is None:
+        raise ValueError("flow_noise needs a learned deviation: the field returned none")
+    return Gaussian(mean, step.std * field.std)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
 from ..flow.sampler import Sample
-from .environments import ChunkedVectorEnv, ChunkStep, Observation
+from .environments import ChunkedVectorEnv, ChunkStep, Observation, first_ready
 from .pipeline import Player
 from .seeds import TRAINING_SEEDS, stream, torch_seed
 
@@ -61,29 +61,38 @@ class _Step:
 class Group:
     """Some of the environments, stepped together by their own workers.
 
-    While the worker of one group executes a chunk, the policy thinks for another.
+    While the worker of one group executes a chunk, the policy thinks for another. Each has its own randomness, so that
+    it does not matter which one is ready first.
     """
 
-    def __init__(self, env_cfg: EnvConfig, first: int, num_envs: int, num_workers: int) -> None:
+    def __init__(self, env_cfg: EnvConfig, number: int, first: int, num_envs: int, num_workers: int) -> None:
         """Starts the environments.
 
         Args:
             env_cfg: Which environments.
+            number: Number of the group.
             first: Number of the first one among those of all actors.
             num_envs: How many.
             num_workers: Processes for them.
         """
-        self.first = first
+        self.number, self.first = number, first
+        self.exploration = torch.Generator()
+        self.starts = stream(0)
         self.envs = ChunkedVectorEnv(env_cfg, num_envs, num_workers, first=first)
         self.raw: Observation = {}
         self.episode_return = np.zeros(num_envs)
         self.episode_length = np.zeros(num_envs, dtype=np.int64)
 
-    def reset(self, seeds: np.ndarray) -> None:
-        """Begins a fresh episode everywhere."""
-        self.raw = self.envs.reset(seeds)
+    def reset(self, *key: int) -> None:
+        """Begins a fresh episode everywhere; the key decides from which starts, now and later."""
+        self.starts = stream(*key, self.number)
+        self.raw = self.envs.reset(self.reset_seeds())
         self.episode_return[:] = 0
         self.episode_length[:] = 0
+
+    def reset_seeds(self) -> np.ndarray:
+        """Seeds of the episodes that would come next, one for each environment."""
+        return self.starts.integers(*TRAINING_SEEDS, size=self.envs.num_envs)
 
     def account(self, outcome: ChunkStep) -> tuple[np.ndarray, np.ndarray]:
         """Adds a chunk to the running episodes; returns and lengths of those that ended."""
@@ -106,7 +115,8 @@ def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]
     bounds = np.linspace(0, collection.num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, first + start, stop - start, workers) for start, stop in itertools.pairwise(bounds)
+        Group(env_cfg, number, first + start, stop - start, workers)
+        for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 
 
@@ -128,8 +138,8 @@ class Collector:
         """
         self._player, self._groups, self._collection, self._seed = player, groups, collection, seed
         self._actions = player.policy.config.n_action_steps
-        self._generator = torch.Generator(device=str(player.policy.config.device))
-        self._resets = stream(0)
+        for group in groups:
+            group.exploration = torch.Generator(device=str(player.policy.config.device))
         self._index = 0
 
     @property
@@ -139,9 +149,8 @@ class Collector:
 
     def restart(self, version: int) -> None:
         """Abandons all episodes and begins fresh ones, as every actor does at this version."""
-        self._resets = stream(self._seed, self.actor, version)
         for group in self._groups:
-            group.reset(self._reset_seeds(group))
+            group.reset(self._seed, self.actor, version)
 
     def collect(self, version: int) -> Collected:
         """Collects the quota of decisions with the current weights.
@@ -153,7 +162,8 @@ class Collector:
             The decisions, environment by environment within each step, and the episodes that ended.
         """
         began = time.perf_counter()
-        self._generator.manual_seed(torch_seed(self._seed, self.actor, version))
+        for group in self._groups:
+            group.exploration.manual_seed(torch_seed(self._seed, self.actor, version, group.number))
         steps: list[list[_Step]] = [[] for _ in self._groups]
         returns, lengths = [], []
         for number, step in self._steps():
@@ -176,26 +186,27 @@ class Collector:
         return Collected(decisions, statistics)
 
     def _steps(self) -> Iterator[tuple[int, _Step]]:
-        """Yields every decision of every group, thinking for one while the other one's workers act."""
-        pending: list[tuple[dict[str, Tensor], Sample, Tensor]] = []
-        for group in self._groups:
-            pending.append(self._decide(group))
-        for left in reversed(range(self._collection.decisions)):
-            for number, group in enumerate(self._groups):
-                outcome = group.envs.receive()
-                group.raw = outcome.observation
-                step = _Step(*pending[number], outcome)
-                if left:
-                    pending[number] = self._decide(group)
-                yield number, step
+        """Yields every decision of every group, thinking for one while the other ones' workers act."""
+        pending = [self._decide(group) for group in self._groups]
+        left = [self._collection.decisions] * len(self._groups)
+        while any(left):
+            acting = [number for number, count in enumerate(left) if count]
+            number = acting[first_ready([self._groups[one].envs for one in acting])]
+            group, decided = self._groups[number], pending[number]
+            outcome = group.envs.receive()
+            group.raw = outcome.observation
+            left[number] -= 1
+            if left[number]:
+                pending[number] = self._decide(group)
+            yield number, _Step(*decided, outcome)
 
     def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor]:
         """Explores for one group and hands its chunks to the workers."""
         player, tasks = self._player, group.envs.tasks
         observation = player.path.from_environment(group.raw, tasks)
-        sample = player.policy.explore(player.preprocess(observation, tasks), self._generator)
+        sample = player.policy.explore(player.preprocess(observation, tasks), group.exploration)
         action = self.to_environment(sample.x)
-        group.envs.send(action[:, : self._actions].numpy(), self._reset_seeds(group))
+        group.envs.send(action[:, : self._actions].numpy(), group.reset_seeds())
         return player.path.pack(observation), sample, action
 
     def to_environment(self, x: Tensor) -> Tensor:
@@ -203,9 +214,6 @@ class Collector:
         player = self._player
         action = player.postprocessor(x[..., : player.policy.base.real_action_dim])
         return player.path.env_postprocessor({ACTION: action})[ACTION].float().cpu()
-
-    def _reset_seeds(self, group: Group) -> np.ndarray:
-        return self._resets.integers(*TRAINING_SEEDS, size=group.envs.num_envs)
 
     def _join(self, group: Group, steps: list[_Step], version: int) -> DecisionBatch:
         """Joins T steps of E environments to T * E rows."""

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Self
 
@@ -448,6 +448,11 @@ class ChunkedVectorEnv:
             return self._local.step(*sent)
         return _concatenate(self._answers(self._step_timeout))
 
+    @property
+    def answers(self) -> list[Connection]:
+        """What `wait` of multiprocessing tells about: an answer of a worker has come, or the worker has died."""
+        return [worker.pipe for worker in self._workers]
+
     def _checked(self, rows: np.ndarray, name: str) -> np.ndarray:
         if not self._workers and self._local is None:
             raise RuntimeError("the environments are closed")
@@ -477,3 +482,17 @@ class ChunkedVectorEnv:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def first_ready(vectors: list[ChunkedVectorEnv], timeout: float = STEP_TIMEOUT) -> int:
+    """Number of a vector whose answer to `send` has begun to come; one without workers always has.
+
+    Args:
+        vectors: Vectors that were sent chunks, at least one.
+        timeout: Seconds after which the first one is named: its `receive` will say what is wrong.
+    """
+    owners = {pipe: number for number, vector in enumerate(vectors) for pipe in vector.answers}
+    if len({*owners.values()}) < len(vectors):
+        return next(number for number, vector in enumerate(vectors) if not vector.answers)
+    ready = wait(list(owners), timeout)
+    return min((owners[pipe] for pipe in ready), default=0)  # type: ignore[index]  # only connections were given

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
 from lerobot.rl.algorithms.configs import TrainingStats
 from lerobot.rl.algorithms.factory import make_algorithm
 from lerobot.rl.trainer import RLTrainer
@@ -93,6 +94,7 @@ class Learner:
         """
         policy_cfg, algorithm_cfg, _ = parts(cfg)
         set_seed(cfg.seed or 0)
+        self._threads = torch.get_num_threads()
         self._cfg, self._stop, self._config = cfg, stop, algorithm_cfg
         self._online_steps = policy_cfg.online_steps
         self._output_dir = Path(cfg.output_dir or ".")
@@ -148,28 +150,43 @@ class Learner:
         self._gatherer.wait_for_actors()
         if self._progress.version == 0:
             self._save()
-        self._publish(restart=True, evaluate=self._evaluates(self._progress.version))
+        self._publish_next(restart=True)
         while not self._finished():
             self._iterate()
         self._finish()
 
     def _iterate(self) -> None:
-        """One iteration: gather, update, checkpoint, publish, log."""
+        """One iteration: gather, update, checkpoint, publish, log.
+
+        Actors get the new weights as soon as the policy is improved, and collect while the critic is trained; at a
+        milestone they wait for the checkpoint.
+        """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
         self._consider_best(version, gathered.evaluations)
         updating = time.perf_counter()
-        stats = self._update(gathered)
-        self._progress.version += 1
-        update_seconds = time.perf_counter() - updating
-        self._progress.seconds += time.perf_counter() - began
         self._account(gathered)
-        milestone = self._is_milestone(self._progress.version)
+        milestone, finished = self._is_milestone(version + 1), self._finished()
+        early = not milestone and not finished
+        ready_at: list[float] = []
+
+        def policy_ready() -> None:
+            if early:
+                self._publish_next(restart=False)
+                # From now on the actors use the other cores.
+                torch.set_num_threads(1)
+            ready_at.append(time.perf_counter())
+
+        self._algorithm.policy_ready = policy_ready
+        torch.set_num_threads(self._threads)
+        stats = self._update(gathered)
+        updated = time.perf_counter()
+        self._progress.seconds += updated - began
         if milestone:
             self._save()
-        if not self._finished():
-            self._publish(restart=milestone, evaluate=self._evaluates(self._progress.version))
-        self._log(gathered, stats, update_seconds)
+        if milestone and not finished:
+            self._publish_next(restart=True)
+        self._log(gathered, stats, ready_at[0] - updating, updated - ready_at[0])
 
     def _update(self, gathered: Gathered) -> TrainingStats:
         self._rollouts.put(prepare(gathered.decisions, self._player.preprocess_packed))
@@ -178,6 +195,7 @@ class Learner:
 
     def _account(self, gathered: Gathered) -> None:
         progress = self._progress
+        progress.version += 1
         progress.env_steps += gathered.decisions.steps
         progress.decisions += len(gathered.decisions)
         progress.episodes += int(total(gathered.collections, "episodes"))
@@ -222,6 +240,10 @@ class Learner:
         }
         self._metrics.write(version, row)
 
+    def _publish_next(self, restart: bool) -> None:
+        """Sends the weights of the current version and asks for its decisions."""
+        self._publish(restart, evaluate=self._evaluates(self._progress.version))
+
     def _publish(self, restart: bool, evaluate: bool, final: bool = False) -> None:
         """Sends the current weights to every actor."""
         header = WeightsHeader(self._progress.version, restart, evaluate, final, sent_at=time.time())
@@ -259,8 +281,10 @@ class Learner:
         gathered: Gathered,
         stats: TrainingStats,
         update_seconds: float,
+        critic_seconds: float,
     ) -> None:
         progress, decisions = self._progress, gathered.decisions
+        seconds = gathered.seconds + update_seconds + critic_seconds
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
             **rollout_metrics(gathered, progress.version - 1),
@@ -269,12 +293,13 @@ class Learner:
             "progress/decisions": progress.decisions,
             "progress/episodes": progress.episodes,
             "progress/seconds": progress.seconds,
-            "speed/env_steps_per_s": decisions.steps / max(gathered.seconds + update_seconds, 1e-9),
+            "speed/env_steps_per_s": decisions.steps / max(seconds, 1e-9),
             "speed/collection_steps_per_s": decisions.steps / max(collect, 1e-9),
-            "speed/update_decisions_per_s": len(decisions) / max(update_seconds, 1e-9),
+            "speed/update_decisions_per_s": len(decisions) / max(update_seconds + critic_seconds, 1e-9),
             "speed/collect_seconds": collect,
             "speed/wait_seconds": gathered.seconds,
             "speed/update_seconds": update_seconds,
+            "speed/critic_seconds": critic_seconds,
             "push/bytes": self._pushed_bytes,
             "push/latency_s": max((float(c["latency"]) for c in gathered.collections), default=0.0),
             "actors/connected": len(self._service.connected()),

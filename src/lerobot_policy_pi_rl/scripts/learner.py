@@ -1,5 +1,7 @@
 """`lerobot-pi-rl-learner`: trains a flow policy from what actors collect."""
 
+import os
+
 import torch
 from lerobot.configs import parser
 
@@ -12,8 +14,8 @@ def learn(cfg: PIRLTrainConfig) -> None:
     """Runs the learner with a parsed configuration."""
     from ..runtime.learner import Learner
 
-    # Small matrices gain nothing from a second thread, and it would wait for cores that the actors use.
-    torch.set_num_threads(1)
+    # The actors wait during an update, so a second core is free; small matrices gain nothing from more.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
     stop = stop_on_signals()
     cfg.validate()
     assert cfg.output_dir is not None
