@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
+GRID ?= single_task
 
 # The first interpreter on this machine that is new enough.
 PYTHON ?= $(shell for python in python3.12 python3.13 python3; do \
@@ -14,7 +15,7 @@ UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := setup
-.PHONY: setup test check format bench demo lock clean help
+.PHONY: setup test check format bench grid demo lock clean help
 
 setup: $(READY)  ## the environment, from requirements.lock
 
@@ -47,6 +48,9 @@ format: setup  ## format and fix what can be fixed
 
 bench: setup  ## the benchmarks: a table, and JSON under benchmarks/results
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/run.py $(ARGS)
+
+grid: setup  ## a grid of learning runs, as far as it is missing (GRID=single_task ARGS="--jobs 2")
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.grid $(GRID) $(ARGS)
 
 demo: setup  ## demonstrations, supervised training, PI-RL and evaluation (SEED=0)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/metaworld_demo.py --seed $(SEED)

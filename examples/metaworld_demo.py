@@ -21,6 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 TASK = "peg-insert-side-v3"
+REPO_ID = "pi_rl/demo"
 NUM_DEMONSTRATIONS = 8
 NUM_EVALUATIONS = 100
 # Starts of the reported evaluations: neither trained on nor used to choose a checkpoint.
@@ -102,21 +103,61 @@ def training_step(line: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def evaluate(title: str, checkpoint: Path, folder: Path, log: Path) -> float:
-    """Success of a checkpoint on the held-out starts, by `lerobot-eval`."""
-    command = [
+def demonstrations_command(task: str, count: int, seed: int, root: Path) -> list[str]:
+    """Scripted experts, recorded as a LeRobotDataset."""
+    return [
+        "lerobot-pi-rl-demos",
+        f"--task={task}",
+        f"--num_episodes={count}",
+        f"--seed={seed}",
+        f"--root={root}",
+        f"--repo_id={REPO_ID}",
+    ]
+
+
+def supervised_command(demonstrations: Path, output: Path, seed: int) -> list[str]:
+    """LeRobot's own training."""
+    return [
+        "lerobot-train",
+        "--config_path=recipes/metaworld_supervised.json",
+        f"--dataset.repo_id={REPO_ID}",
+        f"--dataset.root={demonstrations}",
+        f"--output_dir={output}",
+        f"--seed={seed}",
+    ]
+
+
+def improvement_command(task: str, checkpoint: Path, output: Path, seed: int) -> list[str]:
+    """PI-RL: learner and actor."""
+    return [
+        "lerobot-pi-rl-train",
+        "--config_path=recipes/metaworld.json",
+        f"--policy.path={checkpoint}",
+        f"--env.task={task}",
+        f"--output_dir={output}",
+        f"--seed={seed}",
+    ]
+
+
+def evaluation_command(task: str, checkpoint: Path, count: int, output: Path) -> list[str]:
+    """LeRobot's own evaluation, on held-out starts of each task."""
+    return [
         "lerobot-eval",
         f"--policy.path={checkpoint}",
         "--policy.device=cpu",
         "--env.type=metaworld_state",
-        f"--env.task={TASK}",
-        f"--eval.n_episodes={NUM_EVALUATIONS}",
-        "--eval.batch_size=50",
+        f"--env.task={task}",
+        f"--eval.n_episodes={count}",
+        f"--eval.batch_size={min(50, count)}",
         "--eval.use_async_envs=false",
         f"--seed={EVALUATION_SEED}",
-        f"--output_dir={folder}",
+        f"--output_dir={output}",
     ]
-    run(Stage(title, command, log))
+
+
+def evaluate(title: str, checkpoint: Path, folder: Path, log: Path) -> float:
+    """Success of a checkpoint on the held-out starts."""
+    run(Stage(title, evaluation_command(TASK, checkpoint, NUM_EVALUATIONS, folder), log))
     return float(json.loads((folder / "eval_info.json").read_text())["overall"]["pc_success"]) / 100
 
 
@@ -179,28 +220,11 @@ def demo(seed: int, output: Path) -> Summary:
     """
     shutil.rmtree(output, ignore_errors=True)
     logs, demonstrations = output / "logs", output / "demonstrations"
-    run(
-        Stage(
-            f"1/5 {NUM_DEMONSTRATIONS} demonstrations",
-            [
-                "lerobot-pi-rl-demos",
-                f"--task={TASK}",
-                f"--num_episodes={NUM_DEMONSTRATIONS}",
-                f"--seed={seed}",
-                f"--root={demonstrations}",
-                "--repo_id=pi_rl/demo",
-            ],
-            logs / "demonstrations.log",
-        )
-    )
+    command = demonstrations_command(TASK, NUM_DEMONSTRATIONS, seed, demonstrations)
+    run(Stage(f"1/5 {NUM_DEMONSTRATIONS} demonstrations", command, logs / "demonstrations.log"))
     supervised = output / "supervised"
     steps = json.loads((ROOT / "recipes/metaworld_supervised.json").read_text())["steps"]
-    command = [
-        "lerobot-train",
-        "--config_path=recipes/metaworld_supervised.json",
-        "--dataset.repo_id=pi_rl/demo",
-    ]
-    command += [f"--dataset.root={demonstrations}", f"--output_dir={supervised}", f"--seed={seed}"]
+    command = supervised_command(demonstrations, supervised, seed)
     run(Stage("2/5 supervised training", command, logs / "supervised.log"), steps, training_step)
     before_checkpoint = supervised / "checkpoints/last/pretrained_model"
     before = evaluate(
@@ -225,15 +249,8 @@ def demo(seed: int, output: Path) -> Summary:
 def improve(checkpoint: Path, output: Path, seed: int) -> None:
     """Runs learner and actor, whose progress bar goes straight to the terminal."""
     print("4/5 PI-RL: learner and actor", file=sys.stderr)
-    command = [
-        str(BIN / "lerobot-pi-rl-train"),
-        "--config_path=recipes/metaworld.json",
-        f"--policy.path={checkpoint}",
-        f"--env.task={TASK}",
-        f"--output_dir={output}",
-        f"--seed={seed}",
-    ]
-    code = subprocess.call(command, cwd=ROOT)
+    name, *arguments = improvement_command(TASK, checkpoint, output, seed)
+    code = subprocess.call([str(BIN / name), *arguments], cwd=ROOT)
     if code:
         raise SystemExit(f"PI-RL failed (exit code {code}); see {output}/logs")
 

@@ -164,6 +164,11 @@ def actor() -> None:
     _run("actor")
 
 
+def check() -> None:
+    """`lerobot-pi-rl-check`."""
+    _run("check")
+
+
 def demos() -> None:
     """`lerobot-pi-rl-demos`."""
     _run("demos")
@@ -182,4 +187,4 @@ def _run(name: str) -> None:
 
 if __name__ == "__main__":
     command = sys.argv.pop(1)
-    {"learner": learner, "actor": actor, "demos": demos, "train": train}[command]()
+    {"learner": learner, "actor": actor, "check": check, "demos": demos, "train": train}[command]()

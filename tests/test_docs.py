@@ -3,12 +3,13 @@
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 
-from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import prepare
@@ -68,12 +69,23 @@ def decisions_of(policy: PIRLPolicy) -> DecisionBatch:
 
 
 def algorithm_metrics() -> set[str]:
-    """Names that the update writes, from one update with everything on."""
+    """Names that the update writes, from updates with everything on: with a critic, and with groups."""
+    return update_metrics(kl_coef=0.1, demonstration_weight=0.1) | update_metrics(
+        advantage="group", collection=CollectionConfig(num_envs=4, group_size=2)
+    )
+
+
+def update_metrics(**settings: Any) -> set[str]:
     config = policy_config()
-    settings = PIRLAlgorithmConfig(critic_warmup=0, kl_coef=0.1, epochs=1, policy_config=config)
-    algorithm = PIRLAlgorithm(PIRLPolicy(config).eval(), settings)
+    algorithm = PIRLAlgorithm(
+        PIRLPolicy(config).eval(),
+        PIRLAlgorithmConfig(**settings, critic_warmup=0, epochs=1, policy_config=config),
+    )
     algorithm.make_optimizers_and_scheduler()
-    rollout = prepare(decisions_of(algorithm.policy), lambda observation, task: observation)
+    decisions = decisions_of(algorithm.policy)
+    chunks = {STATE: decisions.observation[STATE], "action": decisions.action}
+    algorithm.demonstrations = lambda count: chunks
+    rollout = prepare(decisions, lambda observation, task: observation)
     return set(learning_metrics(algorithm.update(iter([rollout]))))
 
 

@@ -3,9 +3,11 @@
 import math
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from lerobot.policies.pretrained import ActionSelectKwargs, PreTrainedPolicy
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -214,6 +216,10 @@ class PIRLPolicy(PreTrainedPolicy):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Takes over the weights of a `pretrained_model` folder, in place."""
+        self._load_as_safetensor(self, str(folder / SAFETENSORS_SINGLE_FILE), "cpu", strict=True)
 
     @classmethod
     def _load_as_safetensor(

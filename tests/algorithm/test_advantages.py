@@ -1,4 +1,4 @@
-"""Generalised advantage estimation against tables worked out by hand."""
+"""Advantages against tables worked out by hand: generalised advantage estimation and groups of episodes."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from lerobot_policy_pi_rl.algorithm.advantages import (
     Targets,
     advantages,
+    episode_numbers,
+    group_advantages,
     has_successor,
     next_values,
     normalise,
@@ -167,3 +169,90 @@ def test_normalised_advantages() -> None:
     assert advantage.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert advantage.std().item() == pytest.approx(1.0, abs=1e-6)
     assert normalise(torch.full((5,), 3.0)).tolist() == [0.0] * 5
+
+
+# Groups of episodes from the same start
+
+
+def test_episodes_are_counted_for_each_environment(make_decisions: MakeDecisions) -> None:
+    batch = make_decisions(
+        env=[0, 0, 0, 1, 1, 1, 2],
+        index=[0, 1, 2, 0, 1, 2, 0],
+        terminated=[False, True, False, False, False, True, True],
+        truncated=[True, False, False, False, False, False, False],
+    )
+    assert episode_numbers(batch).tolist() == [0, 1, 2, 0, 0, 0, 0]
+
+
+def test_an_episode_is_compared_with_those_from_its_start(make_decisions: MakeDecisions) -> None:
+    """Group 0 (environments 0, 1): returns 1 and 0, mean .5, deviation .7071. Group 1: all alike."""
+    batch = make_decisions(
+        env=[0, 0, 1, 2, 3],
+        index=[0, 1, 0, 0, 0],
+        reward=[0.0, 1.0, 0.0, 1.0, 1.0],
+        terminated=[False, True, False, True, True],
+        truncated=[False, False, True, False, False],
+    )
+    targets = group_advantages(batch, 2)
+    assert targets.complete.all()
+    assert targets.informative.tolist() == [True, True, True, False, False]
+    assert targets.advantage.tolist() == pytest.approx([0.7071, 0.7071, -0.7071, 0, 0], abs=1e-4)
+
+
+def test_a_group_with_an_unfinished_episode_is_left_out(make_decisions: MakeDecisions) -> None:
+    batch = make_decisions(
+        env=[0, 1, 1], index=[0, 0, 1], reward=[1.0, 0.0, 0.0], terminated=[True, False, False]
+    )
+    targets = group_advantages(batch, 2)
+    assert not targets.complete.any()
+    assert not targets.advantage.any()
+
+
+def test_an_episode_that_lost_a_decision_is_left_out_with_all_that_follow(
+    make_decisions: MakeDecisions,
+) -> None:
+    """Environment 0 lost its decision 1, which may have been the end of an episode."""
+    batch = make_decisions(
+        env=[0, 0, 0, 1, 1, 1],
+        index=[0, 2, 3, 0, 2, 3],
+        reward=[0.0, 1.0, 1.0, 0.0, 0.0, 0.0],
+        terminated=[False, True, True, False, False, False],
+        truncated=[False, False, False, False, True, True],
+    )
+    assert not group_advantages(batch, 2).complete.any()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_group_advantages_match_a_plain_loop(data: st.DataObject) -> None:
+    from .conftest import build_decisions
+
+    size, groups = data.draw(st.integers(2, 4)), data.draw(st.integers(1, 3))
+    rows: list[tuple[int, int, float, bool]] = []
+    returns: dict[tuple[int, int], list[float]] = {}
+    for env in range(size * groups):
+        lengths = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+        index = 0
+        for number, length in enumerate(lengths):
+            reward = float(data.draw(st.integers(0, 1)))
+            for step in range(length):
+                last = step == length - 1
+                rows.append((env, index, reward if last else 0.0, last))
+                index += 1
+            returns.setdefault((env // size, number), []).append(reward)
+    env, index, reward, ended = zip(*rows, strict=True)
+    batch = build_decisions(env=list(env), index=list(index), reward=list(reward), terminated=list(ended))
+    targets, number = group_advantages(batch, size), episode_numbers(batch).tolist()
+    for row in range(len(rows)):
+        own = returns[env[row] // size, number[row]]
+        known = torch.tensor(own)
+        informative = len(own) == size and float(known.std()) > 0
+        assert bool(targets.informative[row]) == informative
+        if informative:
+            episode = [
+                r for e, n, r in zip(env, number, reward, strict=True) if (e, n) == (env[row], number[row])
+            ]
+            expected = (sum(episode) - known.mean()) / known.std()
+            assert float(targets.advantage[row]) == pytest.approx(float(expected), abs=1e-5)
+        else:
+            assert targets.advantage[row] == 0

@@ -54,6 +54,72 @@ def with_reward(rollout: Rollout, row: int, reward: float) -> Rollout:
     return replace(rollout, decisions=replace(rollout.decisions, reward=rewards))
 
 
+# Without a critic, and with demonstrations
+
+GROUPED = {"advantage": "group", "collection": CollectionConfig(num_envs=256, group_size=8)}
+
+
+def test_groups_of_episodes_improve_the_policy_without_a_critic(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm = make_algorithm(**GROUPED, lr=1e-3)
+    assert algorithm.critic is None
+    assert list(algorithm.get_optimizers()) == ["policy"]
+    before = float(collect(algorithm, seed=99).decisions.reward.mean())
+    for number in range(12):
+        stats = algorithm.update(iter([collect(algorithm, seed=number)]))
+        assert stats.extra["ratio_first_error"] < 1e-4
+        assert 0 <= stats.extra["filtered"] < 1
+        assert "value_loss" not in stats.losses
+    assert float(collect(algorithm, seed=99).decisions.reward.mean()) > before + 0.1
+
+
+def test_groups_that_are_all_alike_teach_nothing(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    algorithm = make_algorithm(**GROUPED)
+    rollout, before = collect(algorithm), policy_of(algorithm)
+    alike = replace(rollout.decisions, reward=torch.ones(len(rollout.decisions)))
+    stats = algorithm.update(iter([replace(rollout, decisions=alike)]))
+    assert stats.extra["filtered"] == 1
+    assert stats.extra["epochs"] == 0
+    assert same(policy_of(algorithm), before)
+
+
+def test_an_algorithm_without_a_critic_survives_save_and_load(
+    make_algorithm: MakeAlgorithm, tmp_path: Path
+) -> None:
+    algorithm = make_algorithm(**GROUPED)
+    algorithm.save_pretrained(tmp_path)
+    assert algorithm.state_dict() == {}
+    algorithm.load_state_dict({})
+
+
+def test_co_training_holds_the_policy_to_the_demonstrations(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "observation.state": torch.rand(64, 4, generator=generator),
+        "action": torch.full((64, 3, 2), 0.5),
+    }
+    losses = {}
+    for weight in (0.0, 1.0):
+        algorithm = make_algorithm(demonstration_weight=weight, lr=1e-3)
+        algorithm.demonstrations = lambda count: {key: value[:count] for key, value in batch.items()}
+        torch.manual_seed(0)
+        stats = iterate(algorithm, collect, times=8)
+        assert ("supervised_loss" in stats.losses) == (weight > 0)
+        torch.manual_seed(1)
+        losses[weight] = algorithm.policy.base.loss(batch).item()
+    assert losses[1.0] < 0.8 * losses[0.0]
+
+
+def test_co_training_without_demonstrations_is_an_error(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    with pytest.raises(ValueError, match="no demonstrations were given"):
+        iterate(make_algorithm(demonstration_weight=0.1), collect)
+
+
 # The probability ratio
 
 

@@ -84,6 +84,27 @@ def test_it_does_not_matter_which_group_is_ready_first(
     assert_same(*batches)
 
 
+def test_environments_of_a_group_begin_their_episodes_from_the_same_starts(
+    make_collector: MakeCollector,
+) -> None:
+    collector = make_collector(
+        LONG, "--algorithm.collection.group_size=2", "--algorithm.advantage=group", "--env.fate=true"
+    )
+    collector.restart(5)
+    batch = collector.collect(5).decisions
+    starts = {env: [] for env in range(4)}
+    ended = dict.fromkeys(starts, True)
+    for row in range(len(batch)):
+        env = int(batch.env[row])
+        if ended[env]:
+            starts[env].append(batch.observation[OBS_STATE][row].tolist())
+        ended[env] = bool(batch.terminated[row] | batch.truncated[row])
+    assert all(len(seen) > 1 for seen in starts.values())
+    for one, two in ((0, 1), (2, 3)):
+        assert all(a == b for a, b in zip(starts[one], starts[two], strict=False))
+    assert starts[0][0] != starts[2][0]
+
+
 def test_a_restart_forgets_all_that_was_before(make_collector: MakeCollector) -> None:
     used, fresh = make_collector(LONG), make_collector(LONG)
     used.restart(0)

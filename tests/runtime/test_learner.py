@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lerobot.rl.algorithms.configs import TrainingStats
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
 from lerobot_policy_pi_rl.runtime.actor import Actor
 from lerobot_policy_pi_rl.runtime.client import LearnerClient
+from lerobot_policy_pi_rl.runtime.collector import Group
+from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
-from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, Player
 from lerobot_policy_pi_rl.runtime.service import PortUnavailable
 
 MakeConfig = Callable[..., PIRLTrainConfig]
@@ -157,6 +160,81 @@ def test_a_run_ends_when_the_policy_is_good_enough(train: Train) -> None:
     )
     # Known after the first evaluation, which comes with the first iteration.
     assert [row["step"] for row in iterations(rows)] == [1]
+
+
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Makes the validations find a given success, one after another; the last one again and again."""
+
+    def find(successes: list[float]) -> None:
+        left = list(successes)
+
+        def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
+            success = left.pop(0) if len(left) > 1 else left[0]
+            solved = np.arange(len(seeds)) < success * len(seeds)
+            return Evaluation(solved, np.zeros(len(seeds), dtype=np.int64))
+
+        monkeypatch.setattr("lerobot_policy_pi_rl.runtime.actor.evaluate", evaluate)
+
+    return find
+
+
+VALIDATED = ("--env_eval_freq=1", "--eval.n_episodes=10")
+
+
+def test_a_collapsed_policy_makes_way_for_the_best_one(
+    train: Train, validations: Callable[[list[float]], None], tmp_path: Path
+) -> None:
+    validations([0.5, 0.6, 0.9, 0.3, 0.8])
+    rows = train("--steps=6", *VALIDATED)
+    assert [row["eval/success"] for row in evaluations(rows)] == [0.5, 0.6, 0.9, 0.3, 0.8, 0.8, 0.8]
+    assert [row["eval/rollbacks"] for row in evaluations(rows)] == [0, 0, 0, 0, 1, 1, 1]
+    # Nothing is learned from the decisions of the collapsed version 3.
+    assert [row["step"] for row in iterations(rows)] == [1, 2, 3, 5, 6]
+    best, restored = (
+        load_file(tmp_path / "run" / "checkpoints" / name / "pretrained_model" / "model.safetensors")
+        for name in ("000002", "000004")
+    )
+    assert all(torch.equal(best[name], restored[name]) for name in best)
+    rates = [row["ppo/lr"] for row in iterations(rows)]
+    assert rates[3] < rates[1]
+    assert (tmp_path / "run" / "checkpoints" / "best").readlink() == Path("000002")
+
+
+def test_a_run_that_collapses_again_and_again_is_ended(
+    train: Train,
+    validations: Callable[[list[float]], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    validations([0.9, 0.2])
+    rows = train("--steps=50", "--algorithm.max_rollbacks=2", *VALIDATED)
+    assert evaluations(rows)[-1]["eval/best_success"] == 0.9
+    assert len(evaluations(rows)) < 8
+    assert "fell far below the best one (0.90) for the 3. time" in caplog.text
+
+
+def test_a_run_whose_success_stops_rising_is_ended(
+    train: Train, validations: Callable[[list[float]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    validations([0.5, 0.6, 0.6])
+    rows = train("--steps=50", "--algorithm.stop_patience=3", *VALIDATED)
+    assert [row["eval/success"] for row in evaluations(rows)][:5] == [0.5, 0.6, 0.6, 0.6, 0.6]
+    assert len(iterations(rows)) == 5
+    assert "did not rise in 3 validations" in caplog.text
+
+
+def test_a_run_that_cannot_be_held_back_is_ended(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    rows = iterations(
+        train(
+            "--steps=50",
+            "--algorithm.lr=0.05",
+            "--algorithm.lr_max=0.05",
+            "--algorithm.lr_schedule=constant",
+            "--algorithm.target_kl=1e-4",
+        )
+    )
+    assert len(rows) < 20
+    assert "nats in an iteration" in caplog.text
 
 
 @pytest.mark.parametrize("explorer", ["flow_sde", "flow_noise"])

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over decisions."""
+"""Advantages of decisions: generalised advantage estimation, or a comparison within groups of episodes."""
 
 from dataclasses import dataclass
 
@@ -99,6 +99,87 @@ def advantages(
         backwards.append(running)
     advantage = torch.tensor(backwards[::-1], dtype=value.dtype, device=value.device)
     return Targets(advantage, advantage + value)
+
+
+def episode_numbers(batch: DecisionBatch) -> Tensor:
+    """Which episode of its environment each decision belongs to, counted from 0 within the batch, `[N]` int64.
+
+    Args:
+        batch: Decisions in `time_order`.
+    """
+    ended = (batch.terminated | batch.truncated).long()
+    before = ended.cumsum(0) - ended
+    first = torch.ones(len(batch), dtype=torch.bool)
+    first[1:] = batch.env[1:] != batch.env[:-1]
+    # Episodes that had ended when the environment's first decision was made.
+    offset = before[first][first.long().cumsum(0) - 1]
+    return before - offset
+
+
+def follows_a_loss(batch: DecisionBatch) -> Tensor:
+    """Whether a decision of the same environment was lost before this one, so that its episode is uncertain, `[N]`.
+
+    Args:
+        batch: Decisions in `time_order`.
+    """
+    gap = torch.zeros(len(batch), dtype=torch.bool)
+    same = batch.env[1:] == batch.env[:-1]
+    gap[1:] = same & (batch.index[1:] != batch.index[:-1] + 1)
+    losses = gap.long().cumsum(0)
+    first = torch.ones(len(batch), dtype=torch.bool)
+    first[1:] = ~same
+    return losses > losses[first][first.long().cumsum(0) - 1]
+
+
+@dataclass(frozen=True)
+class GroupTargets:
+    """Advantages of decisions whose episodes are compared with others from the same start.
+
+    Attributes:
+        advantage: One number for all decisions of an episode, `[N]`; zero where it says nothing.
+        informative: The episode's group is complete and its returns differ, `[N]` bool.
+        complete: The episode's group is complete, `[N]` bool.
+    """
+
+    advantage: Tensor
+    informative: Tensor
+    complete: Tensor
+
+
+def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
+    """Advantages without a critic (GRPO, arXiv 2402.03300, eq. in section 4.1.2).
+
+    `group_size` neighbouring environments begin their n-th episodes from the same start. An episode's advantage is its
+    return's distance from the mean of its group, in standard deviations of the group. A group with an episode that did
+    not end in this batch is left out, because long episodes would be missing; so is one whose returns are all alike,
+    because it says nothing about what was better.
+
+    Args:
+        batch: Decisions in `time_order`, from the first one of every environment's fresh episode on.
+        group_size: Environments per group, at least 2; numbers of one group are `g * group_size` and the following.
+
+    Returns:
+        Advantages, on the CPU.
+    """
+    number = episode_numbers(batch)
+    over = (batch.terminated | batch.truncated) & ~follows_a_loss(batch)
+    span = int(number.max()) + 1
+    _, episode = torch.unique(batch.env * span + number, return_inverse=True)
+    count = int(episode.max()) + 1
+    total = torch.zeros(count).index_add_(0, episode, batch.reward.float())
+    ended = torch.zeros(count).index_add_(0, episode, over.float())
+    # The group of each episode: the same for every one of its decisions.
+    owner = torch.zeros(count, dtype=torch.int64)
+    owner[episode] = (batch.env // group_size) * span + number
+    _, group = torch.unique(owner, return_inverse=True)
+    finished = torch.zeros(int(group.max()) + 1).index_add_(0, group, ended)
+    mean = torch.zeros_like(finished).index_add_(0, group, total) / group_size
+    spread = torch.zeros_like(finished).index_add_(0, group, (total - mean[group]) ** 2) / (group_size - 1)
+    std = spread.sqrt()
+    complete = (finished == group_size)[group]
+    informative = complete & (std > 1e-6)[group]
+    advantage = torch.where(informative, (total - mean[group]) / (std[group] + 1e-8), torch.zeros_like(total))
+    return GroupTargets(advantage[episode], informative[episode], complete[episode])
 
 
 def normalise(advantage: Tensor) -> Tensor:

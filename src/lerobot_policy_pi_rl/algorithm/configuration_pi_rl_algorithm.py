@@ -8,6 +8,7 @@ from ..configuration_pi_rl import PIRLConfig
 from ..errors import check, refuse_stock_command
 
 LR_SCHEDULES = ("adaptive", "constant")
+ADVANTAGES = ("gae", "group")
 LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean")
 
 
@@ -21,6 +22,9 @@ class CollectionConfig:
     num_workers: int = 2
     # Decisions per environment and iteration.
     decisions: int = 16
+    # Environments that begin their episodes from the same starts, so that their returns can be compared; 1 is off.
+    # Every iteration then begins with fresh episodes.
+    group_size: int = 1
     # Number of actors the learner waits for before the first iteration.
     num_actors: int = 1
     # Most actors that may be connected at once.
@@ -39,11 +43,17 @@ class CollectionConfig:
             ("num_envs", 1),
             ("num_workers", 0),
             ("decisions", 1),
+            ("group_size", 1),
             ("num_actors", 1),
             ("actor_id", 0),
         ):
             value = getattr(self, key)
             check(value >= least, f"{name}.{key}", f"must be at least {least}, got {value}")
+        check(
+            self.num_envs % self.group_size == 0,
+            f"{name}.group_size",
+            f"must divide num_envs={self.num_envs}, got {self.group_size}",
+        )
         check(
             self.num_actors <= self.max_actors,
             f"{name}.num_actors",
@@ -62,6 +72,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # How decisions are collected.
     collection: CollectionConfig = field(default_factory=CollectionConfig)
 
+    # What an episode is compared with: `gae` (a critic's value) or `group` (other episodes from the same start; GRPO).
+    # `group` has no critic, needs collection.group_size above 1 and collection.decisions for at least a whole episode.
+    advantage: str = "gae"
     # Discount per decision (not per environment step).
     gamma: float = 0.99
     # Exponential weight of generalised advantage estimation.
@@ -82,6 +95,10 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     entropy_coef: float = 0.0
     # Weight of the divergence from the policy before reinforcement learning; 0 is off.
     kl_coef: float = 0.0
+    # Weight of the supervised loss on demonstrations (`dataset.repo_id`) in every step of the policy; 0 is off.
+    demonstration_weight: float = 0.0
+    # Demonstrated chunks per gradient step.
+    demonstration_batch_size: int = 64
 
     # Learning rate of the policy at the start.
     lr: float = 2e-4
@@ -91,8 +108,11 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     grad_clip_norm: float = 1.0
     # `adaptive`: divide or multiply lr by lr_factor when the measured KL leaves [target_kl / 2, target_kl * 2].
     lr_schedule: str = "adaptive"
+    # Factor by which the adaptive schedule changes the learning rate after an iteration.
     lr_factor: float = 1.5
+    # Smallest learning rate that the adaptive schedule sets.
     lr_min: float = 1e-6
+    # Largest learning rate that the adaptive schedule sets.
     lr_max: float = 1e-3
     # Wanted divergence between the policies before and after an iteration, in nats per decision.
     target_kl: float = 0.1
@@ -110,6 +130,12 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
 
     # Training ends early once the validation success (every env_eval_freq iterations) reaches this; null is never.
     stop_success: float | None = None
+    # Training ends early after this many validations in a row without a new best one; null is never.
+    stop_patience: int | None = None
+    # A validation this far below the best one brings the best checkpoint back, at half its learning rate; null never.
+    rollback_drop: float | None = 0.25
+    # Training ends when the best checkpoint would have to be brought back more often than this.
+    max_rollbacks: int = 3
 
     # Largest distance of the first minibatch's ratio from 1; null takes 1e-3 in float32 and 0.1 in bfloat16.
     ratio_tolerance: float | None = None
@@ -132,9 +158,31 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
             f"{self.log_prob_reduction!r} is unknown; choose one of {list(LOG_PROB_REDUCTIONS)}",
         )
         check(
+            self.advantage in ADVANTAGES,
+            "algorithm.advantage",
+            f"{self.advantage!r} is unknown; choose one of {list(ADVANTAGES)}",
+        )
+        grouped = self.collection.group_size > 1
+        check(
+            grouped == (self.advantage == "group"),
+            "algorithm.collection.group_size",
+            f"{self.collection.group_size} does not fit algorithm.advantage={self.advantage!r}: "
+            "'group' needs at least 2, 'gae' needs 1",
+        )
+        check(
             self.dual_clip is None or self.dual_clip > 1,
             "algorithm.dual_clip",
             f"must be above 1 or null, got {self.dual_clip}",
+        )
+        check(
+            self.stop_patience is None or self.stop_patience >= 1,
+            "algorithm.stop_patience",
+            f"must be at least 1 or null, got {self.stop_patience}",
+        )
+        check(
+            self.rollback_drop is None or 0 < self.rollback_drop <= 1,
+            "algorithm.rollback_drop",
+            f"must be above 0 and at most 1, or null, got {self.rollback_drop}",
         )
         check(
             self.lr_min <= self.lr <= self.lr_max,
@@ -146,7 +194,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"algorithm.{name}", f"must be between 0 and 1, got {value}")
-        for name in ("epochs", "minibatch_size"):
+        for name in ("epochs", "minibatch_size", "demonstration_batch_size"):
             value = getattr(self, name)
             check(value >= 1, f"algorithm.{name}", f"must be at least 1, got {value}")
         for name in (
@@ -160,6 +208,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         ):
             value = getattr(self, name)
             check(value > 0, f"algorithm.{name}", f"must be above 0, got {value}")
+        for name in ("kl_coef", "demonstration_weight"):
+            value = getattr(self, name)
+            check(value >= 0, f"algorithm.{name}", f"must be 0 or above, got {value}")
         check(self.lr_factor > 1, "algorithm.lr_factor", f"must be above 1, got {self.lr_factor}")
 
     @classmethod

@@ -16,7 +16,7 @@ from ..flow.density import kl_divergence
 from ..flow.sampler import Score, executed_sum
 from ..flow.transition import Gaussian
 from ..modeling_pi_rl import PIRLPolicy
-from .advantages import advantages, normalise
+from .advantages import advantages, group_advantages, normalise
 from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from .critic import Critic
 from .losses import explained_variance, policy_loss, value_loss
@@ -24,6 +24,10 @@ from .storage import Rollout, minibatches
 
 # Rows of a rollout that the reference policy scores at once.
 ROWS_AT_ONCE = 1024
+
+
+# A batch of demonstrations as the base's supervised loss reads it; how many rows is the argument.
+Demonstrations = Callable[[int], dict[str, Tensor]]
 
 
 class RatioError(RuntimeError):
@@ -41,9 +45,10 @@ class Batch:
         executed: `[N]`.
         log_prob: Reduced behaviour log-probability `[N]`.
         advantage: Normalised, `[N]`.
-        critic_features: `[N, F]`.
-        value: Value at collection, `[N]`.
-        value_target: `[N]`.
+        critic_features: `[N, F]`; no columns without a critic.
+        value: Value at collection, `[N]`; zero without a critic.
+        value_target: `[N]`; the same.
+        trained: Rows that are trained on, `[U]` int64 on the CPU.
         reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
     """
 
@@ -56,6 +61,7 @@ class Batch:
     critic_features: Tensor
     value: Tensor
     value_target: Tensor
+    trained: Tensor
     reference: Gaussian | None
 
     def rows(self, rows: Tensor) -> "Batch":
@@ -64,11 +70,12 @@ class Batch:
         tensors = {
             name: value[rows]
             for name, value in vars(self).items()
-            if name not in ("observation", "reference")
+            if name not in ("observation", "reference", "trained")
         }
         reference = self.reference and Gaussian(self.reference.mean[rows], self.reference.std[rows])
         observation = {key: value[rows] for key, value in self.observation.items()}
-        return Batch(observation=observation, reference=reference, **tensors)
+        trained = torch.arange(len(rows))
+        return Batch(observation=observation, reference=reference, trained=trained, **tensors)
 
 
 class Averages:
@@ -112,14 +119,21 @@ class PIRLAlgorithm(RLAlgorithm):
         """
         self.policy, self.config = policy, config
         self.device = next(policy.parameters()).device
-        self.critic = Critic(policy.base.critic_dim, config.critic_hidden_dims).to(self.device)
+        self.critic = self._make_critic()
         self.reference = self._freeze_copy(policy) if config.kl_coef > 0 else None
         self.optimizers: dict[str, Optimizer] = {}
         self.seed = 0
         # Called in every update as soon as the policy is improved; the critic is trained after that.
         self.policy_ready: Callable[[], None] = lambda: None
+        # Where demonstrations come from, if `demonstration_weight` asks for them.
+        self.demonstrations: Demonstrations | None = None
         tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 else 0.1
         self.ratio_tolerance = tolerance if config.ratio_tolerance is None else config.ratio_tolerance
+
+    def _make_critic(self) -> Critic | None:
+        if self.config.advantage == "group":
+            return None
+        return Critic(self.policy.base.critic_dim, self.config.critic_hidden_dims).to(self.device)
 
     @staticmethod
     def _freeze_copy(policy: PIRLPolicy) -> PIRLPolicy:
@@ -128,11 +142,12 @@ class PIRLAlgorithm(RLAlgorithm):
     # LeRobot's contract: optimizers, weights, state
 
     def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
-        """Builds the optimizers of the policy and of the critic."""
-        self.optimizers = {
-            "policy": Adam(self._policy_parameters(), lr=self.config.lr, eps=1e-5, fused=True),
-            "critic": Adam(self.critic.parameters(), lr=self.config.critic_lr, eps=1e-5, fused=True),
-        }
+        """Builds the optimizers of the policy and of the critic, if there is one."""
+        self.optimizers = {"policy": Adam(self._policy_parameters(), lr=self.config.lr, eps=1e-5, fused=True)}
+        if self.critic is not None:
+            self.optimizers["critic"] = Adam(
+                self.critic.parameters(), lr=self.config.critic_lr, eps=1e-5, fused=True
+            )
         return self.optimizers
 
     def get_optimizers(self) -> dict[str, Optimizer]:
@@ -154,8 +169,10 @@ class PIRLAlgorithm(RLAlgorithm):
         self.policy.load_trainable_state(weights)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The critic and, if there is one, the reference policy."""
-        state = {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
+        """The critic and the reference policy, if there are."""
+        state: dict[str, Tensor] = {}
+        if self.critic is not None:
+            state |= {f"critic.{name}": value for name, value in self.critic.state_dict().items()}
         if self.reference is not None:
             state |= {
                 f"reference.{name}": value.clone() for name, value in self.reference.state_dict().items()
@@ -168,7 +185,8 @@ class PIRLAlgorithm(RLAlgorithm):
         for name, value in state_dict.items():
             owner, _, rest = name.partition(".")
             parts[owner][rest] = value
-        self.critic.load_state_dict(parts["critic"])
+        if self.critic is not None:
+            self.critic.load_state_dict(parts["critic"])
         if self.reference is not None:
             self.reference.load_state_dict(parts["reference"])
 
@@ -176,6 +194,14 @@ class PIRLAlgorithm(RLAlgorithm):
     def lr(self) -> float:
         """Learning rate of the policy in force."""
         return float(self.optimizers["policy"].param_groups[0]["lr"])
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiplies the policy's learning rate, within its range."""
+        self._set_lr(self.lr * factor)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self.optimizers["policy"].param_groups:
+            group["lr"] = min(max(lr, self.config.lr_min), self.config.lr_max)
 
     # One iteration
 
@@ -198,10 +224,10 @@ class PIRLAlgorithm(RLAlgorithm):
         rollout = next(batch_iterator)
         self.policy.eval()
         batch = self.evaluate(rollout)
-        averages, extra = Averages(), self._rollout_statistics(batch, rollout)
+        averages, extra = Averages(), self._statistics(batch, rollout)
         extra |= self._improve_policy(batch, rollout, averages)
         self.policy_ready()
-        skipped = self._train_critic(batch, rollout, averages)
+        skipped = self._train_critic(batch, averages)
         self.optimization_step += 1
         extra |= {"skipped_steps": extra["skipped_steps"] + skipped, "lr": self.lr}
         return self._stats(averages, extra)
@@ -209,32 +235,34 @@ class PIRLAlgorithm(RLAlgorithm):
     def _improve_policy(self, batch: Batch, rollout: Rollout, averages: Averages) -> dict[str, float]:
         """The policy's epochs, none while the critic warms up."""
         config, skipped, epochs = self.config, 0, 0
-        warm = self.optimization_step >= config.critic_warmup
+        warm = self.critic is None or self.optimization_step >= config.critic_warmup
         generator = self._generator(0)
-        ratio_error = math.nan
+        ratio_error = 0.0
         for epoch in range(config.epochs if warm else 1):
             last_epoch = Averages()
-            for number, rows in enumerate(minibatches(rollout.usable, config.minibatch_size, generator)):
+            for number, rows in enumerate(minibatches(batch.trained, config.minibatch_size, generator)):
                 part = batch.rows(rows)
                 if epoch == number == 0:
                     ratio_error = self.check_ratio(part, rollout.decisions.version[rows])
                 if not warm:
                     break
                 skipped += self._policy_step(part, averages, last_epoch)
-            epochs += warm
+            epochs += warm and len(batch.trained) > 0
             if last_epoch.mean("approx_kl") > config.kl_stop * config.target_kl:
                 break
-        if warm:
+        if epochs:
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
             self._adapt_lr(math.inf if skipped else last_epoch.mean("approx_kl"))
         return {"ratio_first_error": ratio_error, "epochs": epochs, "skipped_steps": skipped}
 
-    def _train_critic(self, batch: Batch, rollout: Rollout, averages: Averages) -> int:
+    def _train_critic(self, batch: Batch, averages: Averages) -> int:
         """The critic's epochs; returns how many steps were skipped."""
         skipped, generator = 0, self._generator(1)
+        if self.critic is None:
+            return 0
         for _ in range(self.config.epochs):
-            for rows in minibatches(rollout.usable, self.config.minibatch_size, generator):
-                skipped += self._critic_step(batch.rows(rows), averages)
+            for rows in minibatches(batch.trained, self.config.minibatch_size, generator):
+                skipped += self._critic_step(self.critic, batch.rows(rows), averages)
         return skipped
 
     def _generator(self, purpose: int) -> torch.Generator:
@@ -246,17 +274,7 @@ class PIRLAlgorithm(RLAlgorithm):
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> Batch:
         """Values, advantages and reference steps of a rollout, computed once."""
-        config, decisions = self.config, rollout.decisions
-        features = self.policy.base.critic_features(rollout.batch)
-        value = self.critic.value(features)
-        has_next = bool(rollout.next_batch)
-        next_features = self.policy.base.critic_features(rollout.next_batch) if has_next else features[:0]
-        targets = advantages(
-            decisions, value, self.critic.value(next_features), config.gamma, config.gae_lambda
-        )
-        usable = rollout.usable.to(self.device)
-        advantage = torch.zeros_like(value)
-        advantage[usable] = normalise(targets.advantage[usable])
+        decisions = rollout.decisions
         chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
         executed = decisions.executed.to(self.device)
         return Batch(
@@ -265,12 +283,41 @@ class PIRLAlgorithm(RLAlgorithm):
             step=step,
             executed=executed,
             log_prob=self.reduce(decisions.log_prob.to(self.device), executed),
-            advantage=advantage,
-            critic_features=features,
-            value=value,
-            value_target=targets.value_target,
             reference=self._reference_steps(rollout.batch, chain, step),
+            **(self._compared(rollout) if self.critic is None else self._valued(rollout, self.critic)),
         )
+
+    def _valued(self, rollout: Rollout, critic: Critic) -> dict[str, Tensor]:
+        """What a critic says of a rollout: values, advantages and value targets."""
+        config, decisions = self.config, rollout.decisions
+        features = self.policy.base.critic_features(rollout.batch)
+        value = critic.value(features)
+        has_next = bool(rollout.next_batch)
+        next_features = self.policy.base.critic_features(rollout.next_batch) if has_next else features[:0]
+        targets = advantages(decisions, value, critic.value(next_features), config.gamma, config.gae_lambda)
+        usable = rollout.usable.to(self.device)
+        advantage = torch.zeros_like(value)
+        advantage[usable] = normalise(targets.advantage[usable])
+        return {
+            "advantage": advantage,
+            "critic_features": features,
+            "value": value,
+            "value_target": targets.value_target,
+            "trained": rollout.usable,
+        }
+
+    def _compared(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What the comparison within groups says of a rollout."""
+        targets = group_advantages(rollout.decisions, self.config.collection.group_size)
+        advantage = targets.advantage.to(self.device)
+        nothing = torch.zeros_like(advantage)
+        return {
+            "advantage": advantage,
+            "critic_features": nothing[:, None][:, :0],
+            "value": nothing,
+            "value_target": nothing,
+            "trained": targets.informative.nonzero()[:, 0],
+        }
 
     def reduce(self, per_step: Tensor, executed: Tensor) -> Tensor:
         """Reduces a quantity per chunk step `[B, H]` to one per decision `[B]`, as `log_prob_reduction` says."""
@@ -331,6 +378,10 @@ class PIRLAlgorithm(RLAlgorithm):
             kl = self._reference_kl(part, score)
             loss = loss + config.kl_coef * kl
             averages.add(reference_kl=kl)
+        if config.demonstration_weight > 0:
+            supervised = self._supervised_loss()
+            loss = loss + config.demonstration_weight * supervised
+            averages.add(supervised_loss=supervised)
         averages.add(
             policy_loss=result.loss,
             approx_kl=result.approx_kl,
@@ -346,8 +397,14 @@ class PIRLAlgorithm(RLAlgorithm):
         per_step = kl_divergence(score.steps, part.reference, dims, correlation).sum(1)
         return executed_sum(per_step, part.executed).mean()
 
-    def _critic_step(self, part: Batch, averages: Averages) -> int:
-        config, value = self.config, self.critic(part.critic_features)
+    def _supervised_loss(self) -> Tensor:
+        """The base's own loss on a batch of demonstrations."""
+        if self.demonstrations is None:
+            raise ValueError("algorithm.demonstration_weight is set and no demonstrations were given")
+        return self.policy.base.loss(self.demonstrations(self.config.demonstration_batch_size))
+
+    def _critic_step(self, critic: Critic, part: Batch, averages: Averages) -> int:
+        config, value = self.config, critic(part.critic_features)
         loss = value_loss(value, part.value_target, part.value, config.value_clip, config.huber_delta)
         averages.add(value_loss=loss)
         return self._step("critic", loss, averages)
@@ -371,23 +428,23 @@ class PIRLAlgorithm(RLAlgorithm):
         config = self.config
         if config.lr_schedule != "adaptive":
             return
-        lr = self.lr
         if not kl <= config.target_kl * 2:
-            lr = max(lr / config.lr_factor, config.lr_min)
+            self._set_lr(self.lr / config.lr_factor)
         elif kl < config.target_kl / 2:
-            lr = min(lr * config.lr_factor, config.lr_max)
-        for group in self.optimizers["policy"].param_groups:
-            group["lr"] = lr
+            self._set_lr(self.lr * config.lr_factor)
 
     def _policy_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.policy.parameters() if p.requires_grad]
 
-    def _rollout_statistics(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
-        usable = rollout.usable.to(self.device)
+    def _statistics(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
+        count, trained = len(rollout.decisions), batch.trained.to(self.device)
+        if self.critic is None:
+            return {"filtered": 1 - len(trained) / count}
+        value, target = batch.value[trained], batch.value_target[trained]
         return {
-            "explained_variance": float(explained_variance(batch.value[usable], batch.value_target[usable])),
+            "explained_variance": float(explained_variance(value, target)),
             "value": float(batch.value.mean()),
-            "orphaned": len(rollout.decisions) - len(rollout.usable),
+            "orphaned": count - len(trained),
         }
 
     @staticmethod

@@ -65,5 +65,7 @@ def minibatches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator
     Yields:
         Row numbers.
     """
+    if not len(rows):
+        return
     order = rows[torch.randperm(len(rows), generator=generator)]
     yield from order.tensor_split(max(1, -(-len(rows) // size)))

@@ -47,7 +47,7 @@ class CompactConfig(BaseConfig):
     """A small flow-matching chunk policy that trains and runs on a CPU, with no downloads."""
 
     # Width of the hidden layers.
-    hidden_dim: int = 256
+    hidden_dim: int = 192
     # Number of residual blocks of the velocity network.
     num_blocks: int = 3
     # Number of sine and cosine features of the denoising time.

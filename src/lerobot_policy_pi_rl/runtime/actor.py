@@ -89,7 +89,7 @@ class Actor:
             self._evaluate(header.version)
         if header.final:
             return True
-        if header.restart or fresh:
+        if header.restart or fresh or self._collection.group_size > 1:
             self._collector.restart(header.version)
         self._collect(header.version, latency)
         return False

@@ -185,6 +185,12 @@ def load(
     return Resumed(step, counters)
 
 
+def find_best(output_dir: Path) -> Path | None:
+    """The checkpoint that `best` points at, if there is one."""
+    link = output_dir / CHECKPOINTS_DIR / BEST_CHECKPOINT_LINK
+    return link.resolve() if link.is_dir() else None
+
+
 def pretrained_dir(checkpoint_dir: Path) -> Path:
     """Where the policy of a checkpoint is, for `--policy.path`."""
     return checkpoint_dir / PRETRAINED_MODEL_DIR

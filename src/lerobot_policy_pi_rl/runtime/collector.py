@@ -50,12 +50,14 @@ class Collected:
 
 @dataclass(frozen=True)
 class _Step:
-    """One decision of every environment of a group, before the rows are joined."""
+    """One decision of every environment of a group, before the rows are joined, and the episodes that it ended."""
 
     observation: dict[str, Tensor]
     sample: Sample
     action: Tensor
     outcome: ChunkStep
+    returns: np.ndarray
+    lengths: np.ndarray
 
 
 class Group:
@@ -65,7 +67,9 @@ class Group:
     it does not matter which one is ready first.
     """
 
-    def __init__(self, env_cfg: EnvConfig, number: int, first: int, num_envs: int, num_workers: int) -> None:
+    def __init__(
+        self, env_cfg: EnvConfig, number: int, first: int, num_envs: int, num_workers: int, same_start: int
+    ) -> None:
         """Starts the environments.
 
         Args:
@@ -74,25 +78,32 @@ class Group:
             first: Number of the first one among those of all actors.
             num_envs: How many.
             num_workers: Processes for them.
+            same_start: How many neighbouring environments begin their episodes from the same starts.
         """
-        self.number, self.first = number, first
+        self.number, self.first, self._same_start = number, first, same_start
         self.exploration = torch.Generator()
-        self.starts = stream(0)
-        self.envs = ChunkedVectorEnv(env_cfg, num_envs, num_workers, first=first)
+        self._starts: list[np.random.Generator] = []
+        # Seed of each environment's next episode.
+        self.next_start = np.zeros(num_envs, dtype=np.int64)
+        self.envs = ChunkedVectorEnv(env_cfg, num_envs, num_workers, first=first, per_task=same_start)
         self.raw: Observation = {}
         self.episode_return = np.zeros(num_envs)
         self.episode_length = np.zeros(num_envs, dtype=np.int64)
 
     def reset(self, *key: int) -> None:
         """Begins a fresh episode everywhere; the key decides from which starts, now and later."""
-        self.starts = stream(*key, self.number)
-        self.raw = self.envs.reset(self.reset_seeds())
+        numbers = range(self.first, self.first + self.envs.num_envs)
+        self._starts = [stream(*key, number // self._same_start) for number in numbers]
+        everywhere = np.ones(self.envs.num_envs, dtype=bool)
+        self._draw_starts(everywhere)
+        self.raw = self.envs.reset(self.next_start)
+        self._draw_starts(everywhere)
         self.episode_return[:] = 0
         self.episode_length[:] = 0
 
-    def reset_seeds(self) -> np.ndarray:
-        """Seeds of the episodes that would come next, one for each environment."""
-        return self.starts.integers(*TRAINING_SEEDS, size=self.envs.num_envs)
+    def _draw_starts(self, where: np.ndarray) -> None:
+        for place in where.nonzero()[0]:
+            self.next_start[place] = self._starts[place].integers(*TRAINING_SEEDS)
 
     def account(self, outcome: ChunkStep) -> tuple[np.ndarray, np.ndarray]:
         """Adds a chunk to the running episodes; returns and lengths of those that ended."""
@@ -102,6 +113,7 @@ class Group:
         returns, lengths = self.episode_return[ended].copy(), self.episode_length[ended].copy()
         self.episode_return[ended] = 0
         self.episode_length[ended] = 0
+        self._draw_starts(ended)
         return returns, lengths
 
 
@@ -115,7 +127,7 @@ def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]
     bounds = np.linspace(0, collection.num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, number, first + start, stop - start, workers)
+        Group(env_cfg, number, first + start, stop - start, workers, collection.group_size)
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 
@@ -165,21 +177,17 @@ class Collector:
         for group in self._groups:
             group.exploration.manual_seed(torch_seed(self._seed, self.actor, version, group.number))
         steps: list[list[_Step]] = [[] for _ in self._groups]
-        returns, lengths = [], []
         for number, step in self._steps():
             steps[number].append(step)
-            ended = self._groups[number].account(step.outcome)
-            returns.append(ended[0])
-            lengths.append(ended[1])
         decisions = DecisionBatch.concatenate(
             [self._join(group, part, version) for group, part in zip(self._groups, steps, strict=True)]
         )
         self._index += self._collection.decisions
         statistics = EpisodeStatistics(
-            episodes=sum(map(len, returns)),
+            episodes=sum(len(step.returns) for step in itertools.chain(*steps)),
             successes=int((decisions.success & (decisions.terminated | decisions.truncated)).sum()),
-            return_sum=float(sum(part.sum() for part in returns)),
-            length_sum=int(sum(part.sum() for part in lengths)),
+            return_sum=float(sum(step.returns.sum() for step in itertools.chain(*steps))),
+            length_sum=int(sum(step.lengths.sum() for step in itertools.chain(*steps))),
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,
         )
@@ -195,10 +203,11 @@ class Collector:
             group, decided = self._groups[number], pending[number]
             outcome = group.envs.receive()
             group.raw = outcome.observation
+            ended = group.account(outcome)
             left[number] -= 1
             if left[number]:
                 pending[number] = self._decide(group)
-            yield number, _Step(*decided, outcome)
+            yield number, _Step(*decided, outcome, *ended)
 
     def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor]:
         """Explores for one group and hands its chunks to the workers."""
@@ -206,7 +215,7 @@ class Collector:
         observation = player.path.from_environment(group.raw, tasks)
         sample = player.policy.explore(player.preprocess(observation, tasks), group.exploration)
         action = self.to_environment(sample.x)
-        group.envs.send(action[:, : self._actions].numpy(), group.reset_seeds())
+        group.envs.send(action[:, : self._actions].numpy(), group.next_start)
         return player.path.pack(observation), sample, action
 
     def to_environment(self, x: Tensor) -> Tensor:

@@ -111,12 +111,12 @@ def _single_env(env_cfg: EnvConfig, task: str | None) -> gym.Env:
     return vector.envs[0]
 
 
-def _dealt_tasks(env_cfg: EnvConfig, first: int, num_envs: int) -> list[str | None]:
-    """Which task each environment runs, dealt in turn; None for a configuration with one task of its own."""
+def _dealt_tasks(env_cfg: EnvConfig, first: int, num_envs: int, per_task: int) -> list[str | None]:
+    """Which task each environment runs, dealt in turn to neighbours; None for a configuration with one of its own."""
     if not hasattr(env_cfg, "make_env"):
         return [None] * num_envs
     tasks: list[str] = env_cfg.tasks
-    return [tasks[number % len(tasks)] for number in range(first, first + num_envs)]
+    return [tasks[number // per_task % len(tasks)] for number in range(first, first + num_envs)]
 
 
 class _Slot:
@@ -334,6 +334,7 @@ class ChunkedVectorEnv:
         num_workers: How many processes they are spread over, W; at most N are started.
         step_timeout: Seconds a chunk may take before the worker counts as stuck.
         first: Number of the first environment where several vectors share the tasks: they are dealt from there on.
+        per_task: How many neighbouring environments get the same task.
 
     Raises:
         ValueError: N < 1 or W < 0.
@@ -347,6 +348,7 @@ class ChunkedVectorEnv:
         num_workers: int,
         step_timeout: float = STEP_TIMEOUT,
         first: int = 0,
+        per_task: int = 1,
     ) -> None:
         if num_envs < 1 or num_workers < 0:
             raise ValueError(
@@ -357,7 +359,7 @@ class ChunkedVectorEnv:
         self._workers: list[_Worker] = []
         self._local: _Pool | None = None
         self._pending: tuple[np.ndarray, np.ndarray] | None = None
-        dealt = _dealt_tasks(env_cfg, first, num_envs)
+        dealt = _dealt_tasks(env_cfg, first, num_envs, per_task)
         if num_workers == 0:
             self._local = _Pool(env_cfg, dealt)
             self.tasks = self._local.tasks()

@@ -1,5 +1,7 @@
-"""Success of the policy as it is deployed: the ODE, without exploration."""
+"""Episodes from given starts: by the ODE, as the policy is deployed, or however else chunks are to be chosen."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,34 +10,66 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from .collector import Group
+from .environments import ChunkStep
 from .pipeline import Player
 from .seeds import torch_seed
+
+# Chooses normalised chunks `[E, H, A]` for the preprocessed observations of E environments.
+Choose = Callable[[dict[str, Tensor], torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Outcome of a set of starts.
+    """Outcome of a set of starts, in the order of their seeds.
 
     Attributes:
-        success: Whether each start was solved, in the order of the seeds, `[n]` bool.
-        env_steps: Environment steps executed for them.
+        success: Whether each start was solved, `[n]` bool.
+        length: Environment steps of each episode, `[n]` int64.
     """
 
     success: np.ndarray
-    env_steps: int
+    length: np.ndarray
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps executed for all of them."""
+        return int(self.length.sum())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One decision of each of E environments, and what came of it.
+
+    Attributes:
+        action: The chunks in the environment's units, `[E, H, A]`.
+        outcome: What they did.
+        counted: Environments that run one of the given starts, `[E]` bool; the others have none left.
+        policy_seconds: From the observations to the chunks' being handed out.
+        env_seconds: From there to the outcome; with several groups, it may hold the thinking for other ones.
+    """
+
+    action: np.ndarray
+    outcome: ChunkStep
+    counted: np.ndarray
+    policy_seconds: float
+    env_seconds: float
 
 
 class _Share:
     """The starts of one group: environment e runs starts e, e + E, e + 2E, ... of its share, one after another."""
 
-    def __init__(self, player: Player, group: Group, seeds: np.ndarray) -> None:
+    def __init__(
+        self, player: Player, group: Group, seeds: np.ndarray, choose: Choose, noise: tuple[int, ...]
+    ) -> None:
         self.success = np.zeros(len(seeds), dtype=bool)
-        self.env_steps = 0
-        self._player, self._envs, self._seeds = player, group.envs, seeds
+        self.length = np.zeros(len(seeds), dtype=np.int64)
+        self._player, self._envs, self._seeds, self._choose = player, group.envs, seeds, choose
         self._generator = torch.Generator(device=str(player.policy.config.device))
-        self._generator.manual_seed(torch_seed(*map(int, seeds[:4]), len(seeds)))
+        self._generator.manual_seed(torch_seed(*map(int, seeds[:4]), len(seeds), *noise))
         self._running = np.arange(group.envs.num_envs)
         self._raw = group.envs.reset(self._start(self._running))
+        self._action = np.zeros(0)
+        self._asked = self._sent = 0.0
 
     @property
     def unfinished(self) -> bool:
@@ -44,32 +78,57 @@ class _Share:
 
     def send(self) -> None:
         """Decides and hands the chunks to the workers."""
+        self._asked = time.perf_counter()
         tasks = self._envs.tasks
         observation = self._player.path.from_environment(self._raw, tasks)
-        chunks = self._chunks(self._player.preprocess(observation, tasks))
-        self._envs.send(chunks, self._start(self._running + self._envs.num_envs))
+        self._action = self._chunks(self._player.preprocess(observation, tasks))
+        self._envs.send(self._action, self._start(self._running + self._envs.num_envs))
+        self._sent = time.perf_counter()
 
-    def receive(self) -> None:
+    def receive(self) -> Turn:
         """Takes in what the chunks did."""
         outcome = self._envs.receive()
+        env_seconds = time.perf_counter() - self._sent
         counted = self._running < len(self._seeds)
-        self.env_steps += int(outcome.executed[counted].sum())
+        self.length[self._running[counted]] += outcome.executed[counted]
         ended = outcome.done & counted
         self.success[self._running[ended]] = outcome.success[ended]
         self._running[outcome.done] += self._envs.num_envs
         self._raw = outcome.observation
+        return Turn(self._action, outcome, counted, self._sent - self._asked, env_seconds)
 
     def _start(self, numbers: np.ndarray) -> np.ndarray:
         """Seeds of numbered starts; an environment that has none left idles in one of the others'."""
         return self._seeds[numbers % len(self._seeds)]
 
     def _chunks(self, batch: dict[str, Tensor]) -> np.ndarray:
-        policy, path = self._player.policy, self._player.path
-        shape = (self._envs.num_envs, policy.base.chunk_size, policy.base.action_dim)
-        noise = torch.randn(shape, generator=self._generator, device=self._generator.device)
-        chunk = policy.predict_action_chunk(batch, noise=noise)[:, : policy.config.n_action_steps]
-        action = path.env_postprocessor({ACTION: self._player.postprocessor(chunk)})[ACTION]
+        player = self._player
+        chunk = self._choose(batch, self._generator)[:, : player.policy.config.n_action_steps]
+        action = player.path.env_postprocessor({ACTION: player.postprocessor(chunk)})[ACTION]
         return action.float().cpu().numpy()
+
+
+def by_ode(player: Player) -> Choose:
+    """Chooses as the policy is deployed, without exploration."""
+    policy = player.policy
+    name = next(iter(policy.config.input_features))
+
+    def choose(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        shape = (len(batch[name]), policy.base.chunk_size, policy.base.action_dim)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        return policy.predict_action_chunk(batch, noise=noise)
+
+    return choose
+
+
+def by_exploring(player: Player) -> Choose:
+    """Chooses as an actor does, with noise."""
+    policy = player.policy
+
+    def choose(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        return policy.explore(batch, generator).x[..., : policy.base.real_action_dim]
+
+    return choose
 
 
 def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
@@ -85,9 +144,36 @@ def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluati
     Returns:
         The outcome of each start.
     """
+    return play(player, groups, seeds, by_ode(player))
+
+
+def play(
+    player: Player,
+    groups: list[Group],
+    seeds: np.ndarray,
+    choose: Choose,
+    *,
+    noise: tuple[int, ...] = (),
+    watch: Callable[[Turn], None] = lambda turn: None,
+) -> Evaluation:
+    """Runs one episode from each start.
+
+    Start i always runs in the same environment, however many starts follow, so that it has the same task.
+
+    Args:
+        player: The policy.
+        groups: The environments; each takes its share of the starts.
+        seeds: Seeds of the starts, `[n]`.
+        choose: Chooses the chunks.
+        noise: Names the noise: other numbers give other noise from the same starts.
+        watch: Called with every decision of every group.
+
+    Returns:
+        The outcome of each start.
+    """
     places = [np.arange(number, len(seeds), len(groups)) for number in range(len(groups))]
     shares = {
-        number: _Share(player, groups[number], seeds[place])
+        number: _Share(player, groups[number], seeds[place], choose, noise)
         for number, place in enumerate(places)
         if len(place)
     }
@@ -96,8 +182,8 @@ def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluati
         for share in working:
             share.send()
         for share in working:
-            share.receive()
-    success = np.zeros(len(seeds), dtype=bool)
+            watch(share.receive())
+    success, length = np.zeros(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=np.int64)
     for number, share in shares.items():
-        success[places[number]] = share.success
-    return Evaluation(success, sum(share.env_steps for share in shares.values()))
+        success[places[number]], length[places[number]] = share.success, share.length
+    return Evaluation(success, length)

@@ -17,7 +17,10 @@ from lerobot.utils.random_utils import set_seed
 from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
+from .check import FirstLook
+from .demonstrations import DemonstrationSource
 from .gather import Gathered, Gatherer, Stopped
+from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .service import LearnerServer, PIRLLearnerService
@@ -44,6 +47,9 @@ class Progress:
         seconds: Wall time of the run, pauses between resumes left out.
         best_success: Highest validation success so far; -1 before the first evaluation.
         best_version: Version that reached it.
+        validations_since_best: How many evaluations came after it.
+        rollbacks: How often the best checkpoint was brought back.
+        runaways: Iterations in a row whose update was out of control.
     """
 
     version: int = 0
@@ -53,6 +59,9 @@ class Progress:
     seconds: float = 0.0
     best_success: float = -1.0
     best_version: int = 0
+    validations_since_best: int = 0
+    rollbacks: int = 0
+    runaways: int = 0
 
 
 # What the console shows beside the environment steps.
@@ -103,6 +112,8 @@ class Learner:
         assert isinstance(algorithm, PIRLAlgorithm)
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
+        if algorithm_cfg.demonstration_weight > 0:
+            self._algorithm.demonstrations = DemonstrationSource(cfg, self._player)
         self._rollouts = Rollouts()
         checkpoint.remove_unfinished(self._output_dir)
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
@@ -119,6 +130,9 @@ class Learner:
         spec = wire_spec(cfg, self._player)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
         self._pushed_bytes = 0
+        self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
+        # What makes the run end early, in one line; none yet.
+        self._stopped_by: str | None = None
 
     def run(self) -> None:
         """Trains until the step budget is used up, the policy is good enough, or `stop` is set.
@@ -163,9 +177,13 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
-        self._consider_best(version, gathered.evaluations)
+        if self._consider_best(version, gathered.evaluations):
+            self._roll_back(gathered)
+            return
         updating = time.perf_counter()
         self._account(gathered)
+        if (note := self._first_look.add(gathered.evaluations, gathered.collections)) is not None:
+            logger.log(note.level, "%s", note.text)
         milestone, finished = self._is_milestone(version + 1), self._finished()
         early = not milestone and not finished
         ready_at: list[float] = []
@@ -186,7 +204,41 @@ class Learner:
             self._save()
         if milestone and not finished:
             self._publish_next(restart=True)
+        self._watch(stats)
         self._log(gathered, stats, ready_at[0] - updating, updated - ready_at[0])
+
+    def _roll_back(self, gathered: Gathered) -> None:
+        """Brings the best checkpoint back with smaller steps; the decisions of the collapsed policy are dropped."""
+        self._account(gathered)
+        progress, best = self._progress, checkpoint.find_best(self._output_dir)
+        progress.rollbacks += 1
+        if best is None or progress.rollbacks > self._config.max_rollbacks:
+            self._stopped_by = (
+                f"validation success fell far below the best one ({progress.best_success:.2f}) for the "
+                f"{progress.rollbacks}. time; lower algorithm.target_kl or collect more decisions per iteration"
+            )
+            return
+        self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
+        checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
+        self._algorithm.optimization_step = progress.version
+        self._algorithm.scale_lr(0.5**progress.rollbacks)
+        logger.warning(
+            "Validation success fell far below the best (%.2f): going on from its checkpoint at learning rate %.1e",
+            progress.best_success,
+            self._algorithm.lr,
+        )
+        if self._is_milestone(progress.version):
+            self._save()
+        if not self._finished():
+            self._publish_next(restart=True)
+
+    def _watch(self, stats: TrainingStats) -> None:
+        """Notes an update that was out of control; too many in a row end the run."""
+        found = {**stats.extra, **{f"{name}_grad_norm": norm for name, norm in stats.grad_norms.items()}}
+        cause = runaway_cause(found, self._config)
+        self._progress.runaways = self._progress.runaways + 1 if cause else 0
+        if cause and self._progress.runaways >= RUNAWAY_ITERATIONS:
+            self._stopped_by = cause
 
     def _update(self, gathered: Gathered) -> TrainingStats:
         self._rollouts.put(prepare(gathered.decisions, self._player.preprocess_packed))
@@ -201,12 +253,20 @@ class Learner:
         progress.episodes += int(total(gathered.collections, "episodes"))
 
     def _finished(self) -> bool:
-        progress, target = self._progress, self._config.stop_success
-        reached = target is not None and progress.best_success >= target
-        return progress.version >= self._cfg.steps or progress.env_steps >= self._online_steps or reached
+        progress, config = self._progress, self._config
+        if config.stop_success is not None and progress.best_success >= config.stop_success:
+            self._stopped_by = f"validation success reached {progress.best_success:.2f}"
+        if config.stop_patience is not None and progress.validations_since_best >= config.stop_patience:
+            self._stopped_by = (
+                f"validation success did not rise in {progress.validations_since_best} validations"
+            )
+        used_up = progress.version >= self._cfg.steps or progress.env_steps >= self._online_steps
+        return used_up or self._stopped_by is not None
 
     def _finish(self) -> None:
         """Saves the last version, has it evaluated, and sends the actors home."""
+        if self._stopped_by is not None:
+            logger.warning("Training ends early: %s", self._stopped_by)
         self._save()
         evaluate = self._cfg.env_eval_freq > 0
         self._publish(restart=False, evaluate=evaluate, final=True)
@@ -222,23 +282,32 @@ class Learner:
         saves = self._cfg.save_checkpoint and self._cfg.save_freq > 0 and version % self._cfg.save_freq == 0
         return saves or self._evaluates(version)
 
-    def _consider_best(self, version: int, evaluations: list[dict[str, Scalar]]) -> None:
-        """Reads and logs an evaluation of a version and, if none was better, makes its checkpoint the best one."""
+    def _consider_best(self, version: int, evaluations: list[dict[str, Scalar]]) -> bool:
+        """Reads and logs an evaluation of a version and, if none was better, makes its checkpoint the best one.
+
+        Returns:
+            Whether the version is so bad that the best one should be brought back.
+        """
         episodes = total(evaluations, "episodes")
         if not episodes:
-            return
+            return False
         progress, success = self._progress, total(evaluations, "successes") / episodes
         if success > progress.best_success:
             progress.best_success, progress.best_version = success, version
+            progress.validations_since_best = 0
             checkpoint.mark_best(self._output_dir, self._cfg.steps, version)
+        else:
+            progress.validations_since_best += 1
         row = {
             "eval/success": success,
             "eval/episodes": episodes,
             "eval/best_success": progress.best_success,
             "eval/best_version": progress.best_version,
+            "eval/rollbacks": progress.rollbacks,
             "progress/env_steps": progress.env_steps,
         }
         self._metrics.write(version, row)
+        return has_collapsed(success, progress.best_success, self._config.rollback_drop)
 
     def _publish_next(self, restart: bool) -> None:
         """Sends the weights of the current version and asks for its decisions."""

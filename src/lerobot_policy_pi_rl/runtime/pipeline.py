@@ -67,6 +67,24 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                 "policy.type", f"is {self.policy and self.policy.type!r}; this command trains 'pi_rl'"
             )
         self.algorithm.policy_config = self.policy
+        self._check_algorithm(self.algorithm, self.policy, self.env)
+
+    def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
+        """Checks what the algorithm needs of the rest."""
+        if algorithm.demonstration_weight > 0 and self.dataset is None:
+            raise config_error(
+                "dataset.repo_id",
+                "is missing; algorithm.demonstration_weight needs demonstrations to train on",
+            )
+        length = getattr(env, "episode_length", None)
+        if algorithm.advantage == "group" and length is not None:
+            needed = -(-length // policy.n_action_steps)
+            if algorithm.collection.decisions < needed:
+                raise config_error(
+                    "algorithm.collection.decisions",
+                    f"{algorithm.collection.decisions} is too few for algorithm.advantage='group': an episode of "
+                    f"{length} steps takes {needed} decisions",
+                )
 
     def _validate_as_lerobot_does(self) -> None:
         """Runs LeRobot's own checks around two assumptions that do not hold here."""
@@ -248,6 +266,7 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
             "collection": {
                 "num_envs": algorithm.collection.num_envs,
                 "decisions": algorithm.collection.decisions,
+                "group_size": algorithm.collection.group_size,
             }
         },
     }

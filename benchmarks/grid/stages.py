@@ -1,0 +1,194 @@
+"""The stages of a cell: which command makes what, in which folder, and when it is complete.
+
+The folders are named after what decides their content, so that cells and grids share what they have in common:
+
+    outputs/grid/<task>/<count>_demonstrations/seed_<seed>/
+        demonstrations/                 result.json, log.txt, output/
+        supervised/                     as above, and
+            evaluation_<count>/
+            pi_rl/                      as above, and
+                evaluation_best_<count>/, evaluation_last_<count>/
+
+A folder that belongs to overrides has their names behind its own.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.metaworld_demo import (
+    ROOT,
+    demonstrations_command,
+    evaluation_command,
+    improvement_command,
+    supervised_command,
+)
+
+from .plan import Cell, slug
+
+OUTPUT = ROOT / "outputs/grid"
+PORT = "--policy.actor_learner_config.learner_port"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a cell.
+
+    Attributes:
+        title: What it does.
+        folder: Its own folder.
+        command: Name and arguments, with paths relative to the repository.
+        learns: It is PI-RL: it needs a port, and goes on from its last checkpoint.
+    """
+
+    title: str
+    folder: Path
+    command: tuple[str, ...]
+    learns: bool = False
+
+    @property
+    def output(self) -> Path:
+        """What the command writes to."""
+        return self.folder / "output"
+
+    @property
+    def log(self) -> Path:
+        """What the command prints."""
+        return self.folder / "log.txt"
+
+    @property
+    def result_file(self) -> Path:
+        """There when, and only when, the stage is complete."""
+        return self.folder / "result.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether it is complete."""
+        return self.result_file.exists()
+
+    def result(self) -> dict[str, Any]:
+        """How it was made."""
+        return json.loads(self.result_file.read_text())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks it as complete."""
+        aside = self.result_file.with_suffix(".writing")
+        aside.write_text(json.dumps(result, indent=2) + "\n")
+        aside.replace(self.result_file)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether a checkpoint is there to go on from."""
+        return self.learns and (self.output / "checkpoints/last").exists()
+
+
+@dataclass(frozen=True)
+class Stages:
+    """All stages of a cell, in their order."""
+
+    demonstrations: Stage
+    supervised: Stage
+    before: Stage
+    train: Stage
+    best: Stage
+    last: Stage
+
+    def all(self, supervised_only: bool = False) -> list[Stage]:
+        """The stages to run.
+
+        Args:
+            supervised_only: Stop at the evaluation of the supervised policy.
+        """
+        first = [self.demonstrations, self.supervised, self.before]
+        return first if supervised_only else [*first, self.train, self.best, self.last]
+
+
+def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
+    """The stages of a cell.
+
+    Args:
+        cell: The cell.
+        output: Folder of all stages of all grids.
+    """
+    more = cell.overrides
+    place = output / slug([cell.task]) / f"{cell.demonstrations}_demonstrations" / f"seed_{cell.seed}"
+    place = place / _name("", more.demonstrations) if more.demonstrations else place
+    demonstrations, supervised = place / "demonstrations", place / _name("supervised", more.supervised)
+    # What evaluates otherwise, trains and validates in another environment or policy as well.
+    train = supervised / _name("pi_rl", more.train)
+
+    def evaluation(name: str, title: str, made_by: Path, link: str) -> Stage:
+        folder = made_by / _name(f"{name}_{cell.num_evaluations}", more.evaluation)
+        checkpoint = _relative(made_by / "output/checkpoints" / link / "pretrained_model")
+        command = evaluation_command(
+            cell.task, checkpoint, cell.num_evaluations, _relative(folder / "output")
+        )
+        return Stage(title, folder, (*command, *more.evaluation))
+
+    data, start = (
+        _relative(demonstrations / "output"),
+        supervised / "output/checkpoints/last/pretrained_model",
+    )
+    return Stages(
+        demonstrations=Stage(
+            f"{cell.demonstrations} demonstrations",
+            demonstrations,
+            (*demonstrations_command(cell.task, cell.demonstrations, cell.seed, data), *more.demonstrations),
+        ),
+        supervised=Stage(
+            "supervised training",
+            supervised,
+            (*supervised_command(data, _relative(supervised / "output"), cell.seed), *more.supervised),
+        ),
+        before=evaluation("evaluation", "evaluation before", supervised, "last"),
+        train=Stage(
+            "PI-RL",
+            train,
+            (
+                *improvement_command(cell.task, _relative(start), _relative(train / "output"), cell.seed),
+                *more.train,
+            ),
+            learns=True,
+        ),
+        best=evaluation("evaluation_best", "evaluation of the best", train, "best"),
+        last=evaluation("evaluation_last", "evaluation of the last", train, "last"),
+    )
+
+
+def success(stage: Stage) -> float:
+    """Overall success of an evaluation."""
+    return float(_evaluation(stage)["overall"]["pc_success"]) / 100
+
+
+def successes(stage: Stage) -> list[float]:
+    """Success of an evaluation on each task, in the order of the tasks."""
+    entries = sorted(_evaluation(stage)["per_task"], key=lambda entry: entry["task_id"])
+    return [sum(e["metrics"]["successes"]) / len(e["metrics"]["successes"]) for e in entries]
+
+
+def _evaluation(stage: Stage) -> dict[str, Any]:
+    return json.loads((stage.output / "eval_info.json").read_text())
+
+
+def reached_end(output: Path) -> bool:
+    """Whether a run of PI-RL used its budget, or was good enough; one that was stopped from outside did not."""
+    last = output / "checkpoints/last"
+    counters = json.loads((last / "training_state/counters.json").read_text())
+    config = json.loads((last / "pretrained_model/train_config.json").read_text())
+    wanted = config["algorithm"]["stop_success"]
+    return (
+        counters["env_steps"] >= config["policy"]["online_steps"]
+        or counters["version"] >= config["steps"]
+        or (wanted is not None and counters["best_success"] >= wanted)
+    )
+
+
+def _name(kind: str, overrides: Sequence[str]) -> str:
+    return "__".join(part for part in (kind, slug(overrides) if overrides else "") if part)
+
+
+def _relative(path: Path) -> Path:
+    return Path(os.path.relpath(path, ROOT))

@@ -1,0 +1,61 @@
+"""Demonstrations for supervised co-training, in the batches that the base's own loss reads."""
+
+from typing import Any
+
+import torch
+from lerobot.datasets.factory import make_dataset
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from ..errors import config_error
+from .pipeline import PIRLTrainConfig, Player
+
+
+class DemonstrationSource:
+    """Random chunks of a LeRobotDataset, preprocessed as `lerobot-train` does.
+
+    Rows are drawn from torch's global generator, whose state is in every checkpoint. A data set without cameras is
+    small: it is preprocessed once and kept in memory.
+    """
+
+    def __init__(self, cfg: PIRLTrainConfig, player: Player) -> None:
+        """Opens the data set.
+
+        Args:
+            cfg: Its `dataset`.
+            player: The policy, which says what it reads, and the preprocessor.
+
+        Raises:
+            ConfigError: If the data set lacks something that the policy reads.
+        """
+        self._dataset: Any = make_dataset(cfg)
+        self._preprocess = player.preprocessor
+        features = {
+            **(player.policy.config.input_features or {}),
+            **(player.policy.config.output_features or {}),
+        }
+        missing = sorted(features.keys() - self._dataset.meta.features.keys())
+        if missing:
+            assert cfg.dataset is not None
+            raise config_error(
+                "dataset.repo_id", f"{cfg.dataset.repo_id!r} has no {missing}, which the policy reads"
+            )
+        self._cameras = self._dataset.meta.camera_keys
+        self._all: dict[str, Tensor] | None = None
+        if not self._cameras:
+            self._all = self._rows(range(len(self._dataset)))
+
+    def __call__(self, count: int) -> dict[str, Tensor]:
+        """A batch of `count` chunks, drawn with replacement."""
+        rows = torch.randint(len(self._dataset), (count,))
+        if self._all is None:
+            return self._rows(rows.tolist())
+        return {key: value[rows.to(value.device)] for key, value in self._all.items()}
+
+    def _rows(self, rows: Any) -> dict[str, Tensor]:
+        batch = default_collate([self._dataset[row] for row in rows])
+        for key in self._cameras:
+            if batch[key].dtype == torch.uint8:
+                batch[key] = batch[key].float() / 255
+        prepared = self._preprocess(batch)
+        return {key: value for key, value in prepared.items() if isinstance(value, Tensor) and value.ndim}

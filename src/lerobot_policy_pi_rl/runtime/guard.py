@@ -1,0 +1,40 @@
+"""Guards against collapse: what counts as one, and what is said about it."""
+
+from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+
+# Iterations in a row after which a run that cannot be held back is stopped.
+RUNAWAY_ITERATIONS = 5
+
+
+def has_collapsed(success: float, best: float, drop: float | None) -> bool:
+    """Whether a validation is so far below the best one that its policy should not be trained on.
+
+    Args:
+        success: Of this validation.
+        best: Highest so far.
+        drop: Share of starts by which it must have fallen; None never.
+    """
+    return drop is not None and success < best - drop
+
+
+def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> str | None:
+    """Why an iteration's update was out of control, with what to change, or None if it was not.
+
+    Args:
+        statistics: Of the algorithm: `approx_kl`, `lr`, `epochs`, `skipped_steps`.
+        config: Its settings.
+    """
+    if statistics.get("skipped_steps") and "policy_grad_norm" not in statistics:
+        return (
+            "no gradient of the policy was finite; look for inputs that are not finite, and train in float32 "
+            "(--policy.dtype or the base's own setting)"
+        )
+    kl, lr = statistics.get("approx_kl", 0.0), statistics.get("lr", config.lr)
+    at_the_bottom = config.lr_schedule == "constant" or lr <= config.lr_min
+    if statistics.get("epochs") and at_the_bottom and kl > config.kl_stop * config.target_kl:
+        return (
+            f"the policy moves by {kl:.2g} nats in an iteration (algorithm.target_kl is {config.target_kl:g}) and the "
+            f"learning rate {lr:.1g} is not lowered any further; lower algorithm.lr_min or algorithm.epochs, use "
+            "--algorithm.lr_schedule=adaptive, or raise policy.explorer.noise_level"
+        )
+    return None

@@ -1,0 +1,33 @@
+"""What counts as a collapse, and what is said about it."""
+
+import pytest
+
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.runtime.guard import has_collapsed, runaway_cause
+
+CONFIG = PIRLAlgorithmConfig()
+
+
+@pytest.mark.parametrize(
+    ("success", "best", "drop", "expected"),
+    [(0.6, 0.9, 0.25, True), (0.7, 0.9, 0.25, False), (0.0, 0.9, None, False), (0.0, 0.2, 0.25, False)],
+)
+def test_collapse_is_a_large_fall_from_the_best(
+    success: float, best: float, drop: float | None, expected: bool
+) -> None:
+    assert has_collapsed(success, best, drop) is expected
+
+
+def test_a_large_divergence_is_a_runaway_only_where_nothing_can_lower_the_learning_rate() -> None:
+    wild = {"approx_kl": 1.0, "epochs": 1, "policy_grad_norm": 1.0}
+    assert runaway_cause(wild | {"lr": 1e-4}, CONFIG) is None
+    assert "1 nats" in (runaway_cause(wild | {"lr": CONFIG.lr_min}, CONFIG) or "")
+    assert "lr_schedule=adaptive" in (
+        runaway_cause(wild | {"lr": 1e-4}, PIRLAlgorithmConfig(lr_schedule="constant")) or ""
+    )
+    assert runaway_cause(wild | {"lr": CONFIG.lr_min, "approx_kl": 0.1}, CONFIG) is None
+
+
+def test_an_iteration_without_any_finite_gradient_is_a_runaway() -> None:
+    assert "finite" in (runaway_cause({"skipped_steps": 12, "lr": 1e-4}, CONFIG) or "")
+    assert runaway_cause({"skipped_steps": 1, "policy_grad_norm": 1.0, "lr": 1e-4}, CONFIG) is None
