@@ -140,6 +140,13 @@ def test_a_grid_has_a_cell_per_task_seed_and_variant_and_one_seed_comes_first() 
     assert len({cell.label for cell in cells}) == 8
 
 
+def test_every_seed_may_have_its_own_number_of_demonstrations() -> None:
+    content = changed(seeds=[0, 4], tasks={"reach-v3": {"demonstrations": [3, 1]}})
+    assert {cell.seed: cell.demonstrations for cell in plan.parse(content).cells} == {0: 3, 4: 1}
+    with pytest.raises(plan.GridError, match="one for each of the seeds"):
+        plan.parse(changed(seeds=[0, 4], tasks={"reach-v3": {"demonstrations": [3]}}))
+
+
 def test_overrides_of_the_variant_come_after_those_of_the_task() -> None:
     task = {"demonstrations": 1, "overrides": {"train": ["--steps=1"], "supervised": ["--steps=2"]}}
     content = changed(tasks={"reach-v3": task}, variants={"more": {"train": ["--steps=3"]}})

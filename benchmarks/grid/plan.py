@@ -161,16 +161,13 @@ def parse(content: Any) -> Grid:
     stages = [f.name for f in fields(Overrides)]
     for task, entry in tasks.items():
         _record(f"tasks.{task}", entry, required=("demonstrations",), optional=("overrides",))
-        number = entry["demonstrations"]
-        _check(
-            _whole(number) and number >= 1, f"tasks.{task}.demonstrations: must be at least 1, got {number!r}"
-        )
+        _per_seed(f"tasks.{task}.demonstrations", entry["demonstrations"], seeds)
     cells = tuple(
         Cell(
             task=task,
             seed=seed,
             variant=variant,
-            demonstrations=tasks[task]["demonstrations"],
+            demonstrations=_per_seed("demonstrations", tasks[task]["demonstrations"], seeds)[seed],
             num_evaluations=count,
             overrides=_overrides(f"tasks.{task}.overrides", tasks[task].get("overrides", {}), stages)
             + _overrides(f"variants.{variant}", variants[variant], stages),
@@ -207,6 +204,18 @@ def _check(holds: bool, message: str) -> None:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _per_seed(name: str, value: Any, seeds: list[int]) -> dict[int, int]:
+    """A whole number for every seed: one for all of them, or a list with one for each."""
+    numbers = value if isinstance(value, list) else [value] * len(seeds)
+    _check(
+        len(numbers) == len(seeds),
+        f"{name}: {value!r} needs one number, or one for each of the seeds {seeds}",
+    )
+    for number in numbers:
+        _check(_whole(number) and number >= 1, f"{name}: must be at least 1, got {number!r}")
+    return dict(zip(seeds, numbers, strict=True))
 
 
 def _record(

@@ -236,17 +236,18 @@ def table(rows: Sequence[Row]) -> list[str]:
         "minutes of PI-RL",
     )
     lines = [head, ("---",) * len(head)]
-    groups: dict[tuple[str, str, int], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.task, row.variant, row.demonstrations), []).append(row)
-    for (task, variant, demonstrations), group in groups.items():
+        groups.setdefault((row.task, row.variant), []).append(row)
+    for (task, variant), group in groups.items():
+        counts = [str(row.demonstrations) for row in sorted(group, key=lambda row: row.seed)]
         done = [row for row in group if row.best is not None]
         seeds = f"{len(group)}" if len(done) == len(group) else f"{len(group)}, {len(done)} done"
         lines.append(
             (
                 task,
                 variant,
-                str(demonstrations),
+                counts[0] if len(set(counts)) == 1 else ", ".join(counts),
                 seeds,
                 _spread([row.supervised for row in group]),
                 _spread([row.best for row in done]),
