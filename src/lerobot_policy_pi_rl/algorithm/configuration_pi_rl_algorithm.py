@@ -17,7 +17,7 @@ class CollectionConfig:
     """How actors collect decisions."""
 
     # Number of environments an actor steps at once.
-    num_envs: int = 32
+    num_envs: int = 64
     # Number of worker processes that step them; 0 steps them inside the actor.
     num_workers: int = 2
     # Decisions per environment and iteration.
@@ -83,7 +83,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Passes over each rollout.
     epochs: int = 6
     # Decisions per gradient step.
-    minibatch_size: int = 256
+    minibatch_size: int = 512
     # Clip range of the probability ratio.
     clip_ratio: float = 0.2
     # Lower bound of the objective for negative advantages, as a multiple of the advantage (dual clip); null is off.
