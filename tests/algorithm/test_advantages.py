@@ -194,7 +194,6 @@ def test_an_episode_is_compared_with_those_from_its_start(make_decisions: MakeDe
         truncated=[False, False, True, False, False],
     )
     targets = group_advantages(batch, 2)
-    assert targets.complete.all()
     assert targets.informative.tolist() == [True, True, True, False, False]
     assert targets.advantage.tolist() == pytest.approx([0.7071, 0.7071, -0.7071, 0, 0], abs=1e-4)
 
@@ -204,7 +203,7 @@ def test_a_group_with_an_unfinished_episode_is_left_out(make_decisions: MakeDeci
         env=[0, 1, 1], index=[0, 0, 1], reward=[1.0, 0.0, 0.0], terminated=[True, False, False]
     )
     targets = group_advantages(batch, 2)
-    assert not targets.complete.any()
+    assert not targets.informative.any()
     assert not targets.advantage.any()
 
 
@@ -219,7 +218,7 @@ def test_an_episode_that_lost_a_decision_is_left_out_with_all_that_follow(
         terminated=[False, True, True, False, False, False],
         truncated=[False, False, False, False, True, True],
     )
-    assert not group_advantages(batch, 2).complete.any()
+    assert not group_advantages(batch, 2).informative.any()
 
 
 @settings(deadline=None, max_examples=50)

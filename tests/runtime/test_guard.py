@@ -29,5 +29,9 @@ def test_a_large_divergence_is_a_runaway_only_where_nothing_can_lower_the_learni
 
 
 def test_an_iteration_without_any_finite_gradient_is_a_runaway() -> None:
-    assert "finite" in (runaway_cause({"skipped_steps": 12, "lr": 1e-4}, CONFIG) or "")
-    assert runaway_cause({"skipped_steps": 1, "policy_grad_norm": 1.0, "lr": 1e-4}, CONFIG) is None
+    assert "finite" in (runaway_cause({"skipped_steps": 12, "epochs": 6, "lr": 1e-4}, CONFIG) or "")
+    assert (
+        runaway_cause({"skipped_steps": 1, "epochs": 6, "policy_grad_norm": 1.0, "lr": 1e-4}, CONFIG) is None
+    )
+    # The critic's steps alone, while it warms up.
+    assert runaway_cause({"skipped_steps": 12, "epochs": 0, "lr": 1e-4}, CONFIG) is None

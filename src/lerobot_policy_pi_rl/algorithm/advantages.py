@@ -138,12 +138,10 @@ class GroupTargets:
     Attributes:
         advantage: One number for all decisions of an episode, `[N]`; zero where it says nothing.
         informative: The episode's group is complete and its returns differ, `[N]` bool.
-        complete: The episode's group is complete, `[N]` bool.
     """
 
     advantage: Tensor
     informative: Tensor
-    complete: Tensor
 
 
 def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
@@ -176,10 +174,9 @@ def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
     mean = torch.zeros_like(finished).index_add_(0, group, total) / group_size
     spread = torch.zeros_like(finished).index_add_(0, group, (total - mean[group]) ** 2) / (group_size - 1)
     std = spread.sqrt()
-    complete = (finished == group_size)[group]
-    informative = complete & (std > 1e-6)[group]
+    informative = ((finished == group_size) & (std > 1e-6))[group]
     advantage = torch.where(informative, (total - mean[group]) / (std[group] + 1e-8), torch.zeros_like(total))
-    return GroupTargets(advantage[episode], informative[episode], complete[episode])
+    return GroupTargets(advantage[episode], informative[episode])
 
 
 def normalise(advantage: Tensor) -> Tensor:

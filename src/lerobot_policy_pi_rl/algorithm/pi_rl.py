@@ -35,6 +35,25 @@ class RatioError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class CriticBatch:
+    """What the critic is trained on; N rows.
+
+    Attributes:
+        features: `[N, F]`.
+        value: Value at collection, `[N]`.
+        target: Return to fit, `[N]`.
+    """
+
+    features: Tensor
+    value: Tensor
+    target: Tensor
+
+    def rows(self, rows: Tensor) -> "CriticBatch":
+        """The given rows."""
+        return CriticBatch(self.features[rows], self.value[rows], self.target[rows])
+
+
+@dataclass(frozen=True)
 class Batch:
     """A rollout on the policy's device, as the update reads it; N rows.
 
@@ -45,10 +64,6 @@ class Batch:
         executed: `[N]`.
         log_prob: Reduced behaviour log-probability `[N]`.
         advantage: Normalised, `[N]`.
-        critic_features: `[N, F]`; no columns without a critic.
-        value: Value at collection, `[N]`; zero without a critic.
-        value_target: `[N]`; the same.
-        trained: Rows that are trained on, `[U]` int64 on the CPU.
         reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
     """
 
@@ -58,24 +73,34 @@ class Batch:
     executed: Tensor
     log_prob: Tensor
     advantage: Tensor
-    critic_features: Tensor
-    value: Tensor
-    value_target: Tensor
-    trained: Tensor
     reference: Gaussian | None
 
     def rows(self, rows: Tensor) -> "Batch":
         """The given rows."""
-        rows = rows.to(self.value.device)
+        rows = rows.to(self.chain.device)
         tensors = {
             name: value[rows]
             for name, value in vars(self).items()
-            if name not in ("observation", "reference", "trained")
+            if name not in ("observation", "reference")
         }
         reference = self.reference and Gaussian(self.reference.mean[rows], self.reference.std[rows])
         observation = {key: value[rows] for key, value in self.observation.items()}
-        trained = torch.arange(len(rows))
-        return Batch(observation=observation, reference=reference, trained=trained, **tensors)
+        return Batch(observation=observation, reference=reference, **tensors)
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that one update reads.
+
+    Attributes:
+        batch: For the policy.
+        critic: For the critic, if there is one.
+        trained: Rows that are trained on, `[U]` int64 on the CPU.
+    """
+
+    batch: Batch
+    critic: CriticBatch | None
+    trained: Tensor
 
 
 class Averages:
@@ -223,46 +248,49 @@ class PIRLAlgorithm(RLAlgorithm):
         """
         rollout = next(batch_iterator)
         self.policy.eval()
-        batch = self.evaluate(rollout)
-        averages, extra = Averages(), self._statistics(batch, rollout)
-        extra |= self._improve_policy(batch, rollout, averages)
+        material = self.evaluate(rollout)
+        averages, extra = Averages(), self._statistics(material, rollout)
+        extra["ratio_first_error"] = self._first_ratio_error(material, rollout)
+        extra |= self._improve_policy(material, averages)
         self.policy_ready()
-        skipped = self._train_critic(batch, averages)
+        extra["skipped_steps"] += self._train_critic(material, averages)
         self.optimization_step += 1
-        extra |= {"skipped_steps": extra["skipped_steps"] + skipped, "lr": self.lr}
-        return self._stats(averages, extra)
+        return self._stats(averages, extra | {"lr": self.lr})
 
-    def _improve_policy(self, batch: Batch, rollout: Rollout, averages: Averages) -> dict[str, float]:
-        """The policy's epochs, none while the critic warms up."""
-        config, skipped, epochs = self.config, 0, 0
-        warm = self.critic is None or self.optimization_step >= config.critic_warmup
-        generator = self._generator(0)
-        ratio_error = 0.0
-        for epoch in range(config.epochs if warm else 1):
+    def _first_ratio_error(self, material: Material, rollout: Rollout) -> float:
+        """Checks the ratio on the minibatch that the policy sees first."""
+        batches = minibatches(material.trained, self.config.minibatch_size, self._generator(0))
+        rows = next(batches, None)
+        if rows is None:
+            return 0.0
+        return self.check_ratio(material.batch.rows(rows), rollout.decisions.version[rows])
+
+    def _improve_policy(self, material: Material, averages: Averages) -> dict[str, float]:
+        """The policy's epochs, none while the critic warms up or where there is nothing to train on."""
+        config, generator = self.config, self._generator(0)
+        warming_up = material.critic is not None and self.optimization_step < config.critic_warmup
+        skipped, epochs = 0, 0
+        while epochs < config.epochs and not warming_up and len(material.trained):
             last_epoch = Averages()
-            for number, rows in enumerate(minibatches(batch.trained, config.minibatch_size, generator)):
-                part = batch.rows(rows)
-                if epoch == number == 0:
-                    ratio_error = self.check_ratio(part, rollout.decisions.version[rows])
-                if not warm:
-                    break
-                skipped += self._policy_step(part, averages, last_epoch)
-            epochs += warm and len(batch.trained) > 0
+            for rows in minibatches(material.trained, config.minibatch_size, generator):
+                skipped += self._policy_step(material.batch.rows(rows), averages, last_epoch)
+            epochs += 1
             if last_epoch.mean("approx_kl") > config.kl_stop * config.target_kl:
                 break
         if epochs:
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
             self._adapt_lr(math.inf if skipped else last_epoch.mean("approx_kl"))
-        return {"ratio_first_error": ratio_error, "epochs": epochs, "skipped_steps": skipped}
+        return {"epochs": epochs, "skipped_steps": skipped}
 
-    def _train_critic(self, batch: Batch, averages: Averages) -> int:
+    def _train_critic(self, material: Material, averages: Averages) -> int:
         """The critic's epochs; returns how many steps were skipped."""
-        skipped, generator = 0, self._generator(1)
-        if self.critic is None:
+        if self.critic is None or material.critic is None:
             return 0
+        skipped, generator = 0, self._generator(1)
         for _ in range(self.config.epochs):
-            for rows in minibatches(batch.trained, self.config.minibatch_size, generator):
-                skipped += self._critic_step(self.critic, batch.rows(rows), averages)
+            for rows in minibatches(material.trained, self.config.minibatch_size, generator):
+                part = material.critic.rows(rows.to(self.device))
+                skipped += self._critic_step(self.critic, part, averages)
         return skipped
 
     def _generator(self, purpose: int) -> torch.Generator:
@@ -272,52 +300,41 @@ class PIRLAlgorithm(RLAlgorithm):
         return generator
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout) -> Batch:
+    def evaluate(self, rollout: Rollout) -> Material:
         """Values, advantages and reference steps of a rollout, computed once."""
         decisions = rollout.decisions
+        if self.critic is None:
+            groups = group_advantages(decisions, self.config.collection.group_size)
+            advantage, critic = groups.advantage.to(self.device), None
+            trained = groups.informative.nonzero()[:, 0]
+        else:
+            advantage, critic = self._valued(rollout, self.critic)
+            trained = rollout.usable
         chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
         executed = decisions.executed.to(self.device)
-        return Batch(
+        batch = Batch(
             observation={k: v for k, v in rollout.batch.items() if isinstance(v, Tensor)},
             chain=chain,
             step=step,
             executed=executed,
             log_prob=self.reduce(decisions.log_prob.to(self.device), executed),
+            advantage=advantage,
             reference=self._reference_steps(rollout.batch, chain, step),
-            **(self._compared(rollout) if self.critic is None else self._valued(rollout, self.critic)),
         )
+        return Material(batch, critic, trained)
 
-    def _valued(self, rollout: Rollout, critic: Critic) -> dict[str, Tensor]:
-        """What a critic says of a rollout: values, advantages and value targets."""
-        config, decisions = self.config, rollout.decisions
-        features = self.policy.base.critic_features(rollout.batch)
+    def _valued(self, rollout: Rollout, critic: Critic) -> tuple[Tensor, CriticBatch]:
+        """Normalised advantages `[N]` by a critic, and what it is to be trained on."""
+        config, features = self.config, self.policy.base.critic_features(rollout.batch)
         value = critic.value(features)
         has_next = bool(rollout.next_batch)
         next_features = self.policy.base.critic_features(rollout.next_batch) if has_next else features[:0]
-        targets = advantages(decisions, value, critic.value(next_features), config.gamma, config.gae_lambda)
+        next_value = critic.value(next_features)
+        targets = advantages(rollout.decisions, value, next_value, config.gamma, config.gae_lambda)
         usable = rollout.usable.to(self.device)
         advantage = torch.zeros_like(value)
         advantage[usable] = normalise(targets.advantage[usable])
-        return {
-            "advantage": advantage,
-            "critic_features": features,
-            "value": value,
-            "value_target": targets.value_target,
-            "trained": rollout.usable,
-        }
-
-    def _compared(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What the comparison within groups says of a rollout."""
-        targets = group_advantages(rollout.decisions, self.config.collection.group_size)
-        advantage = targets.advantage.to(self.device)
-        nothing = torch.zeros_like(advantage)
-        return {
-            "advantage": advantage,
-            "critic_features": nothing[:, None][:, :0],
-            "value": nothing,
-            "value_target": nothing,
-            "trained": targets.informative.nonzero()[:, 0],
-        }
+        return advantage, CriticBatch(features, value, targets.value_target)
 
     def reduce(self, per_step: Tensor, executed: Tensor) -> Tensor:
         """Reduces a quantity per chunk step `[B, H]` to one per decision `[B]`, as `log_prob_reduction` says."""
@@ -403,9 +420,11 @@ class PIRLAlgorithm(RLAlgorithm):
             raise ValueError("algorithm.demonstration_weight is set and no demonstrations were given")
         return self.policy.base.loss(self.demonstrations(self.config.demonstration_batch_size))
 
-    def _critic_step(self, critic: Critic, part: Batch, averages: Averages) -> int:
-        config, value = self.config, critic(part.critic_features)
-        loss = value_loss(value, part.value_target, part.value, config.value_clip, config.huber_delta)
+    def _critic_step(self, critic: Critic, part: CriticBatch, averages: Averages) -> int:
+        config = self.config
+        loss = value_loss(
+            critic(part.features), part.target, part.value, config.value_clip, config.huber_delta
+        )
         averages.add(value_loss=loss)
         return self._step("critic", loss, averages)
 
@@ -436,14 +455,14 @@ class PIRLAlgorithm(RLAlgorithm):
     def _policy_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.policy.parameters() if p.requires_grad]
 
-    def _statistics(self, batch: Batch, rollout: Rollout) -> dict[str, float]:
-        count, trained = len(rollout.decisions), batch.trained.to(self.device)
-        if self.critic is None:
+    def _statistics(self, material: Material, rollout: Rollout) -> dict[str, float]:
+        count, trained = len(rollout.decisions), material.trained.to(self.device)
+        if material.critic is None:
             return {"filtered": 1 - len(trained) / count}
-        value, target = batch.value[trained], batch.value_target[trained]
+        value, target = material.critic.value, material.critic.target
         return {
-            "explained_variance": float(explained_variance(value, target)),
-            "value": float(batch.value.mean()),
+            "explained_variance": float(explained_variance(value[trained], target[trained])),
+            "value": float(value.mean()),
             "orphaned": count - len(trained),
         }
 

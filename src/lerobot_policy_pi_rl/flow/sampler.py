@@ -73,22 +73,6 @@ class Schedule:
     times: Tensor
     steps: Coefficients
 
-    def at(self, rows: Tensor) -> tuple[Tensor, Coefficients]:
-        """Times `[B]` and coefficients `[B, 1, 1]` of the step that each row is at, `[B]`."""
-        return self.times[rows], self.map(lambda values: values[rows][:, None, None])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
-        """The coefficients, each of them changed."""
-        steps = self.steps
-        drift = None if steps.drift is None else change(steps.drift)
-        return replace(
-            steps,
-            delta=change(steps.delta),
-            remaining=change(steps.remaining),
-            drift=drift,
-            std=change(steps.std),
-        )
-
 
 @functools.lru_cache(maxsize=16)
 def schedule(kind: StepKind, level: float, num_steps: int, device: torch.device) -> Schedule:
@@ -99,10 +83,9 @@ def schedule(kind: StepKind, level: float, num_steps: int, device: torch.device)
         return Schedule(grid[:-1], coefficients(kind, grid[:-1], grid[1:], level))
 
 
-def pick(steps: Coefficients, k: int) -> Coefficients:
+def at(steps: Coefficients, k: int) -> Coefficients:
     """Coefficients of step k, from those of all steps along the first axis."""
-    drift = None if steps.drift is None else steps.drift[k]
-    return Coefficients(steps.delta[k], steps.remaining[k], drift, steps.std[k], steps.learned)
+    return steps.map(lambda values: values[k])
 
 
 def sample_ode(field: Field, noise: Tensor, num_steps: int) -> Tensor:
@@ -119,7 +102,7 @@ def sample_ode(field: Field, noise: Tensor, num_steps: int) -> Tensor:
     x, batch = noise, noise.shape[0]
     plan = schedule("ode", 0.0, num_steps, noise.device)
     for k in range(num_steps):
-        x = transition(x, field(x, plan.times[k].expand(batch)), pick(plan.steps, k)).mean
+        x = transition(x, field(x, plan.times[k].expand(batch)), at(plan.steps, k)).mean
     return x
 
 
@@ -158,7 +141,7 @@ def sample_hybrid(
     states, means, stds = [noise], [], []
     for k in range(num_steps):
         x = states[k]
-        step = transition(x, field(x, plan.times[k].expand(batch)), pick(steps, k), how.correlation)
+        step = transition(x, field(x, plan.times[k].expand(batch)), at(steps, k), how.correlation)
         states.append(step.mean + step.std * push)
         means.append(step.mean)
         stds.append(step.std)
@@ -195,7 +178,7 @@ def sample_joint(
     plan = schedule(how.kind, how.level, num_steps, noise.device)
     chain, log_p, x = [noise], noise.new_zeros(noise.shape[:2]), noise
     for k in range(num_steps):
-        step = transition(x, field(x, plan.times[k].expand(batch)), pick(plan.steps, k), how.correlation)
+        step = transition(x, field(x, plan.times[k].expand(batch)), at(plan.steps, k), how.correlation)
         if k >= recorded:
             # The last step of Flow-CPS has neither noise nor drift.
             x = step.mean
@@ -224,8 +207,9 @@ def score(field: Field, chain: Tensor, step: Tensor, num_steps: int, how: Noise,
     plan = schedule(how.kind, how.level, num_steps, chain.device)
     log_p, spread, gaussians = [], [], []
     for s in range(step.shape[1]):
-        t, coefficients_there = plan.at(step[:, s])
-        gaussian = transition(chain[:, s], field(chain[:, s], t), coefficients_there, how.correlation)
+        k = step[:, s]
+        own = plan.steps.map(lambda values, k=k: values[k][:, None, None])  # type: ignore[misc]
+        gaussian = transition(chain[:, s], field(chain[:, s], plan.times[k]), own, how.correlation)
         log_p.append(log_prob(chain[:, s + 1], gaussian, real_dims, how.correlation))
         spread.append(entropy(gaussian, real_dims, how.correlation))
         gaussians.append(Gaussian(gaussian.mean, gaussian.std.expand_as(gaussian.mean)))

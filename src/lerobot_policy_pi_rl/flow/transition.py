@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,11 @@ class Coefficients:
     drift: Tensor | None
     std: Tensor
     learned: bool = False
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Coefficients":
+        """The coefficients, each of them changed."""
+        drift = None if self.drift is None else change(self.drift)
+        return Coefficients(change(self.delta), change(self.remaining), drift, change(self.std), self.learned)
 
 
 def coefficients(kind: StepKind, t: Tensor, t_next: Tensor, noise_level: float = 0.0) -> Coefficients:

@@ -185,10 +185,18 @@ def load(
     return Resumed(step, counters)
 
 
-def find_best(output_dir: Path) -> Path | None:
-    """The checkpoint that `best` points at, if there is one."""
+def find_best(output_dir: Path) -> Path:
+    """The checkpoint that `best` points at.
+
+    Raises:
+        CheckpointError: It is gone.
+    """
     link = output_dir / CHECKPOINTS_DIR / BEST_CHECKPOINT_LINK
-    return link.resolve() if link.is_dir() else None
+    if not link.is_dir():
+        raise CheckpointError(
+            f"the policy collapsed and the best checkpoint {link} is gone: resume from an earlier one"
+        )
+    return link.resolve()
 
 
 def pretrained_dir(checkpoint_dir: Path) -> Path:

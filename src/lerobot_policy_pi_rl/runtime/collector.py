@@ -63,8 +63,7 @@ class _Step:
 class Group:
     """Some of the environments, stepped together by their own workers.
 
-    While the worker of one group executes a chunk, the policy thinks for another. Each has its own randomness, so that
-    it does not matter which one is ready first.
+    While the worker of one group executes a chunk, the policy thinks for another.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class Group:
             same_start: How many neighbouring environments begin their episodes from the same starts.
         """
         self.number, self.first, self._same_start = number, first, same_start
-        self.exploration = torch.Generator()
         self._starts: list[np.random.Generator] = []
         # Seed of each environment's next episode.
         self.next_start = np.zeros(num_envs, dtype=np.int64)
@@ -150,8 +148,8 @@ class Collector:
         """
         self._player, self._groups, self._collection, self._seed = player, groups, collection, seed
         self._actions = player.policy.config.n_action_steps
-        for group in groups:
-            group.exploration = torch.Generator(device=str(player.policy.config.device))
+        # Each group has its own randomness, so that it does not matter which one is ready first.
+        self._generators = [torch.Generator(device=str(player.policy.config.device)) for _ in groups]
         self._index = 0
 
     @property
@@ -174,8 +172,8 @@ class Collector:
             The decisions, environment by environment within each step, and the episodes that ended.
         """
         began = time.perf_counter()
-        for group in self._groups:
-            group.exploration.manual_seed(torch_seed(self._seed, self.actor, version, group.number))
+        for number, generator in enumerate(self._generators):
+            generator.manual_seed(torch_seed(self._seed, self.actor, version, number))
         steps: list[list[_Step]] = [[] for _ in self._groups]
         for number, step in self._steps():
             steps[number].append(step)
@@ -213,7 +211,7 @@ class Collector:
         """Explores for one group and hands its chunks to the workers."""
         player, tasks = self._player, group.envs.tasks
         observation = player.path.from_environment(group.raw, tasks)
-        sample = player.policy.explore(player.preprocess(observation, tasks), group.exploration)
+        sample = player.policy.explore(player.preprocess(observation, tasks), self._generators[group.number])
         action = self.to_environment(sample.x)
         group.envs.send(action[:, : self._actions].numpy(), group.next_start)
         return player.path.pack(observation), sample, action

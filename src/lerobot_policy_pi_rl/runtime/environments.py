@@ -452,7 +452,7 @@ class ChunkedVectorEnv:
 
     @property
     def answers(self) -> list[Connection]:
-        """What `wait` of multiprocessing tells about: an answer of a worker has come, or the worker has died."""
+        """Pipes of the workers, for `multiprocessing.connection.wait`: ready with an answer, or with a death."""
         return [worker.pipe for worker in self._workers]
 
     def _checked(self, rows: np.ndarray, name: str) -> np.ndarray:

@@ -24,14 +24,16 @@ def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> 
         statistics: Of the algorithm: `approx_kl`, `lr`, `epochs`, `skipped_steps`.
         config: Its settings.
     """
+    if not statistics.get("epochs"):
+        return None
     if statistics.get("skipped_steps") and "policy_grad_norm" not in statistics:
         return (
-            "no gradient of the policy was finite; look for inputs that are not finite, and train in float32 "
-            "(--policy.dtype or the base's own setting)"
+            "no gradient of the policy was finite; look at the environment's observations and the data set's "
+            "statistics for numbers that are not finite, and lower algorithm.lr_max"
         )
     kl, lr = statistics.get("approx_kl", 0.0), statistics.get("lr", config.lr)
     at_the_bottom = config.lr_schedule == "constant" or lr <= config.lr_min
-    if statistics.get("epochs") and at_the_bottom and kl > config.kl_stop * config.target_kl:
+    if at_the_bottom and kl > config.kl_stop * config.target_kl:
         return (
             f"the policy moves by {kl:.2g} nats in an iteration (algorithm.target_kl is {config.target_kl:g}) and the "
             f"learning rate {lr:.1g} is not lowered any further; lower algorithm.lr_min or algorithm.epochs, use "

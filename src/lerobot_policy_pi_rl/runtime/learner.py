@@ -208,16 +208,14 @@ class Learner:
         self._log(gathered, stats, ready_at[0] - updating, updated - ready_at[0])
 
     def _roll_back(self, gathered: Gathered) -> None:
-        """Brings the best checkpoint back with smaller steps; the decisions of the collapsed policy are dropped."""
+        """Brings the best checkpoint back with smaller steps; the decisions of the collapsed policy are dropped.
+
+        When that has happened too often the run ends, with the best policy as its last one, too.
+        """
         self._account(gathered)
+        self._progress.seconds += gathered.seconds
         progress, best = self._progress, checkpoint.find_best(self._output_dir)
         progress.rollbacks += 1
-        if best is None or progress.rollbacks > self._config.max_rollbacks:
-            self._stopped_by = (
-                f"validation success fell far below the best one ({progress.best_success:.2f}) for the "
-                f"{progress.rollbacks}. time; lower algorithm.target_kl or collect more decisions per iteration"
-            )
-            return
         self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
         checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
         self._algorithm.optimization_step = progress.version
@@ -227,6 +225,11 @@ class Learner:
             progress.best_success,
             self._algorithm.lr,
         )
+        if progress.rollbacks > self._config.max_rollbacks:
+            self._stopped_by = (
+                f"validation success fell far below the best one ({progress.best_success:.2f}) for the "
+                f"{progress.rollbacks}. time; lower algorithm.target_kl or collect more decisions per iteration"
+            )
         if self._is_milestone(progress.version):
             self._save()
         if not self._finished():
