@@ -4,6 +4,7 @@ A module of its own beside the package, because importing the package imports Le
 `lerobot-pi-rl-train` leaves to the processes it starts.
 """
 
+import contextlib
 import ctypes
 import datetime as dt
 import importlib
@@ -15,12 +16,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 # Seconds a process gets to leave by itself before it is terminated, and then killed.
 LEAVE_S = 20.0
 # Seconds between looks at the processes.
 POLL_S = 0.2
+# Seconds the learner gets to report an error before an actor's is shown: a wrong setting ends both alike.
+SAME_ERROR_S = 5.0
 # An actor that dies is started again this often.
 MAX_RESTARTS = 3
 # prctl(PR_SET_PDEATHSIG): Linux sends the signal to a child whose parent dies.
@@ -61,10 +64,11 @@ def with_output_dir(arguments: list[str]) -> list[str]:
     return [*arguments, f"--output_dir=outputs/train/{now:%Y-%m-%d}/{now:%H-%M-%S}_pi_rl"]
 
 
-def start(name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(name: str, arguments: Sequence[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
     """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only."""
     return subprocess.Popen(
         [sys.executable, "-m", __spec__.name, name, *arguments],
+        stderr=stderr,
         start_new_session=True,
         preexec_fn=_die_with_parent,
     )
@@ -75,6 +79,33 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class Actor:
+    """An actor's process. What it says is passed on at once, except the error with which it ends."""
+
+    def __init__(self, number: int, arguments: Sequence[str]) -> None:
+        """Starts it."""
+        self.process = start(
+            "actor", [*arguments, f"--algorithm.collection.actor_id={number}"], stderr=subprocess.PIPE
+        )
+        self._error: list[str] = []
+        self._reader = Thread(target=self._pass_on, daemon=True)
+        self._reader.start()
+
+    def _pass_on(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in (raw.decode(errors="replace") for raw in lines):
+                if self._error or line.startswith(("error:", "Traceback")):
+                    self._error.append(line)
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
+
+    def show_error(self) -> None:
+        """Prints the error with which it ended."""
+        self._reader.join(POLL_S)
+        print(*self._error, sep="", end="", file=sys.stderr, flush=True)
+
+
 class Supervisor:
     """Owns the processes of a run."""
 
@@ -82,47 +113,57 @@ class Supervisor:
         """Starts them."""
         self._arguments = arguments
         self._learner = start("learner", arguments)
-        self._actors = {number: self._start_actor(number) for number in range(num_actors)}
+        self._actors = {number: Actor(number, arguments) for number in range(num_actors)}
         self._restarts = 0
         self._gave_up = False
-
-    def _start_actor(self, number: int) -> subprocess.Popen[bytes]:
-        return start("actor", [*self._arguments, f"--algorithm.collection.actor_id={number}"])
 
     def watch(self, stop: Event) -> int:
         """Waits for the end of the run; returns its exit code."""
         while self._learner.poll() is None and not stop.is_set() and not self._gave_up:
             for number, actor in list(self._actors.items()):
-                if actor.poll() not in (None, 0) and self._learner.poll() is None:
-                    self._replace(number, actor.returncode)
+                if actor.process.poll() not in (None, 0) and self._learner.poll() is None:
+                    self._replace(number, actor)
             stop.wait(POLL_S)
         return self._end()
 
-    def _replace(self, number: int, code: int) -> None:
+    def _replace(self, number: int, actor: Actor) -> None:
         """Starts an actor again that was killed; one that ended with an error of its own would only end again."""
+        code = actor.process.returncode
         self._restarts += 1
         if code < 0 and self._restarts <= MAX_RESTARTS:
             say(f"actor {number} was ended by signal {-code}; starting it again")
-            self._actors[number] = self._start_actor(number)
+            self._actors[number] = Actor(number, self._arguments)
+            return
+        if self._learner_ends():
             return
         del self._actors[number]
         self._gave_up = not self._actors
         going_on = "ending the run" if self._gave_up else "going on without it"
+        actor.show_error()
         say(f"actor {number} ended with exit code {code}; {going_on}")
+
+    def _learner_ends(self) -> bool:
+        """Whether the learner ends as well, for the same reason, which it reports itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._learner.wait(SAME_ERROR_S)
+        return self._learner.returncode is not None
 
     def _end(self) -> int:
         """Ends the learner first: it saves a checkpoint and sends the actors home."""
         if self._learner.poll() is None:
-            say("stopping: the learner saves a checkpoint")
+            say("stopping the learner; it saves what it has trained")
             self._learner.terminate()
         self._wait([self._learner])
+        actors = [actor.process for actor in self._actors.values()]
         if self._learner.returncode != 0:
-            for actor in self._actors.values():
+            for actor in actors:
                 actor.terminate()
-        self._wait(list(self._actors.values()))
+        self._wait(actors)
         code = self._learner.returncode
+        if self._gave_up:
+            return 1
         # As a shell does: 128 and the signal's number.
-        return 128 - code if code < 0 else code or int(self._gave_up)
+        return 128 - code if code < 0 else code
 
     @staticmethod
     def _wait(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 
 import pytest
 
@@ -13,18 +15,21 @@ import lerobot_pi_rl_launcher as launcher
 STAY = "import time; time.sleep(60)"
 
 
+FAIL = "raise SystemExit('error: wrong')"
+
+
 class Stage:
     """Starts stand-ins instead of the commands: an actor's first life runs `first`, later ones stay."""
 
-    def __init__(self, first: str) -> None:
-        self.first, self.starts = first, 0
+    def __init__(self, first: str, learner: str = STAY) -> None:
+        self.first, self.learner, self.starts = first, learner, 0
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, arguments: object) -> subprocess.Popen[bytes]:
+    def start(self, name: str, arguments: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
         """Stands in for `launcher.start`."""
         self.starts += name == "actor"
-        code = self.first if name == "actor" and self.starts == 1 else STAY
-        self.processes.append(subprocess.Popen([sys.executable, "-c", code]))
+        code = self.learner if name == "learner" else self.first if self.starts == 1 else STAY
+        self.processes.append(subprocess.Popen([sys.executable, "-c", code], stderr=stderr))
         return self.processes[-1]
 
     def close(self) -> None:
@@ -34,30 +39,62 @@ class Stage:
             process.wait()
 
 
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize(
-    ("first", "starts"),
-    [("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 2), ("raise SystemExit(1)", 1)],
-    ids=["killed", "failed"],
-)
-def test_an_actor_is_started_again_only_when_it_was_killed(
-    monkeypatch: pytest.MonkeyPatch, first: str, starts: int
-) -> None:
-    stage = Stage(first)
-    monkeypatch.setattr(launcher, "start", stage.start)
-    try:
-        supervisor = launcher.Supervisor([], num_actors=1)
-        actor = stage.processes[1]
-        actor.wait(30)
-        stop = Event()
-        if starts == 2:
-            supervisor._replace(0, actor.returncode)
-            stop.set()
-        code = supervisor.watch(stop)
-        assert stage.starts == starts
-        assert code != 0
-    finally:
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stage]]:
+    """Puts a stage in place of the commands; ends its processes."""
+    stages: list[Stage] = []
+
+    def make(*arguments: str) -> Stage:
+        stages.append(Stage(*arguments))
+        monkeypatch.setattr(launcher, "start", stages[-1].start)
+        monkeypatch.setattr(launcher, "SAME_ERROR_S", 1.0)
+        return stages[-1]
+
+    yield make
+    for stage in stages:
         stage.close()
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_actor_is_started_again(
+    play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = play("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    supervisor = launcher.Supervisor([], num_actors=1)
+    stop = Event()
+    watching = Thread(target=lambda: supervisor.watch(stop))
+    watching.start()
+    deadline = time.monotonic() + 30
+    while stage.starts < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop.set()
+    watching.join(30)
+    assert stage.starts == 2
+    assert "actor 0 was ended by signal 9; starting it again" in capfd.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_an_actor_with_an_error_of_its_own_ends_the_run(
+    play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stage = play(f"import sys; print('loading', file=sys.stderr); {FAIL}")
+    assert launcher.Supervisor([], num_actors=1).watch(Event()) == 1
+    assert stage.starts == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "loading",
+        "error: wrong",
+        "lerobot-pi-rl-train: actor 0 ended with exit code 1; ending the run",
+        "lerobot-pi-rl-train: stopping the learner; it saves what it has trained",
+    ]
+
+
+@pytest.mark.timeout(60)
+def test_an_error_of_learner_and_actor_is_shown_once(
+    play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    play(FAIL, f"import time; time.sleep(0.3); {FAIL}")
+    assert launcher.Supervisor([], num_actors=1).watch(Event()) == 1
+    assert capfd.readouterr().err.splitlines() == ["error: wrong"]
 
 
 def test_settings_come_from_the_command_line_first_and_then_from_the_file(tmp_path: Path) -> None:

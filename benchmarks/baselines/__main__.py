@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, file: Path) -> None:
     from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
     from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 
-    from .task import EVALUATION_ENVS, EVALUATION_WORKERS, Budget, open_demonstrations
+    from .task import EVALUATION_ENVS, EVALUATION_WORKERS, Budget, Job, open_demonstrations
 
     env_cfg = MetaworldStateEnv(task=options.task)
     dataset = open_demonstrations(options.demonstrations, env_cfg.state_size)
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, file: Path) -> None:
         torch.set_num_threads(options.threads)
         writer = CurveWriter(file, record(options) | method.describe())
         budget = Budget(options.env_steps, options.minutes, options.eval_every)
-        method.train(env_cfg, dataset, envs, budget, writer, options.seed)
+        method.train(Job(env_cfg, dataset, envs, budget, writer, options.seed))
 
 
 def main() -> int:

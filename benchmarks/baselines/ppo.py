@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from lerobot_policy_pi_rl.envs.configuration_metaworld_state import ACTION_SIZE, MetaworldStateEnv
+from lerobot_policy_pi_rl.envs.configuration_metaworld_state import ACTION_SIZE
 from lerobot_policy_pi_rl.processor_pi_rl import floor_deviations
 from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 from lerobot_policy_pi_rl.runtime.seeds import TRAINING_SEEDS, stream
 
-from .curves import CurveWriter
-from .task import Budget, Course, as_arrays
+from .task import Course, Job, as_arrays
 
 
 @dataclass(frozen=True)
@@ -213,37 +211,23 @@ def describe() -> dict[str, Any]:
     return asdict(PPOSettings())
 
 
-def train(
-    env_cfg: MetaworldStateEnv,
-    dataset: LeRobotDataset,
-    envs: ChunkedVectorEnv,
-    budget: Budget,
-    writer: CurveWriter,
-    seed: int,
-) -> None:
-    """Trains one policy and records its curve.
-
-    Args:
-        env_cfg: The environment.
-        dataset: The demonstrations.
-        envs: Environments for evaluation.
-        budget: When to evaluate and when to end.
-        writer: Where the curve goes.
-        seed: Of everything.
-    """
-    settings, demonstrations = PPOSettings(), as_arrays(dataset)
+def train(job: Job) -> None:
+    """Trains one policy and records its curve."""
+    settings, demonstrations = PPOSettings(), as_arrays(job.dataset)
     normalize = Normalizer(demonstrations.state, settings.state_clip)
-    with ChunkedVectorEnv(env_cfg, settings.num_envs, settings.num_workers) as workers:
-        model = make_model(MetaworldVecEnv(workers, normalize, env_cfg.state_size, seed), settings, seed)
+    with ChunkedVectorEnv(job.env_cfg, settings.num_envs, settings.num_workers) as workers:
+        model = make_model(
+            MetaworldVecEnv(workers, normalize, job.env_cfg.state_size, job.seed), settings, job.seed
+        )
         began = time.perf_counter()
         state, action = (
             torch.from_numpy(normalize(demonstrations.state)),
             torch.from_numpy(demonstrations.action),
         )
-        loss = clone(model, state, action, settings, seed)
+        loss = clone(model, state, action, settings, job.seed)
         minutes = (time.perf_counter() - began) / 60
         print(f"clone: mean squared error {loss:.4f} after {60 * minutes:.1f} s", flush=True)
-        course = Course(writer, envs, budget, *_keeper(model))
+        course = Course(job.writer, job.envs, job.budget, *_keeper(model))
         improve(model, normalize, settings, course, round(minutes, 3))
 
 

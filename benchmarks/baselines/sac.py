@@ -31,11 +31,9 @@ from lerobot.utils.random_utils import set_seed
 from lerobot.utils.transition import Transition
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
-from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 from lerobot_policy_pi_rl.runtime.seeds import TRAINING_SEEDS
 
-from .curves import CurveWriter
-from .task import Act, Budget, Course, Demonstrations, as_arrays
+from .task import Act, Course, Demonstrations, Job, as_arrays
 
 # Narrowest range a state component is scaled by: a quaternion that was constant in the demonstrations must not explode.
 MIN_RANGE = 0.1
@@ -211,27 +209,11 @@ def describe() -> dict[str, Any]:
     return asdict(SACSettings())
 
 
-def train(
-    env_cfg: MetaworldStateEnv,
-    dataset: LeRobotDataset,
-    envs: ChunkedVectorEnv,
-    budget: Budget,
-    writer: CurveWriter,
-    seed: int,
-) -> None:
-    """Trains one policy and records its curve.
-
-    Args:
-        env_cfg: The environment.
-        dataset: The demonstrations.
-        envs: Environments for evaluation.
-        budget: When to evaluate and when to end.
-        writer: Where the curve goes.
-        seed: Of everything.
-    """
-    set_seed(seed)
-    agent, player = Agent(SACSettings(), env_cfg, dataset), Player(env_cfg, seed)
-    course = Course(writer, envs, budget, agent.save, agent.load)
+def train(job: Job) -> None:
+    """Trains one policy and records its curve."""
+    set_seed(job.seed)
+    agent, player = Agent(SACSettings(), job.env_cfg, job.dataset), Player(job.env_cfg, job.seed)
+    course = Course(job.writer, job.envs, job.budget, agent.save, agent.load)
     act: Act = agent.act
     steps = 0
     course.visit(steps, act)

@@ -10,6 +10,7 @@ import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION, DONE, OBS_STATE, REWARD
 
+from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 from lerobot_policy_pi_rl.runtime.seeds import EVALUATION_SEED, VALIDATION_SEED
 
@@ -108,6 +109,24 @@ class Budget:
     minutes: float | None
     # Environment steps between two evaluations.
     eval_every: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One policy to train, and what that takes."""
+
+    # The environment.
+    env_cfg: MetaworldStateEnv
+    # The demonstrations.
+    dataset: LeRobotDataset
+    # Environments for evaluation.
+    envs: ChunkedVectorEnv
+    # When to evaluate and when to end.
+    budget: Budget
+    # Where the curve goes.
+    writer: CurveWriter
+    # Of everything.
+    seed: int
 
 
 class Course:

@@ -15,11 +15,11 @@ import torch
 import lerobot_pi_rl_launcher as launcher
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
-from lerobot_policy_pi_rl.runtime import check, environments
-from lerobot_policy_pi_rl.runtime.check import Findings, FirstLook, advise, first_impression, wilson
+from lerobot_policy_pi_rl.runtime import check, environments, findings
 from lerobot_policy_pi_rl.runtime.collector import make_groups
 from lerobot_policy_pi_rl.runtime.environments import ChunkStep
 from lerobot_policy_pi_rl.runtime.evaluation import Turn, by_exploring, evaluate, play
+from lerobot_policy_pi_rl.runtime.findings import Findings, FirstLook, advise, first_impression, wilson
 from lerobot_policy_pi_rl.runtime.pipeline import make_player, parts
 from lerobot_policy_pi_rl.runtime.seeds import VALIDATION_SEED
 from lerobot_policy_pi_rl.scripts import check as command
@@ -71,10 +71,10 @@ def test_shares_of_starts_by_hand() -> None:
 
 def test_wilson_interval() -> None:
     """The closed forms: z^2 / (n + z^2) beside 0 and 1, and 1/2 +- z / (2 sqrt(n + z^2)) around 1/2."""
-    z2 = check.Z**2
+    z2 = findings.Z**2
     assert wilson(0, 20) == pytest.approx((0, z2 / (20 + z2)))
     assert wilson(20, 20) == pytest.approx((20 / (20 + z2), 1))
-    half = check.Z / (2 * (50 + z2) ** 0.5)
+    half = findings.Z / (2 * (50 + z2) ** 0.5)
     assert wilson(25, 50) == pytest.approx((0.5 - half, 0.5 + half))
 
 

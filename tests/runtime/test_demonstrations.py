@@ -59,6 +59,21 @@ def test_co_training_without_a_data_set_is_one_line(recorded: Path, monkeypatch:
         cfg.validate()
 
 
+def test_a_folder_without_a_data_set_is_one_line(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cfg = configured(recorded, monkeypatch)
+    assert cfg.dataset is not None
+    cfg.dataset.root = str(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"dataset\.root`: .* is not a LeRobotDataset: meta/info.json is missing"
+    ):
+        cfg.validate()
+    # A second machine's actor needs no demonstrations.
+    cfg.is_actor = True
+    cfg.validate()
+
+
 def test_a_data_set_that_lacks_what_the_policy_reads_is_one_line(
     recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

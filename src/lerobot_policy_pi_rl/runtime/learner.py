@@ -17,8 +17,8 @@ from lerobot.utils.random_utils import set_seed
 from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
-from .check import FirstLook
 from .demonstrations import DemonstrationSource
+from .findings import FirstLook
 from .gather import Gathered, Gatherer, Stopped
 from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
 from .metrics import MetricsWriter, make_tracker

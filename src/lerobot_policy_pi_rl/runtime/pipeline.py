@@ -12,6 +12,7 @@ import draccus
 import torch
 from lerobot.configs import PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
+from lerobot.datasets.utils import INFO_PATH
 from lerobot.envs import EnvConfig, env_to_policy_features
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
@@ -75,6 +76,13 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             raise config_error(
                 "dataset.repo_id",
                 "is missing; algorithm.demonstration_weight needs demonstrations to train on",
+            )
+        root = self.dataset.root if self.dataset is not None and not self.is_actor else None
+        if root is not None and not (Path(root) / INFO_PATH).is_file():
+            raise config_error(
+                "dataset.root",
+                f"{root} is not a LeRobotDataset: {INFO_PATH} is missing; name the folder that holds it, or leave "
+                "dataset.root out to download dataset.repo_id",
             )
         length = getattr(env, "episode_length", None)
         if algorithm.advantage == "group" and length is not None:

@@ -11,8 +11,9 @@ import torch
 from lerobot.configs import parser
 from tqdm import tqdm
 
-from ..runtime.check import Advice, Findings, advise, count_episodes, measure, wilson
+from ..runtime.check import count_episodes, measure
 from ..runtime.collector import make_groups
+from ..runtime.findings import Advice, Findings, advise, wilson
 from ..runtime.pipeline import PIRLTrainConfig, make_player, parts
 from .console import run_command
 
