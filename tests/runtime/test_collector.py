@@ -220,6 +220,40 @@ def test_statistics_are_those_of_the_episodes_that_ended(make_collector: MakeCol
     )
 
 
+# A time limit of 8 decisions, named in the configuration, in which an untrained policy solves nothing.
+TIMED = (
+    "--env.type=metaworld_state",
+    "--env.task=peg-insert-side-v3",
+    "--env.episode_length=16",
+    "--policy.n_action_steps=2",
+    "--policy.chunk_size=2",
+)
+
+
+def test_first_episodes_are_cut_at_different_times(make_collector: MakeCollector) -> None:
+    collector = make_collector(*TIMED, "--algorithm.collection.decisions=16")
+    collector.restart(0)
+    collected = collector.collect(0)
+    batch = collected.decisions
+    lengths = [
+        np.diff(np.flatnonzero(batch.truncated[batch.env == env].numpy()), prepend=-1) for env in range(4)
+    ]
+    # Environments 0 to 3 at the fractions 0, .62, .24 and .85 of 8 decisions; 0 of them is no cut.
+    assert [part.tolist() for part in lengths] == [[8, 8], [4, 8], [1, 8], [6, 8]]
+    # A cut episode is no failure, and its last decision is valued by what came after it.
+    assert collected.statistics.episodes == 5
+    assert collected.statistics.length_sum == 5 * 16
+    assert set(batch.truncated.nonzero()[:, 0].tolist()) <= set(batch.next_row.tolist())
+
+
+def test_episodes_that_are_compared_are_not_cut(make_collector: MakeCollector) -> None:
+    grouped = ("--algorithm.advantage=group", "--algorithm.collection.group_size=2")
+    collector = make_collector(*TIMED, "--algorithm.collection.decisions=8", *grouped)
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    assert batch.index[batch.truncated].tolist() == [7] * 4
+
+
 @pytest.mark.parametrize("explorer", ["flow_sde", "flow_cps", "flow_noise"])
 def test_the_learner_scores_what_the_actor_sampled(make_collector: MakeCollector, explorer: str) -> None:
     collector = make_collector(f"--policy.explorer.kind={explorer}")

@@ -111,6 +111,20 @@ def test_the_time_limit_truncates_and_a_success_wins_over_it(workers: int) -> No
         assert (step.truncated.any(), step.terminated.all(), step.success.all()) == (False, True, True)
 
 
+@pytest.mark.parametrize("workers", WORKERS)
+def test_an_episode_is_cut_on_demand_after_its_chunk(workers: int) -> None:
+    with ChunkedVectorEnv(CounterConfig(limit=4), 3, workers) as vector:
+        vector.reset(np.array([100, 200, 300]))
+        step = vector.step(chunk(3), np.array([400, 500, 600]), np.array([False, True, False]))
+        assert step.truncated.tolist() == [False, True, False]
+        assert step.executed.tolist() == [3, 3, 3]
+        np.testing.assert_array_equal(step.final_observation["pixels/top"].ravel(), [103, 203, 303])
+        np.testing.assert_array_equal(step.observation["pixels/top"].ravel(), [103, 500, 303])
+        # One that ends by itself in that chunk was not cut.
+        step = vector.step(chunk(2), np.array([700, 800, 900]), np.array([True, False, False]))
+        assert (step.terminated.tolist(), step.truncated.any()) == ([True, False, True], False)
+
+
 def test_types_and_shapes() -> None:
     with ChunkedVectorEnv(CounterConfig(), 3, 2) as vector:
         vector.reset(np.arange(3))

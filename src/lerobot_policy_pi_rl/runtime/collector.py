@@ -1,6 +1,7 @@
 """Turns weights into decisions: a policy that explores in a vector of environments."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from .environments import ChunkedVectorEnv, ChunkStep, Observation, first_ready
 from .pipeline import Player
 from .seeds import TRAINING_SEEDS, stream, torch_seed
 
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+
 
 @dataclass(frozen=True)
 class EpisodeStatistics:
-    """What the episodes that ended during one collection were like.
+    """What the episodes that ended during one collection were like; those cut on demand do not count.
 
     Attributes:
         episodes: How many ended.
@@ -49,6 +52,15 @@ class Collected:
 
 
 @dataclass(frozen=True)
+class _Ended:
+    """Return, length and success of the episodes that one decision of a group ended, `[n]` each."""
+
+    returns: np.ndarray
+    lengths: np.ndarray
+    success: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Step:
     """One decision of every environment of a group, before the rows are joined, and the episodes that it ended."""
 
@@ -56,8 +68,7 @@ class _Step:
     sample: Sample
     action: Tensor
     outcome: ChunkStep
-    returns: np.ndarray
-    lengths: np.ndarray
+    ended: _Ended
 
 
 class Group:
@@ -84,35 +95,58 @@ class Group:
         # Seed of each environment's next episode.
         self.next_start = np.zeros(num_envs, dtype=np.int64)
         self.envs = ChunkedVectorEnv(env_cfg, num_envs, num_workers, first=first, per_task=same_start)
+        self._time_limit: int | None = getattr(env_cfg, "episode_length", None)
+        # Decisions after which a running episode is cut on demand, counted down; 0 is never.
+        self._cut_after = np.zeros(num_envs, dtype=np.int64)
         self.raw: Observation = {}
         self.episode_return = np.zeros(num_envs)
         self.episode_length = np.zeros(num_envs, dtype=np.int64)
 
-    def reset(self, *key: int) -> None:
-        """Begins a fresh episode everywhere; the key decides from which starts, now and later."""
+    def reset(self, *key: int, steps: int) -> None:
+        """Begins a fresh episode everywhere.
+
+        All episodes would run in step from then on, so that an iteration sees only a part of the task. So the first
+        episode of each environment is cut after another part of the time limit; except with groups of episodes from
+        the same start, which are compared whole.
+
+        Args:
+            key: Decides from which starts, now and later.
+            steps: Environment steps per decision.
+        """
         numbers = range(self.first, self.first + self.envs.num_envs)
         self._starts = [stream(*key, number // self._same_start) for number in numbers]
         everywhere = np.ones(self.envs.num_envs, dtype=bool)
         self._draw_starts(everywhere)
         self.raw = self.envs.reset(self.next_start)
         self._draw_starts(everywhere)
+        self._cut_after[:] = 0
+        if self._time_limit is not None and self._same_start == 1:
+            # Multiples of the golden ratio, modulo 1, are spread evenly, however many there are.
+            parts = np.array(numbers) * GOLDEN_RATIO % 1
+            self._cut_after[:] = parts * (self._time_limit // steps)
         self.episode_return[:] = 0
         self.episode_length[:] = 0
+
+    def send(self, chunks: np.ndarray) -> None:
+        """Hands chunks `[E, H, A]` to the workers."""
+        self.envs.send(chunks, self.next_start, self._cut_after == 1)
 
     def _draw_starts(self, where: np.ndarray) -> None:
         for place in where.nonzero()[0]:
             self.next_start[place] = self._starts[place].integers(*TRAINING_SEEDS)
 
-    def account(self, outcome: ChunkStep) -> tuple[np.ndarray, np.ndarray]:
-        """Adds a chunk to the running episodes; returns and lengths of those that ended."""
+    def account(self, outcome: ChunkStep) -> _Ended:
+        """Adds a chunk to the running episodes; what is known of those that ended by themselves."""
         self.episode_return += outcome.reward
         self.episode_length += outcome.executed
-        ended = outcome.done
-        returns, lengths = self.episode_return[ended].copy(), self.episode_length[ended].copy()
-        self.episode_return[ended] = 0
-        self.episode_length[ended] = 0
-        self._draw_starts(ended)
-        return returns, lengths
+        done = outcome.done
+        ended = done & ~((self._cut_after == 1) & outcome.truncated)
+        known = _Ended(self.episode_return[ended], self.episode_length[ended], outcome.success[ended])
+        self.episode_return[done] = 0
+        self.episode_length[done] = 0
+        self._cut_after[:] = np.where(done, 0, np.maximum(self._cut_after - 1, 0))
+        self._draw_starts(done)
+        return known
 
 
 def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
@@ -160,7 +194,7 @@ class Collector:
     def restart(self, version: int) -> None:
         """Abandons all episodes and begins fresh ones, as every actor does at this version."""
         for group in self._groups:
-            group.reset(self._seed, self.actor, version)
+            group.reset(self._seed, self.actor, version, steps=self._actions)
 
     def collect(self, version: int) -> Collected:
         """Collects the quota of decisions with the current weights.
@@ -181,11 +215,12 @@ class Collector:
             [self._join(group, part, version) for group, part in zip(self._groups, steps, strict=True)]
         )
         self._index += self._collection.decisions
+        ended = [step.ended for step in itertools.chain(*steps)]
         statistics = EpisodeStatistics(
-            episodes=sum(len(step.returns) for step in itertools.chain(*steps)),
-            successes=int((decisions.success & (decisions.terminated | decisions.truncated)).sum()),
-            return_sum=float(sum(step.returns.sum() for step in itertools.chain(*steps))),
-            length_sum=int(sum(step.lengths.sum() for step in itertools.chain(*steps))),
+            episodes=sum(len(part.returns) for part in ended),
+            successes=sum(int(part.success.sum()) for part in ended),
+            return_sum=float(sum(part.returns.sum() for part in ended)),
+            length_sum=sum(int(part.lengths.sum()) for part in ended),
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,
         )
@@ -205,7 +240,7 @@ class Collector:
             left[number] -= 1
             if left[number]:
                 pending[number] = self._decide(group)
-            yield number, _Step(*decided, outcome, *ended)
+            yield number, _Step(*decided, outcome, ended)
 
     def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor]:
         """Explores for one group and hands its chunks to the workers."""
@@ -213,7 +248,7 @@ class Collector:
         observation = player.path.from_environment(group.raw, tasks)
         sample = player.policy.explore(player.preprocess(observation, tasks), self._generators[group.number])
         action = self.to_environment(sample.x)
-        group.envs.send(action[:, : self._actions].numpy(), group.next_start)
+        group.send(action[:, : self._actions].numpy())
         return player.path.pack(observation), sample, action
 
     def to_environment(self, x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class ChunkStep:
         reward: Sum of the rewards of the executed steps, `[N]` float32.
         executed: Executed steps of the chunk, `[N]` int64, between 1 and H.
         terminated: The episode ended by the task's own rules, `[N]` bool.
-        truncated: The episode was cut by the time limit, `[N]` bool.
+        truncated: The episode was cut by the time limit or on demand, `[N]` bool.
         success: The task was solved in this chunk, `[N]` bool.
         final_observation: What was seen after the last executed step, before any reset, `[N, ...]`.
         observation: What to act on next, `[N, ...]`: the first observation of the next episode where one ended.
@@ -139,12 +139,15 @@ class _Slot:
         """Starts the episode of a seed."""
         return _flat(self._env.reset(seed=int(seed))[0])
 
-    def step(self, chunk: np.ndarray, reset_seed: int) -> tuple[list[float], Observation, Observation]:
+    def step(
+        self, chunk: np.ndarray, reset_seed: int, cut: bool
+    ) -> tuple[list[float], Observation, Observation]:
         """Executes a chunk until its end or the episode's.
 
         Args:
             chunk: Actions, `[H, A]`.
             reset_seed: Seed of the next episode, used if this one ends.
+            cut: End the episode after this chunk.
 
         Returns:
             `[reward, executed, terminated, truncated, success]`, the final observation and the next one.
@@ -157,6 +160,7 @@ class _Slot:
             success = success or bool(info.get("is_success", False))
             if terminated or truncated:
                 break
+        truncated = truncated or cut
         final = _flat(observation)
         following = self.reset(reset_seed) if terminated or truncated else final
         return [total, executed, terminated, truncated and not terminated, success], final, following
@@ -180,10 +184,10 @@ class _Pool:
         """Resets all, `[n]` seeds -> stacked observations."""
         return _stack([slot.reset(seed) for slot, seed in zip(self._slots, seeds, strict=True)])
 
-    def step(self, chunks: np.ndarray, reset_seeds: np.ndarray) -> ChunkStep:
+    def step(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray) -> ChunkStep:
         """Executes one chunk in each, `[n, H, A]`."""
-        rows = zip(self._slots, chunks, reset_seeds, strict=True)
-        numbers, finals, following = zip(*(slot.step(chunk, seed) for slot, chunk, seed in rows), strict=True)
+        rows = zip(self._slots, chunks, reset_seeds, cut, strict=True)
+        numbers, finals, following = zip(*(slot.step(*row) for slot, *row in rows), strict=True)
         reward, executed, terminated, truncated, success = np.array(numbers, dtype=np.float64).T
         return ChunkStep(
             reward=reward.astype(np.float32),
@@ -358,7 +362,7 @@ class ChunkedVectorEnv:
         self._step_timeout = step_timeout
         self._workers: list[_Worker] = []
         self._local: _Pool | None = None
-        self._pending: tuple[np.ndarray, np.ndarray] | None = None
+        self._pending: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         dealt = _dealt_tasks(env_cfg, first, num_envs, per_task)
         if num_workers == 0:
             self._local = _Pool(env_cfg, dealt)
@@ -417,17 +421,18 @@ class ChunkedVectorEnv:
             return self._local.reset(seeds)
         return _concatenate_observations(self._gather("reset", START_TIMEOUT, seeds))
 
-    def step(self, chunks: np.ndarray, reset_seeds: np.ndarray) -> ChunkStep:
+    def step(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> ChunkStep:
         """Executes one chunk in every environment.
 
         Args:
             chunks: Actions in the environment's units, `[N, H, A]`; all H are executed unless the episode ends.
             reset_seeds: Seeds of the next episodes, `[N]`, used where one ends.
+            cut: Environments whose episode ends after this chunk in any case, `[N]` bool; None is no one's.
         """
-        self.send(chunks, reset_seeds)
+        self.send(chunks, reset_seeds, cut)
         return self.receive()
 
-    def send(self, chunks: np.ndarray, reset_seeds: np.ndarray) -> None:
+    def send(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> None:
         """First half of `step`: hands the chunks out and returns at once (with workers)."""
         chunks = self._checked(chunks, "chunks")
         if chunks.ndim != 3 or chunks.shape[1] < 1:
@@ -437,9 +442,10 @@ class ChunkedVectorEnv:
         if self._pending is not None:
             raise RuntimeError("send was called twice: receive the first result before sending again")
         reset_seeds = self._checked(reset_seeds, "reset_seeds")
+        cut = self._checked(np.zeros(self.num_envs, dtype=bool) if cut is None else cut, "cut")
         if self._local is None:
-            self._ask("step", chunks, reset_seeds)
-        self._pending = (chunks, reset_seeds)
+            self._ask("step", chunks, reset_seeds, cut)
+        self._pending = (chunks, reset_seeds, cut)
 
     def receive(self) -> ChunkStep:
         """Second half of `step`: waits for the results."""
