@@ -116,7 +116,7 @@ RUN_FIELDS = {
     "actors begin fresh episodes, which is what makes a resumed run continue exactly.",
     "save_checkpoint": "False: as `save_freq=0`.",
     "env_eval_freq": "Iterations between validations of the policy by the actors, without exploration; 0 is never. "
-    "Each is a checkpoint, too; the best one is `checkpoints/best`.",
+    "`checkpoints/best` is the best of them.",
     "eval.n_episodes": "Starts of a validation, shared by the actors. The other `eval.*` fields are `lerobot-eval`'s.",
     "seed": "Of the run: new weights, exploration, starts, minibatches. Actor and learner must agree on it.",
     "output_dir": "Checkpoints, `metrics.jsonl` and `logs/`. A folder with checkpoints is refused unless the run is "

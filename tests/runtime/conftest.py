@@ -43,6 +43,7 @@ SMALL = [
     "--algorithm.collection.num_envs=4",
     "--algorithm.collection.num_workers=0",
     "--algorithm.collection.decisions=4",
+    "--algorithm.collection.eval_envs=2",
     "--algorithm.epochs=2",
     "--algorithm.minibatch_size=8",
     "--algorithm.critic_warmup=1",

@@ -157,11 +157,20 @@ def test_best_stays_where_it_was_marked(tmp_path: Path) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path, make_state(algorithm, step, float(step)))
         if step == 1:
-            checkpoint.mark_best(tmp_path, 100, step)
+            assert checkpoint.mark_best(tmp_path, make_state(algorithm, step, float(step))) is None
     assert saved_policy(tmp_path / "checkpoints/best") == 1.0
-    checkpoint.mark_best(tmp_path, 100, 2)
-    assert saved_policy(tmp_path / "checkpoints/best") == 2.0
     assert checkpoint.find_last(tmp_path).name == "000002"
+
+
+def test_best_is_written_where_last_is_another(tmp_path: Path) -> None:
+    algorithm = Regression()
+    checkpoint.save(tmp_path, make_state(algorithm, 1, 1.0))
+    for step in (1, 3, 4):
+        superseded = checkpoint.mark_best(tmp_path, make_state(algorithm, step, float(step)))
+        assert saved_policy(tmp_path / "checkpoints/best") == step
+        # The one that last points at is not to be removed.
+        assert (superseded and superseded.name) == (None if step < 4 else "000003")
+    assert checkpoint.find_last(tmp_path).name == "000001"
 
 
 def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:

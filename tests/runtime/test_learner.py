@@ -107,6 +107,26 @@ def reproducible(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
+    """Makes the validations find a given success, one after another; the last one again and again."""
+
+    def find(successes: list[float]) -> None:
+        left = list(successes)
+
+        def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
+            success = left.pop(0) if len(left) > 1 else left[0]
+            solved = np.arange(len(seeds)) < success * len(seeds)
+            return Evaluation(solved, np.zeros(len(seeds), dtype=np.int64))
+
+        monkeypatch.setattr("lerobot_policy_pi_rl.runtime.actor.evaluate", evaluate)
+
+    return find
+
+
+VALIDATED = ("--env_eval_freq=1", "--eval.n_episodes=10")
+
+
 def test_a_run_learns_from_every_decision(train: Train) -> None:
     rows = iterations(train("--steps=4"))
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -135,12 +155,31 @@ def test_every_validation_start_runs_once_however_many_actors_there_are(train: T
     assert all(row["eval/success"] == pytest.approx(3 / 7) for row in one + two)
 
 
-def test_the_best_checkpoint_is_the_first_of_the_best(train: Train, tmp_path: Path) -> None:
-    rows = evaluations(train("--steps=2", "--env_eval_freq=1", "--eval.n_episodes=7", "--env.fate=true"))
-    assert [row["eval/best_version"] for row in rows] == [0, 0, 0]
+def test_the_best_checkpoint_is_the_last_of_the_best(
+    train: Train, validations: Callable[[list[float]], None], tmp_path: Path
+) -> None:
+    validations([0.5, 0.7, 0.7, 0.9, 0.9, 0.8])
+    rows = evaluations(train("--steps=5", "--save_freq=2", *VALIDATED))
+    assert [row["eval/best_version"] for row in rows] == [0, 1, 2, 3, 4, 4]
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert (checkpoints / "best").readlink() == Path("000000")
-    assert (checkpoints / "last").readlink() == Path("000002")
+    assert (checkpoints / "best").readlink() == Path("000004")
+    assert (checkpoints / "last").readlink() == Path("000005")
+    # Those that were written for being the best are gone since others are.
+    assert sorted(path.name for path in checkpoints.glob("0*")) == ["000000", "000002", "000004", "000005"]
+
+
+def test_validation_leaves_the_episodes_alone(train: Train) -> None:
+    without = train("--steps=5", folder="without")
+    rows = train("--steps=5", "--env_eval_freq=1", "--eval.n_episodes=5", folder="beside")
+    assert list(map(reproducible, iterations(rows))) == list(map(reproducible, without))
+    within = train(
+        "--steps=5",
+        "--env_eval_freq=1",
+        "--eval.n_episodes=5",
+        "--algorithm.collection.eval_envs=0",
+        folder="within",
+    )
+    assert reproducible(iterations(within)[-1]) != reproducible(without[-1])
 
 
 def test_a_run_ends_when_its_steps_are_used_up(train: Train) -> None:
@@ -162,31 +201,11 @@ def test_a_run_ends_when_the_policy_is_good_enough(train: Train) -> None:
     assert [row["step"] for row in iterations(rows)] == [1]
 
 
-@pytest.fixture
-def validations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None]:
-    """Makes the validations find a given success, one after another; the last one again and again."""
-
-    def find(successes: list[float]) -> None:
-        left = list(successes)
-
-        def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
-            success = left.pop(0) if len(left) > 1 else left[0]
-            solved = np.arange(len(seeds)) < success * len(seeds)
-            return Evaluation(solved, np.zeros(len(seeds), dtype=np.int64))
-
-        monkeypatch.setattr("lerobot_policy_pi_rl.runtime.actor.evaluate", evaluate)
-
-    return find
-
-
-VALIDATED = ("--env_eval_freq=1", "--eval.n_episodes=10")
-
-
 def test_a_collapsed_policy_makes_way_for_the_best_one(
     train: Train, validations: Callable[[list[float]], None], tmp_path: Path
 ) -> None:
     validations([0.5, 0.6, 0.9, 0.3, 0.8])
-    rows = train("--steps=6", *VALIDATED)
+    rows = train("--steps=6", "--save_freq=1", *VALIDATED)
     assert [row["eval/success"] for row in evaluations(rows)] == [0.5, 0.6, 0.9, 0.3, 0.8, 0.8, 0.8]
     assert [row["eval/rollbacks"] for row in evaluations(rows)] == [0, 0, 0, 0, 1, 1, 1]
     # Nothing is learned from the decisions of the collapsed version 3.
@@ -242,7 +261,7 @@ def test_a_resumed_run_is_the_run(train: Train, explorer: str, tmp_path: Path) -
     plain = (
         f"--policy.explorer.kind={explorer}",
         "--save_freq=2",
-        "--env_eval_freq=2",
+        "--env_eval_freq=1",
         "--eval.n_episodes=6",
     )
     whole = train(*plain, "--steps=6", folder="whole")

@@ -25,6 +25,9 @@ class CollectionConfig:
     # Environments that begin their episodes from the same starts, so that their returns can be compared; 1 is off.
     # Every iteration then begins with fresh episodes.
     group_size: int = 1
+    # Environments that an actor keeps for validation alone; 0 validates in those of the collection (a robot), all of
+    # whose episodes then begin anew.
+    eval_envs: int = 32
     # Number of actors the learner waits for before the first iteration.
     num_actors: int = 1
     # Most actors that may be connected at once.
@@ -44,6 +47,7 @@ class CollectionConfig:
             ("num_workers", 0),
             ("decisions", 1),
             ("group_size", 1),
+            ("eval_envs", 0),
             ("num_actors", 1),
             ("actor_id", 0),
         ):

@@ -9,7 +9,7 @@ from threading import Event
 import numpy as np
 
 from .client import LearnerClient, LearnerLost
-from .collector import Collector, make_groups
+from .collector import Collector, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
@@ -34,9 +34,12 @@ class Actor:
         policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         self._stop, self._collection = stop, algorithm_cfg.collection
         # First of all, because it forks: no thread of gRPC or torch may run yet.
-        self._groups = make_groups(env_cfg, self._collection)
+        groups = make_groups(env_cfg, self._collection)
+        own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
+        # Where the policy is validated.
+        self._eval_groups = own or groups
         self._player = make_player(cfg)
-        self._collector = Collector(self._player, self._groups, self._collection, cfg.seed or 0)
+        self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0)
         self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
         link = policy_cfg.actor_learner_config
         self._client = LearnerClient(
@@ -100,7 +103,7 @@ class Actor:
         # An actor beyond the configured number would run somebody else's starts a second time.
         share = self._validation[mine::actors] if mine < actors else self._validation[:0]
         began = time.perf_counter()
-        result = evaluate(self._player, self._groups, share)
+        result = evaluate(self._player, self._eval_groups, share)
         self._client.send_interaction(
             {
                 "kind": "evaluation",
@@ -125,3 +128,5 @@ class Actor:
         """Sends what is queued, leaves the learner and ends the environments."""
         self._client.close()
         self._collector.close()
+        for group in self._eval_groups:
+            group.envs.close()

@@ -86,12 +86,13 @@ class Resumed:
     counters: dict[str, int | float]
 
 
-def save(output_dir: Path, state: TrainingState) -> Path:
-    """Writes a checkpoint and points `last` at it.
+def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LINK) -> Path:
+    """Writes a checkpoint and points a link at it.
 
     Args:
         output_dir: The run's directory.
         state: What to write.
+        link: `last`, from which a run is resumed, or `best`.
 
     Returns:
         The checkpoint's directory.
@@ -102,13 +103,29 @@ def save(output_dir: Path, state: TrainingState) -> Path:
     _write(aside, state)
     _synchronise(aside)
     _move_into_place(aside, place)
-    _point_at(place, LAST_CHECKPOINT_LINK)
+    _point_at(place, link)
     return place
 
 
-def mark_best(output_dir: Path, total_steps: int, step: int) -> None:
-    """Points `best` at the checkpoint of a step, which must exist."""
-    _point_at(get_step_checkpoint_dir(output_dir, total_steps, step), BEST_CHECKPOINT_LINK)
+def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
+    """Points `best` at the checkpoint of the current step, which is written unless `last` is it.
+
+    Args:
+        output_dir: The run's directory.
+        state: What the checkpoint holds, or is to hold.
+
+    Returns:
+        The checkpoint that was the best one before, if nothing points at it any more.
+    """
+    folder = output_dir / CHECKPOINTS_DIR
+    best = folder / BEST_CHECKPOINT_LINK
+    before, last = best.is_dir() and best.resolve(), (folder / LAST_CHECKPOINT_LINK).resolve()
+    place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step).resolve()
+    if place == last:
+        _point_at(place, BEST_CHECKPOINT_LINK)
+    else:
+        save(output_dir, state, BEST_CHECKPOINT_LINK)
+    return before if before and before not in (place, last) else None
 
 
 def find_last(output_dir: Path) -> Path:

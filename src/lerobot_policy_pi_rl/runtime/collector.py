@@ -154,12 +154,21 @@ def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]
 
     It forks processes: call it before gRPC starts.
     """
-    first = collection.actor_id * collection.num_envs
-    count = max(1, min(collection.num_workers, collection.num_envs))
-    bounds = np.linspace(0, collection.num_envs, count + 1).astype(int).tolist()
+    return _split(env_cfg, collection, collection.num_envs, collection.group_size)
+
+
+def make_eval_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
+    """The same for the environments of validation alone; none if there are none."""
+    return _split(env_cfg, collection, collection.eval_envs, 1) if collection.eval_envs else []
+
+
+def _split(env_cfg: EnvConfig, collection: CollectionConfig, num_envs: int, same_start: int) -> list[Group]:
+    first = collection.actor_id * num_envs
+    count = max(1, min(collection.num_workers, num_envs))
+    bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, number, first + start, stop - start, workers, collection.group_size)
+        Group(env_cfg, number, first + start, stop - start, workers, same_start)
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 

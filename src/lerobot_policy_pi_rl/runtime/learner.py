@@ -1,6 +1,7 @@
 """The learner: a runner around the algorithm. Receive, update, publish, checkpoint, log."""
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ class Progress:
         seconds: Wall time of the run, pauses between resumes left out.
         best_success: Highest validation success so far; -1 before the first evaluation.
         best_version: Version that reached it.
-        validations_since_best: How many evaluations came after it.
+        validations_since_best: How many evaluations in a row were not better than all before.
         rollbacks: How often the best checkpoint was brought back.
         runaways: Iterations in a row whose update was out of control.
     """
@@ -281,12 +282,17 @@ class Learner:
         return self._cfg.env_eval_freq > 0 and version % self._cfg.env_eval_freq == 0
 
     def _is_milestone(self, version: int) -> bool:
-        """Whether a checkpoint is due; at each of them all actors begin fresh episodes, so that it can be resumed."""
+        """Whether a checkpoint is due; at each of them all actors begin fresh episodes, so that it can be resumed.
+
+        They do that, too, when their environments were used for an evaluation.
+        """
         saves = self._cfg.save_checkpoint and self._cfg.save_freq > 0 and version % self._cfg.save_freq == 0
-        return saves or self._evaluates(version)
+        return saves or (self._evaluates(version) and not self._config.collection.eval_envs)
 
     def _consider_best(self, version: int, evaluations: list[dict[str, Scalar]]) -> bool:
-        """Reads and logs an evaluation of a version and, if none was better, makes its checkpoint the best one.
+        """Reads and logs an evaluation of the current version and, if none was better, makes it the best checkpoint.
+
+        Of equals the later one is taken: it has learned more, and a validation does not see everything.
 
         Returns:
             Whether the version is so bad that the best one should be brought back.
@@ -295,12 +301,14 @@ class Learner:
         if not episodes:
             return False
         progress, success = self._progress, total(evaluations, "successes") / episodes
-        if success > progress.best_success:
+        progress.validations_since_best = (
+            0 if success > progress.best_success else progress.validations_since_best + 1
+        )
+        if success >= progress.best_success:
             progress.best_success, progress.best_version = success, version
-            progress.validations_since_best = 0
-            checkpoint.mark_best(self._output_dir, self._cfg.steps, version)
-        else:
-            progress.validations_since_best += 1
+            superseded = checkpoint.mark_best(self._output_dir, self._training_state())
+            if superseded is not None and not self._is_milestone(int(superseded.name)):
+                shutil.rmtree(superseded)
         row = {
             "eval/success": success,
             "eval/episodes": episodes,
@@ -324,19 +332,19 @@ class Learner:
         self._service.publish(self._progress.version, payload)
 
     def _save(self) -> None:
-        checkpoint.save(
-            self._output_dir,
-            checkpoint.TrainingState(
-                step=self._progress.version,
-                total_steps=self._cfg.steps,
-                config=self._cfg,
-                policy=self._player.policy,
-                preprocessor=self._player.preprocessor,
-                postprocessor=self._player.postprocessor,
-                algorithm=self._algorithm,
-                optimizers=self._algorithm.get_optimizers(),
-                counters=asdict(self._progress),
-            ),
+        checkpoint.save(self._output_dir, self._training_state())
+
+    def _training_state(self) -> checkpoint.TrainingState:
+        return checkpoint.TrainingState(
+            step=self._progress.version,
+            total_steps=self._cfg.steps,
+            config=self._cfg,
+            policy=self._player.policy,
+            preprocessor=self._player.preprocessor,
+            postprocessor=self._player.postprocessor,
+            algorithm=self._algorithm,
+            optimizers=self._algorithm.get_optimizers(),
+            counters=asdict(self._progress),
         )
 
     def _resume(self) -> Progress:
