@@ -127,11 +127,13 @@ def supervised_command(demonstrations: Path, output: Path, seed: int) -> list[st
     ]
 
 
-def improvement_command(task: str, checkpoint: Path, output: Path, seed: int) -> list[str]:
+def improvement_command(
+    task: str, checkpoint: Path, output: Path, seed: int, recipe: str = "metaworld"
+) -> list[str]:
     """PI-RL: learner and actor."""
     return [
         "lerobot-pi-rl-train",
-        "--config_path=recipes/metaworld.json",
+        f"--config_path=recipes/{recipe}.json",
         f"--policy.path={checkpoint}",
         f"--env.task={task}",
         f"--output_dir={output}",

@@ -147,6 +147,19 @@ def test_every_seed_may_have_its_own_number_of_demonstrations() -> None:
         plan.parse(changed(seeds=[0, 4], tasks={"reach-v3": {"demonstrations": [3]}}))
 
 
+def test_a_task_may_have_another_recipe(tmp_path: Path) -> None:
+    tasks = {
+        "reach-v3": {"demonstrations": 1},
+        "MT10": {"demonstrations": 1, "recipe": "metaworld_mt10"},
+    }
+    default, other = (
+        stages.stages(cell, tmp_path).train for cell in plan.parse(changed(tasks=tasks)).cells[:2]
+    )
+    assert "--config_path=recipes/metaworld.json" in default.command
+    assert "--config_path=recipes/metaworld_mt10.json" in other.command
+    assert (default.folder.name, other.folder.name) == ("pi_rl", "pi_rl_metaworld_mt10")
+
+
 def test_overrides_of_the_variant_come_after_those_of_the_task() -> None:
     task = {"demonstrations": 1, "overrides": {"train": ["--steps=1"], "supervised": ["--steps=2"]}}
     content = changed(tasks={"reach-v3": task}, variants={"more": {"train": ["--steps=3"]}})
@@ -167,6 +180,10 @@ def test_overrides_of_the_variant_come_after_those_of_the_task() -> None:
         (
             changed(tasks={"reach-v3": {"demonstrations": 0}}),
             "tasks.reach-v3.demonstrations: must be at least 1",
+        ),
+        (
+            changed(tasks={"reach-v3": {"demonstrations": 1, "recipe": "none"}}),
+            "tasks.reach-v3.recipe: there is no recipe 'none'; there are: metaworld",
         ),
         (changed(variants={}), "variants: needs at least one"),
         (changed(variants={"a": {"rain": []}}), "variants.a: unknown key 'rain'; did you mean 'train'"),

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent.parent / "grids"
+RECIPES = FOLDER.parent.parent / "recipes"
+RECIPE = "metaworld"
 # MetaWorld's demonstrations know this many blocks of starts.
 NUM_SEEDS = 50
 # What the runner sets itself, in every command.
@@ -65,6 +67,7 @@ class Cell:
         variant: Name of the variant.
         demonstrations: Number of demonstrations per task.
         num_evaluations: Held-out starts per task.
+        recipe: Name of the file in `recipes` that PI-RL runs with.
         overrides: Of the task and the variant.
     """
 
@@ -73,6 +76,7 @@ class Cell:
     variant: str
     demonstrations: int
     num_evaluations: int
+    recipe: str
     overrides: Overrides
 
     def __str__(self) -> str:
@@ -160,7 +164,8 @@ def parse(content: Any) -> Grid:
     variants = _named("variants", grid.get("variants", {"default": {}}))
     stages = [f.name for f in fields(Overrides)]
     for task, entry in tasks.items():
-        _record(f"tasks.{task}", entry, required=("demonstrations",), optional=("overrides",))
+        _record(f"tasks.{task}", entry, required=("demonstrations",), optional=("recipe", "overrides"))
+        _recipe(f"tasks.{task}.recipe", entry.get("recipe", RECIPE))
         _per_seed(f"tasks.{task}.demonstrations", entry["demonstrations"], seeds)
     cells = tuple(
         Cell(
@@ -169,6 +174,7 @@ def parse(content: Any) -> Grid:
             variant=variant,
             demonstrations=_per_seed("demonstrations", tasks[task]["demonstrations"], seeds)[seed],
             num_evaluations=count,
+            recipe=tasks[task].get("recipe", RECIPE),
             overrides=_overrides(f"tasks.{task}.overrides", tasks[task].get("overrides", {}), stages)
             + _overrides(f"variants.{variant}", variants[variant], stages),
         )
@@ -216,6 +222,11 @@ def _per_seed(name: str, value: Any, seeds: list[int]) -> dict[int, int]:
     for number in numbers:
         _check(_whole(number) and number >= 1, f"{name}: must be at least 1, got {number!r}")
     return dict(zip(seeds, numbers, strict=True))
+
+
+def _recipe(name: str, value: Any) -> None:
+    known = sorted(file.stem for file in RECIPES.glob("*.json"))
+    _check(value in known, f"{name}: there is no recipe {value!r}; there are: {', '.join(known)}")
 
 
 def _record(

@@ -27,7 +27,7 @@ from examples.metaworld_demo import (
     supervised_command,
 )
 
-from .plan import Cell, slug
+from .plan import RECIPE, Cell, slug
 
 OUTPUT = ROOT / "outputs/grid"
 PORT = "--policy.actor_learner_config.learner_port"
@@ -118,7 +118,7 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
     place = place / _name("", more.demonstrations) if more.demonstrations else place
     demonstrations, supervised = place / "demonstrations", place / _name("supervised", more.supervised)
     # What evaluates otherwise, trains and validates in another environment or policy as well.
-    train = supervised / _name("pi_rl", more.train)
+    train = supervised / _name("pi_rl" if cell.recipe == RECIPE else f"pi_rl_{cell.recipe}", more.train)
 
     def evaluation(name: str, title: str, made_by: Path, link: str) -> Stage:
         folder = made_by / _name(f"{name}_{cell.num_evaluations}", more.evaluation)
@@ -148,7 +148,9 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
             "PI-RL",
             train,
             (
-                *improvement_command(cell.task, _relative(start), _relative(train / "output"), cell.seed),
+                *improvement_command(
+                    cell.task, _relative(start), _relative(train / "output"), cell.seed, cell.recipe
+                ),
                 *more.train,
             ),
             learns=True,
