@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import processor_pi_rl  # noqa: F401  registers the processor steps that checkpoints name
-from .bases.adapter import FlowBase
+from .bases.adapter import Context, FlowBase
 from .bases.registry import make_base
 from .configuration_pi_rl import ExplorerConfig, PIRLConfig
 from .errors import config_error
@@ -106,20 +106,21 @@ class PIRLPolicy(PreTrainedPolicy):
         """
         return self.base.loss(batch), {}
 
-    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+    def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation once; the context serves every denoising step."""
         return self.base.encode(batch)
 
-    def field(self, context: Tensor, x_t: Tensor, t: Tensor) -> FieldOutput:
+    def field(self, context: Context, x_t: Tensor, t: Tensor) -> FieldOutput:
         """Velocity, and the learned deviation if there is one, of states `[B, H, D]` at times `[B]`."""
         output = self.base.velocity(context, x_t, t)
         std = self.noise_network(output.features, t) if self.noise_network is not None else None
         return FieldOutput(output.velocity, std)
 
-    def initial_noise(self, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def initial_noise(self, context: Context, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal noise at `t = 1` for each row of a context, `[B, H, D]`."""
-        shape = (like.shape[0], self.base.chunk_size, self.base.action_dim)
-        return torch.randn(shape, device=like.device, generator=generator)
+        some = next(iter(context.values()))
+        shape = (len(some), self.base.chunk_size, self.base.action_dim)
+        return torch.randn(shape, device=some.device, generator=generator)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 
+# What an observation is encoded into: named tensors with B rows each, so that it can be cut, moved and kept.
+Context = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Velocity:
     """One evaluation of the velocity network.
@@ -39,11 +43,11 @@ class FlowBase(nn.Module, ABC):
     critic_dim: int
 
     @abstractmethod
-    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+    def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation into a context with B rows."""
 
     @abstractmethod
-    def velocity(self, context: Tensor, x_t: Tensor, t: Tensor) -> Velocity:
+    def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
         """Velocity of states `x_t` `[B, H, D]` at times `t` `[B]`."""
 
     @abstractmethod

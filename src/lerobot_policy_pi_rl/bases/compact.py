@@ -7,7 +7,7 @@ import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
-from .adapter import FlowBase, Velocity
+from .adapter import Context, FlowBase, Velocity
 from .configuration import TASK_EMBEDDING, CompactConfig
 
 if TYPE_CHECKING:
@@ -108,18 +108,18 @@ class CompactBase(FlowBase):
         ]
         return torch.cat(parts, dim=1)
 
-    def encode(self, batch: dict[str, Tensor]) -> Tensor:
+    def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation, `[B, hidden]`."""
-        return self.observe(self.observation_features(batch))
+        return {"observation": self.observe(self.observation_features(batch))}
 
     def critic_features(self, batch: dict[str, Tensor]) -> Tensor:
         """The observation's own features, detached, `[B, critic_dim]`."""
         with torch.no_grad():
             return self.observation_features(batch)
 
-    def velocity(self, context: Tensor, x_t: Tensor, t: Tensor) -> Velocity:
+    def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
         """Velocity of the states `[B, H, D]` at the times `[B]`."""
-        hidden = self.enter(torch.cat([x_t.flatten(1), self.time(t)], dim=1)) + context
+        hidden = self.enter(torch.cat([x_t.flatten(1), self.time(t)], dim=1)) + context["observation"]
         for block in self.blocks:
             hidden = block(hidden)
         hidden = nn.functional.silu(hidden)
