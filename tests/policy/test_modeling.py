@@ -1,12 +1,12 @@
 """The policy: acting is the ODE, exploring and scoring agree, and a checkpoint is the same policy."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.policies.common.flow_matching import euler_integrate
 from torch import Tensor
 
 from lerobot_policy_pi_rl.bases.configuration import TASK_EMBEDDING, CompactConfig
@@ -22,15 +22,14 @@ EXPLORERS = [
 
 
 def euler(policy: PIRLPolicy, batch: Batch, noise: Tensor) -> Tensor:
-    """The base's own sampler, written out: K Euler steps of its velocity from noise to action."""
-    num_steps = policy.config.num_inference_steps
-    times = [torch.tensor(1 - k / num_steps) for k in range(num_steps + 1)]
-    x = noise
+    """K Euler steps of the base's velocity from noise to action, as LeRobot's policies take them."""
     with torch.no_grad():
         context = policy.base.encode(batch)
-        for t, t_next in itertools.pairwise(times):
-            x = x - (t - t_next) * policy.base.velocity(context, x, t.expand(len(x))).velocity
-    return x
+        return euler_integrate(
+            lambda x, t: policy.base.velocity(context, x, t).velocity,
+            noise,
+            policy.config.num_inference_steps,
+        )
 
 
 def randomise_noise_network(policy: PIRLPolicy, scale: float) -> None:

@@ -18,4 +18,7 @@ def time_grid(
         `t_k = 1 - k / K` for `k = 0..K`, shape `[K + 1]`.
     """
     steps = torch.arange(num_steps + 1, device=device, dtype=torch.float64)
-    return (1 - steps / num_steps).to(dtype)
+    # Rounded in the same order as LeRobot's `euler_integrate`, so that both see the same times to the bit.
+    grid = 1 + steps * (-1 / num_steps)
+    grid[-1] = 0
+    return grid.to(dtype)

@@ -80,7 +80,9 @@ def schedule(kind: StepKind, level: float, num_steps: int, device: torch.device)
     # A tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         grid = time_grid(num_steps, device)
-        return Schedule(grid[:-1], coefficients(kind, grid[:-1], grid[1:], level))
+        steps = coefficients(kind, grid[:-1], grid[1:], level)
+        # All steps are equally long; the difference of two rounded times is not quite, and stock samplers use this.
+        return Schedule(grid[:-1], replace(steps, delta=torch.full_like(steps.delta, 1 / num_steps)))
 
 
 def at(steps: Coefficients, k: int) -> Coefficients:
