@@ -115,13 +115,17 @@ def demonstrations_command(task: str, count: int, seed: int, root: Path) -> list
     ]
 
 
+def dataset_arguments(demonstrations: Path) -> list[str]:
+    """Where the demonstrations are."""
+    return [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={demonstrations}"]
+
+
 def supervised_command(demonstrations: Path, output: Path, seed: int) -> list[str]:
     """LeRobot's own training."""
     return [
         "lerobot-train",
         "--config_path=recipes/metaworld_supervised.json",
-        f"--dataset.repo_id={REPO_ID}",
-        f"--dataset.root={demonstrations}",
+        *dataset_arguments(demonstrations),
         f"--output_dir={output}",
         f"--seed={seed}",
     ]

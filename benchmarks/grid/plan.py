@@ -148,14 +148,7 @@ def parse(content: Any) -> Grid:
     )
     name = grid["name"]
     _check(isinstance(name, str) and slug([name]) == name, f"name: {name!r} is no name for a folder")
-    seeds = grid["seeds"]
-    _check(isinstance(seeds, list) and bool(seeds), f"seeds: needs a list such as [0, 1, 2], got {seeds!r}")
-    for seed in seeds:
-        _check(
-            _whole(seed) and 0 <= seed < NUM_SEEDS,
-            f"seeds: {seed!r} is no whole number from 0 to {NUM_SEEDS - 1}",
-        )
-    _check(len(set(seeds)) == len(seeds), f"seeds: {seeds} names one twice")
+    everywhere = _seeds("seeds", grid["seeds"])
     count = grid.get("num_evaluations", 100)
     _check(
         _whole(count) and count >= 1, f"num_evaluations: must be a whole number of at least 1, got {count!r}"
@@ -163,22 +156,29 @@ def parse(content: Any) -> Grid:
     tasks = _named("tasks", grid["tasks"])
     variants = _named("variants", grid.get("variants", {"default": {}}))
     stages = [f.name for f in fields(Overrides)]
+    seeds: dict[str, list[int]] = {}
     for task, entry in tasks.items():
-        _record(f"tasks.{task}", entry, required=("demonstrations",), optional=("recipe", "overrides"))
+        _record(
+            f"tasks.{task}", entry, required=("demonstrations",), optional=("seeds", "recipe", "overrides")
+        )
         _recipe(f"tasks.{task}.recipe", entry.get("recipe", RECIPE))
-        _per_seed(f"tasks.{task}.demonstrations", entry["demonstrations"], seeds)
+        seeds[task] = _seeds(f"tasks.{task}.seeds", entry.get("seeds", everywhere))
+        _per_seed(f"tasks.{task}.demonstrations", entry["demonstrations"], seeds[task])
     cells = tuple(
         Cell(
             task=task,
-            seed=seed,
+            seed=seeds[task][place],
             variant=variant,
-            demonstrations=_per_seed("demonstrations", tasks[task]["demonstrations"], seeds)[seed],
+            demonstrations=_per_seed("demonstrations", tasks[task]["demonstrations"], seeds[task])[
+                seeds[task][place]
+            ],
             num_evaluations=count,
             recipe=tasks[task].get("recipe", RECIPE),
             overrides=_overrides(f"tasks.{task}.overrides", tasks[task].get("overrides", {}), stages)
             + _overrides(f"variants.{variant}", variants[variant], stages),
         )
-        for seed, variant, task in itertools.product(seeds, variants, tasks)
+        for place, variant, task in itertools.product(range(max(map(len, seeds.values()))), variants, tasks)
+        if place < len(seeds[task])
     )
     return Grid(name, cells)
 
@@ -210,6 +210,17 @@ def _check(holds: bool, message: str) -> None:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _seeds(name: str, value: Any) -> list[int]:
+    _check(isinstance(value, list) and bool(value), f"{name}: needs a list such as [0, 1, 2], got {value!r}")
+    for seed in value:
+        _check(
+            _whole(seed) and 0 <= seed < NUM_SEEDS,
+            f"{name}: {seed!r} is no whole number from 0 to {NUM_SEEDS - 1}",
+        )
+    _check(len(set(value)) == len(value), f"{name}: {value} names one twice")
+    return value
 
 
 def _per_seed(name: str, value: Any, seeds: list[int]) -> dict[int, int]:

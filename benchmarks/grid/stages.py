@@ -21,6 +21,7 @@ from typing import Any
 
 from examples.metaworld_demo import (
     ROOT,
+    dataset_arguments,
     demonstrations_command,
     evaluation_command,
     improvement_command,
@@ -151,6 +152,7 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
                 *improvement_command(
                     cell.task, _relative(start), _relative(train / "output"), cell.seed, cell.recipe
                 ),
+                *(dataset_arguments(data) if _trains_on_demonstrations(more.train) else ()),
                 *more.train,
             ),
             learns=True,
@@ -158,6 +160,10 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
         best=evaluation("evaluation_best", "evaluation of the best", train, "best"),
         last=evaluation("evaluation_last", "evaluation of the last", train, "last"),
     )
+
+
+def _trains_on_demonstrations(overrides: Sequence[str]) -> bool:
+    return any(argument.startswith("--algorithm.demonstration_weight=") for argument in overrides)
 
 
 def success(stage: Stage) -> float:

@@ -26,7 +26,7 @@ class ExplorerConfig:
     recording: str | None = None
     # Scale of the noise of flow_sde and flow_cps. The first flow_sde step has exactly this standard deviation, in
     # units of the normalised action.
-    noise_level: float = 0.5
+    noise_level: float = 1.0
     # Correlation of the noise between neighbouring steps of a chunk, 0 to below 1 (flow_sde only).
     noise_correlation: float = 0.5
     # Range of the standard deviation that flow_noise learns, in units of the normalised action.

@@ -26,7 +26,7 @@ def learn(algorithm: PIRLAlgorithm, collect: Collect, seed: int) -> list[float]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_success_rises_with_flow_sde(make_algorithm: MakeAlgorithm, collect: Collect, seed: int) -> None:
-    success = learn(make_algorithm(lr=1e-3, critic_warmup=2), collect, seed)
+    success = learn(make_algorithm({"noise_level": 0.5}, lr=1e-3, critic_warmup=2), collect, seed)
     assert success[0] < 0.3
     assert success[-1] > 0.85
 

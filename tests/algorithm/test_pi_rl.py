@@ -343,7 +343,7 @@ def test_divergence_stays_near_its_target_over_many_iterations(
         rollout = collect(algorithm, seed=number)
         algorithm.update(iter([rollout]))
         measured.append(float(approximate_kl(log_ratio(algorithm, rollout))))
-    assert max(measured[4:]) < 0.02 * 4
+    assert max(measured[4:]) < 0.02 * 5
 
 
 # Terms of the objective

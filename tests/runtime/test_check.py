@@ -194,7 +194,7 @@ def test_a_real_policy(measured: Callable[..., Measured], workers: int) -> None:
     assert (findings.batch, findings.groups) == ((2, 2) if workers else (4, 1))
     assert min(findings.policy_seconds, findings.env_seconds, findings.steps_per_s) > 0
     assert findings.time_limit == 12
-    assert (findings.noise_setting, findings.noise) == ("policy.explorer.noise_level", 0.5)
+    assert (findings.noise_setting, findings.noise) == ("policy.explorer.noise_level", 1.0)
 
 
 def test_the_ode_is_that_of_the_first_validation_of_a_run(
@@ -227,9 +227,9 @@ def test_a_policy_of_nothing_but_nan(
 ) -> None:
     step = environments._Slot.step
 
-    def finite(slot: Any, chunk: np.ndarray, seed: int) -> Any:
+    def finite(slot: Any, chunk: np.ndarray, *rest: Any) -> Any:
         assert np.isfinite(chunk).all()
-        return step(slot, chunk, seed)
+        return step(slot, chunk, *rest)
 
     monkeypatch.setattr(environments._Slot, "step", finite)
 

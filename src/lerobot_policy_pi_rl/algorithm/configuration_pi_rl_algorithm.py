@@ -89,7 +89,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Decisions per gradient step.
     minibatch_size: int = 512
     # Clip range of the probability ratio.
-    clip_ratio: float = 0.2
+    clip_ratio: float = 0.4
     # Lower bound of the objective for negative advantages, as a multiple of the advantage (dual clip); null is off.
     dual_clip: float | None = None
     # How the log-probability of a decision is reduced: `sum` (exact), `mean_steps` (over the recorded denoising
@@ -119,7 +119,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Largest learning rate that the adaptive schedule sets.
     lr_max: float = 1e-3
     # Wanted divergence between the policies before and after an iteration, in nats per decision.
-    target_kl: float = 0.1
+    target_kl: float = 0.2
     # The remaining epochs of an iteration are skipped once its divergence passes this multiple of target_kl.
     kl_stop: float = 3.0
 
