@@ -215,6 +215,11 @@ def demos() -> None:
     _run("demos")
 
 
+def export() -> None:
+    """`lerobot-pi-rl-export`."""
+    _run("export")
+
+
 def _run(name: str) -> None:
     """Imports and runs one of the package's commands.
 

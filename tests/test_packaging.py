@@ -85,8 +85,9 @@ def test_command_is_installed_and_importable(command: str) -> None:
 
 
 @pytest.mark.slow
-def test_import_adds_no_heavy_module_to_lerobots_configuration() -> None:
-    extra = _imports_after("lerobot.configs.policies", NAME)
+def test_import_adds_no_heavy_module_to_lerobots_policies() -> None:
+    """Every command of LeRobot's loads its policies, and they transformers, where it is installed."""
+    extra = _imports_after("lerobot.policies", NAME)
     heavy = [
         name for name in extra if any(name == root or name.startswith(f"{root}.") for root in HEAVY_MODULES)
     ]

@@ -174,7 +174,7 @@ POLICY_ERRORS = [
     ("--policy.explorer.recording=all", "explorer.recording", "'all' is unknown"),
     ("--policy.explorer.noise_level=0", "explorer.noise_level", "must be above 0"),
     ("--policy.explorer.noise_std_min=0.5", "explorer.noise_std_min", "[0.5, 0.16] is upside down"),
-    ("--policy.num_inference_steps=0", "num_inference_steps", "at least 1 denoising step"),
+    ("--policy.num_inference_steps=-1", "num_inference_steps", "at least 1 denoising step"),
     ("--policy.n_action_steps=6", "n_action_steps", "between 1 and chunk_size=5, got 6"),
     ("--env.type=metaworld_state --env.task=rech-v3", "task", "did you mean reach-v3"),
 ]
@@ -226,7 +226,7 @@ def test_the_rl_parser_names_what_is_wrong_with_the_algorithm(
     [
         ("act", "is not a flow-matching policy"),
         ("diffusion", "is not a flow-matching policy"),
-        ("pi0", "has no adapter"),
+        ("xvla", "has no adapter"),
     ],
 )
 def test_a_base_that_cannot_be_one(run: Callable[..., object], base: str, problem: str) -> None:
@@ -247,13 +247,13 @@ def test_loading_a_checkpoint_names_a_setting_that_cannot_work(
 ) -> None:
     policy.save_pretrained(tmp_path)
     assert isinstance(PreTrainedConfig.from_pretrained(tmp_path), PIRLConfig)
-    arguments = [f"--policy.path={tmp_path}", "--policy.num_inference_steps=0"]
+    arguments = [f"--policy.path={tmp_path}", "--policy.num_inference_steps=-1"]
     needed = (
         "--env.type=metaworld_state" if command is lerobot_eval.eval_main else "--dataset.repo_id=no/thing"
     )
     with pytest.raises(SystemExit) as left:
         run(command, *arguments, needed)
-    assert_one_clear_line(left.value, "num_inference_steps", "at least 1 denoising step, got 0")
+    assert_one_clear_line(left.value, "num_inference_steps", "at least 1 denoising step, got -1")
 
 
 # Processes of their own, in which nothing has imported the package
@@ -275,7 +275,7 @@ class Ended:
 
 COMMANDS = {
     "import": [sys.executable, "-c", IMPORT_PROBE],
-    "train": [str(Path(sys.executable).with_name("lerobot-train")), *TRAIN, "--policy.chunk_size=0"],
+    "train": [str(Path(sys.executable).with_name("lerobot-train")), *TRAIN, "--policy.chunk_size=-1"],
     "learner": [sys.executable, "-m", "lerobot.rl.learner", DISCOVER, *RL],
     "actor": [sys.executable, "-m", "lerobot.rl.actor", DISCOVER, *RL],
     "learner without algorithm": [sys.executable, "-m", "lerobot.rl.learner", DISCOVER, *RL[:-1]],
@@ -317,7 +317,7 @@ def test_importing_the_package_is_cheap(ended: dict[str, Ended]) -> None:
 def test_lerobot_train_finds_the_package_by_itself(ended: dict[str, Ended]) -> None:
     """The policy is known, so the error is ours."""
     assert ended["train"].code == 1
-    assert ended["train"].last_line == "error: `policy.chunk_size`: must be at least 1, got 0"
+    assert ended["train"].last_line == "error: `policy.chunk_size`: must be at least 1, got -1"
     assert "lerobot_policy_pi_rl" not in ended["train"].stderr
 
 

@@ -1,18 +1,29 @@
 """Configuration of the `pi_rl` policy: a base flow policy and an explorer."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
-from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig
+from lerobot.optim.optimizers import OptimizerConfig
+from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig, LRSchedulerConfig
 from lerobot.policies.gaussian_actor.configuration_gaussian_actor import ActorLearnerConfig, ConcurrencyConfig
 from lerobot.utils.constants import ACTION
 
-from .bases.configuration import BaseConfig, CompactConfig
+from .bases.configuration import (
+    BaseConfig,
+    CompactConfig,
+    Sizes,
+    get_sizes,
+    load_stock_config,
+    set_sizes,
+)
 from .errors import check, config_error, refuse_stock_command
 
 EXPLORERS = ("flow_sde", "flow_cps", "flow_noise")
 RECORDINGS = ("hybrid", "joint")
+TRAINABLE = ("expert", "all")
 
 
 @dataclass
@@ -84,17 +95,24 @@ class PIRLConfig(PreTrainedConfig):
     Command line: `--policy.type=pi_rl`.
     """
 
-    # The flow policy that acts. Null means the compact base with its defaults.
+    # The flow policy that acts. Null means that of `base_path` or, without one, the compact base with its defaults.
     base: BaseConfig | None = None
+    # Checkpoint of a stock LeRobot policy to start from, a folder or a name on the hub: its configuration, its weights
+    # and its processors are taken from it.
+    base_path: str | None = None
+    # What of a stock base is trained: `expert` (the action expert; the VLM stays as it is, and each observation is
+    # encoded once) or `all`. The compact base is always trained whole.
+    trainable: str = "expert"
     # Exploration during online training.
     explorer: ExplorerConfig = field(default_factory=ExplorerConfig)
 
-    # Number of actions H the policy predicts at a time.
-    chunk_size: int = 5
-    # Number of actions of a chunk that are executed before the next observation is looked at, at most chunk_size.
-    n_action_steps: int = 5
-    # Number of denoising steps K from noise to a chunk.
-    num_inference_steps: int = 4
+    # Number of actions H the policy predicts at a time; 0 takes the base's own (compact: 5).
+    chunk_size: int = 0
+    # Number of actions of a chunk that are executed before the next observation is looked at, at most chunk_size; 0
+    # takes the base's own (compact: 5).
+    n_action_steps: int = 0
+    # Number of denoising steps K from noise to a chunk; 0 takes the base's own (compact: 4).
+    num_inference_steps: int = 0
 
     # How each kind of feature is normalised.
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -126,12 +144,16 @@ class PIRLConfig(PreTrainedConfig):
         """Resolves the base and checks the fields against each other."""
         refuse_stock_command()
         super().__post_init__()
-        if self.base is None:
-            self.base = CompactConfig()
+        self._resolve_base()
         check(
             self.num_inference_steps >= 1,
             "policy.num_inference_steps",
             f"needs at least 1 denoising step, got {self.num_inference_steps}",
+        )
+        check(
+            self.trainable in TRAINABLE,
+            "policy.trainable",
+            f"{self.trainable!r} is unknown; choose one of {list(TRAINABLE)}",
         )
         check(self.chunk_size >= 1, "policy.chunk_size", f"must be at least 1, got {self.chunk_size}")
         check(
@@ -144,6 +166,36 @@ class PIRLConfig(PreTrainedConfig):
             "policy.num_inference_steps",
             "flow_cps needs at least 2 denoising steps, because its last one has no noise",
         )
+
+    def _resolve_base(self) -> None:
+        """Finds the base, and agrees with it on what both have a setting for; this policy's own wins."""
+        if self.base is None:
+            self.base = CompactConfig() if self.base_path is None else load_stock_config(self.base_path)
+        own: Any = self.base
+        base = get_sizes(own)
+        self.chunk_size = self.chunk_size or base.chunk_size
+        self.n_action_steps = self.n_action_steps or min(base.n_action_steps, self.chunk_size)
+        self.num_inference_steps = self.num_inference_steps or base.num_inference_steps
+        set_sizes(own, Sizes(self.chunk_size, self.n_action_steps, self.num_inference_steps))
+        if not isinstance(own, CompactConfig):
+            own.device = self.device
+            # LeRobot's classes are not typed for mypy.
+            self.input_features = self.input_features or own.input_features  # type: ignore[has-type]
+            self.output_features = self.output_features or own.output_features  # type: ignore[has-type]
+            self.normalization_mapping = own.normalization_mapping
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Saves all but where the base came from: a checkpoint has its own weights and processors."""
+        base_path, self.base_path = self.base_path, None
+        try:
+            super()._save_pretrained(save_directory)
+        finally:
+            self.base_path = base_path
+
+    @property
+    def stock(self) -> PreTrainedConfig | None:
+        """Configuration of the stock policy, if the base is one."""
+        return self.base if isinstance(self.base, PreTrainedConfig) else None
 
     @property
     def observation_delta_indices(self) -> None:
@@ -160,16 +212,20 @@ class PIRLConfig(PreTrainedConfig):
         """Supervised training does not read rewards."""
         return None
 
-    def get_optimizer_preset(self) -> AdamWConfig:
-        """Optimizer of supervised training."""
+    def get_optimizer_preset(self) -> OptimizerConfig:
+        """Optimizer of supervised training: the base's own."""
+        if self.stock is not None:
+            return self.stock.get_optimizer_preset()
         return AdamWConfig(
             lr=self.optimizer_lr,
             weight_decay=self.optimizer_weight_decay,
             grad_clip_norm=self.optimizer_grad_clip_norm,
         )
 
-    def get_scheduler_preset(self) -> CosineAnnealingWithWarmupSchedulerConfig:
-        """Learning-rate schedule of supervised training: warm-up, then cosine to zero."""
+    def get_scheduler_preset(self) -> LRSchedulerConfig | None:
+        """Learning-rate schedule of supervised training: the base's own; compact: warm-up, then cosine to zero."""
+        if self.stock is not None:
+            return self.stock.get_scheduler_preset()
         return CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=self.scheduler_warmup_steps)
 
     def validate_features(self) -> None:

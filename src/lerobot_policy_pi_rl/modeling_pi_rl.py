@@ -170,18 +170,17 @@ class PIRLPolicy(PreTrainedPolicy):
             generator,
         )
 
-    def score(self, batch: dict[str, Tensor], chain: Tensor, step: Tensor) -> Score:
+    def score(self, context: Context, chain: Tensor, step: Tensor) -> Score:
         """Density of recorded transitions under the current weights, differentiable.
 
         Args:
-            batch: Preprocessed observation with B rows.
+            context: Encoded observation with B rows.
             chain: Recorded states `[B, S + 1, H, D]`.
             step: Step indices `[B, S]`.
 
         Returns:
             Log-probability and entropy `[B, H]`, and the Gaussians.
         """
-        context = self.encode(batch)
         return score(
             lambda x, t: self.field(context, x, t),
             chain,
@@ -217,6 +216,15 @@ class PIRLPolicy(PreTrainedPolicy):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_name_or_path: str | Path, *, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Loads a checkpoint of this policy, whatever base it once began with; see `PreTrainedPolicy`."""
+        if isinstance(config, PIRLConfig):
+            config.base_path = None
+        return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Takes over the weights of a `pretrained_model` folder, in place."""

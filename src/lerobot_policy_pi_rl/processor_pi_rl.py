@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, PolicyAction, TransitionKey
+from lerobot.policies import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline, ProcessorStep, ProcessorStepRegistry
 from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
 from torch import Tensor
@@ -97,6 +98,8 @@ def make_pi_rl_pre_post_processors(
 ]:
     """Makes the pipelines of a new policy; those of a checkpoint are loaded by LeRobot from its files.
 
+    A stock base has its own: those of the checkpoint that it comes from or, without one, new ones.
+
     Args:
         config: The policy's configuration.
         dataset_stats: Statistics of the demonstrations, for normalisation.
@@ -104,6 +107,11 @@ def make_pi_rl_pre_post_processors(
     Returns:
         Preprocessor and postprocessor.
     """
+    if config.stock is not None:
+        overrides = {"device_processor": {"device": config.device}} if config.base_path else {}
+        return make_pre_post_processors(
+            config.stock, config.base_path, dataset_stats=dataset_stats, preprocessor_overrides=overrides
+        )
     steps = make_default_policy_processor_steps(
         config, floor_deviations(dataset_stats), normalizer_device=config.device
     )

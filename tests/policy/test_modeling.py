@@ -84,7 +84,7 @@ def test_the_ratio_is_1_when_the_same_weights_score(
 ) -> None:
     policy = make_policy(kind=kind, recording=recording)
     sample = policy.explore(batch, torch.Generator().manual_seed(2))
-    scored = policy.score(batch, sample.chain, sample.step)
+    scored = policy.score(policy.encode(batch), sample.chain, sample.step)
     assert sample.step.shape == (16, policy.recorded_steps())
     assert sample.chain.shape == (16, policy.recorded_steps() + 1, 5, 3)
     assert ((scored.log_prob - sample.log_prob).sum(1).exp() - 1).abs().max() < 1e-4
@@ -94,9 +94,8 @@ def test_scoring_does_not_depend_on_the_other_rows(make_policy: MakePolicy, batc
     policy = make_policy()
     sample = policy.explore(batch)
     rows = torch.tensor([3, 9])
-    part = policy.score(
-        {key: value[rows] for key, value in batch.items()}, sample.chain[rows], sample.step[rows]
-    )
+    context = policy.encode({key: value[rows] for key, value in batch.items()})
+    part = policy.score(context, sample.chain[rows], sample.step[rows])
     torch.testing.assert_close(part.log_prob, sample.log_prob[rows], rtol=0, atol=1e-4)
 
 
@@ -131,7 +130,7 @@ def test_learned_deviation_becomes_different_for_every_row_chunk_step_and_dimens
     # The layers start at zero one behind the other, so the chunk steps part at the second gradient step.
     for _ in range(3):
         optimizer.zero_grad()
-        (weight * policy.score(batch, sample.chain, sample.step).log_prob).sum().backward()
+        (weight * policy.score(policy.encode(batch), sample.chain, sample.step).log_prob).sum().backward()
         optimizer.step()
     std = policy.field(policy.encode(batch), sample.chain[:, 0], torch.ones(16)).std
     assert all(std.std(axis).min() > 0 for axis in range(3))
@@ -141,7 +140,7 @@ def test_learned_deviation_sends_no_gradient_into_the_base(make_policy: MakePoli
     policy = make_policy(kind="flow_noise")
     randomise_noise_network(policy, 0.3)
     sample = policy.explore(batch)
-    policy.score(batch, sample.chain, sample.step).entropy.sum().backward()
+    policy.score(policy.encode(batch), sample.chain, sample.step).entropy.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in policy.base.parameters())
     assert all(p.grad is not None and p.grad.any() for p in policy.noise_network.parameters())
 
@@ -152,7 +151,7 @@ def test_log_probability_sends_gradients_into_base_and_noise_network(
     policy = make_policy(kind="flow_noise")
     randomise_noise_network(policy, 0.3)
     sample = policy.explore(batch)
-    policy.score(batch, sample.chain, sample.step).log_prob.sum().backward()
+    policy.score(policy.encode(batch), sample.chain, sample.step).log_prob.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in policy.parameters())
 
 
@@ -215,8 +214,8 @@ def test_images_of_any_size_go_through_the_convolutional_encoder(
     loss, _ = policy.forward(seen)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in policy.base.parameters())
-    features = policy.base.critic_features(seen)
-    assert features.shape == (16, policy.base.critic_dim) == (16, 6 + 8 + 2 * 16)
+    features = policy.base.critic_features(policy.encode(seen))
+    assert features.shape == (16, policy.base.critic_dims["observation"]) == (16, 6 + 8 + 2 * 16)
     assert not features.requires_grad
     noise = torch.randn(16, 5, 3)
     other = seen | {"observation.images.wrist": torch.rand(16, 3, *size)}
@@ -234,7 +233,9 @@ def test_the_task_embedding_changes_the_actions(make_policy: MakePolicy, batch: 
 def test_far_out_states_are_clipped(make_policy: MakePolicy, batch: Batch) -> None:
     policy = make_policy()
     far, further = (batch | {"observation.state": torch.full((16, 6), value)} for value in (8.0, 800.0))
-    assert torch.equal(policy.base.critic_features(far), policy.base.critic_features(further))
+    assert torch.equal(
+        policy.base.critic_features(policy.encode(far)), policy.base.critic_features(policy.encode(further))
+    )
 
 
 def test_padded_chunk_steps_carry_no_supervised_error(make_policy: MakePolicy, batch: Batch) -> None:

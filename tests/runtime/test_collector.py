@@ -260,9 +260,8 @@ def test_the_learner_scores_what_the_actor_sampled(make_collector: MakeCollector
     collector.restart(0)
     batch, player = collector.collect(0).decisions, collector._player
     with torch.no_grad():
-        score = player.policy.score(
-            player.preprocess_packed(batch.observation, batch.task), batch.chain, batch.step
-        )
+        context = player.policy.encode(player.preprocess_packed(batch.observation, batch.task))
+        score = player.policy.score(context, batch.chain, batch.step)
     torch.testing.assert_close(score.log_prob, batch.log_prob, atol=1e-4, rtol=1e-4)
 
 

@@ -88,6 +88,12 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     epochs: int = 6
     # Decisions per gradient step.
     minibatch_size: int = 512
+    # Decisions that are encoded or scored at a time; a gradient step adds up the gradients of its parts, which gives
+    # the same result with less memory. 0: the whole minibatch.
+    micro_batch_size: int = 0
+    # Encoded observations of a rollout are kept for all its epochs up to this size, on policy.storage_device, if what
+    # encodes them is not trained (a frozen VLM's cache); larger ones are computed again for every minibatch.
+    context_memory_gb: float = 8.0
     # Clip range of the probability ratio.
     clip_ratio: float = 0.4
     # Lower bound of the objective for negative advantages, as a multiple of the advantage (dual clip); null is off.
@@ -123,6 +129,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # The remaining epochs of an iteration are skipped once its divergence passes this multiple of target_kl.
     kl_stop: float = 3.0
 
+    # What the critic reads: `expert` (the action expert's features) or `vlm` (the VLM's) of a stock base, `observation`
+    # of the compact one; null takes the first one that the base offers.
+    critic_features: str | None = None
     # Hidden layers of the critic.
     critic_hidden_dims: list[int] = field(default_factory=lambda: [256, 256])
     # Iterations at the start in which only the critic learns.
@@ -212,7 +221,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         ):
             value = getattr(self, name)
             check(value > 0, f"algorithm.{name}", f"must be above 0, got {value}")
-        for name in ("kl_coef", "demonstration_weight"):
+        for name in ("kl_coef", "demonstration_weight", "micro_batch_size", "context_memory_gb"):
             value = getattr(self, name)
             check(value >= 0, f"algorithm.{name}", f"must be 0 or above, got {value}")
         check(self.lr_factor > 1, "algorithm.lr_factor", f"must be above 1, got {self.lr_factor}")

@@ -12,12 +12,15 @@ from lerobot.rl.algorithms.configs import TrainingStats
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from ..bases.adapter import Context
+from ..errors import config_error
 from ..flow.density import kl_divergence
 from ..flow.sampler import Score, executed_sum
 from ..flow.transition import Gaussian
 from ..modeling_pi_rl import PIRLPolicy
 from .advantages import advantages, group_advantages, normalise
 from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from .contexts import Contexts
 from .critic import Critic
 from .losses import explained_variance, policy_loss, value_loss
 from .storage import Rollout, minibatches
@@ -58,7 +61,6 @@ class Batch:
     """A rollout on the policy's device, as the update reads it; N rows.
 
     Attributes:
-        observation: Preprocessed observations.
         chain: `[N, S + 1, H, D]`.
         step: `[N, S]`.
         executed: `[N]`.
@@ -67,7 +69,6 @@ class Batch:
         reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
     """
 
-    observation: dict[str, Tensor]
     chain: Tensor
     step: Tensor
     executed: Tensor
@@ -78,14 +79,9 @@ class Batch:
     def rows(self, rows: Tensor) -> "Batch":
         """The given rows."""
         rows = rows.to(self.chain.device)
-        tensors = {
-            name: value[rows]
-            for name, value in vars(self).items()
-            if name not in ("observation", "reference")
-        }
+        tensors = {name: value[rows] for name, value in vars(self).items() if name != "reference"}
         reference = self.reference and Gaussian(self.reference.mean[rows], self.reference.std[rows])
-        observation = {key: value[rows] for key, value in self.observation.items()}
-        return Batch(observation=observation, reference=reference, **tensors)
+        return Batch(reference=reference, **tensors)
 
 
 @dataclass(frozen=True)
@@ -93,11 +89,13 @@ class Material:
     """All that one update reads.
 
     Attributes:
+        contexts: What was seen, encoded.
         batch: For the policy.
         critic: For the critic, if there is one.
         trained: Rows that are trained on, `[U]` int64 on the CPU.
     """
 
+    contexts: Contexts
     batch: Batch
     critic: CriticBatch | None
     trained: Tensor
@@ -158,11 +156,24 @@ class PIRLAlgorithm(RLAlgorithm):
     def _make_critic(self) -> Critic | None:
         if self.config.advantage == "group":
             return None
-        return Critic(self.policy.base.critic_dim, self.config.critic_hidden_dims).to(self.device)
+        dim = self.policy.base.critic_dims[self._critic_source]
+        return Critic(dim, self.config.critic_hidden_dims).to(self.device)
+
+    @property
+    def _critic_source(self) -> str:
+        sources, chosen = list(self.policy.base.critic_dims), self.config.critic_features
+        if chosen is not None and chosen not in sources:
+            raise config_error(
+                "algorithm.critic_features",
+                f"{chosen!r} is not what this base offers; choose one of {sources}",
+            )
+        return chosen or sources[0]
 
     @staticmethod
     def _freeze_copy(policy: PIRLPolicy) -> PIRLPolicy:
-        return copy.deepcopy(policy).eval().requires_grad_(False)
+        """A copy of what is trained; what is not is shared."""
+        shared: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+        return copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
     # LeRobot's contract: optimizers, weights, state
 
@@ -263,7 +274,9 @@ class PIRLAlgorithm(RLAlgorithm):
         rows = next(batches, None)
         if rows is None:
             return 0.0
-        return self.check_ratio(material.batch.rows(rows), rollout.decisions.version[rows])
+        # As many as are scored at a time: more of them would not fit.
+        rows = self._micro_batches(rows)[0]
+        return self.check_ratio(material, rows, rollout.decisions.version[rows])
 
     def _improve_policy(self, material: Material, averages: Averages) -> dict[str, float]:
         """The policy's epochs, none while the critic warms up or where there is nothing to train on."""
@@ -273,7 +286,7 @@ class PIRLAlgorithm(RLAlgorithm):
         while epochs < config.epochs and not warming_up and len(material.trained):
             last_epoch = Averages()
             for rows in minibatches(material.trained, config.minibatch_size, generator):
-                skipped += self._policy_step(material.batch.rows(rows), averages, last_epoch)
+                skipped += self._policy_step(material, rows, averages, last_epoch)
             epochs += 1
             if last_epoch.mean("approx_kl") > config.kl_stop * config.target_kl:
                 break
@@ -301,19 +314,18 @@ class PIRLAlgorithm(RLAlgorithm):
 
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> Material:
-        """Values, advantages and reference steps of a rollout, computed once."""
-        decisions = rollout.decisions
+        """Contexts, values, advantages and reference steps of a rollout, computed once."""
+        decisions, contexts = rollout.decisions, self._encode(rollout.batch)
         if self.critic is None:
             groups = group_advantages(decisions, self.config.collection.group_size)
             advantage, critic = groups.advantage.to(self.device), None
             trained = groups.informative.nonzero()[:, 0]
         else:
-            advantage, critic = self._valued(rollout, self.critic)
+            advantage, critic = self._valued(rollout, contexts.critic_features, self.critic)
             trained = rollout.usable
         chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
         executed = decisions.executed.to(self.device)
         batch = Batch(
-            observation={k: v for k, v in rollout.batch.items() if isinstance(v, Tensor)},
             chain=chain,
             step=step,
             executed=executed,
@@ -321,14 +333,24 @@ class PIRLAlgorithm(RLAlgorithm):
             advantage=advantage,
             reference=self._reference_steps(rollout.batch, chain, step),
         )
-        return Material(batch, critic, trained)
+        return Material(contexts, batch, critic, trained)
 
-    def _valued(self, rollout: Rollout, critic: Critic) -> tuple[Tensor, CriticBatch]:
+    def _encode(self, batch: dict[str, Tensor]) -> Contexts:
+        config = self.config
+        return Contexts(
+            self.policy,
+            batch,
+            self._critic_source,
+            config.micro_batch_size or ROWS_AT_ONCE,
+            config.context_memory_gb * 1e9,
+            torch.device(self.policy.config.storage_device),
+        )
+
+    def _valued(self, rollout: Rollout, features: Tensor, critic: Critic) -> tuple[Tensor, CriticBatch]:
         """Normalised advantages `[N]` by a critic, and what it is to be trained on."""
-        config, features = self.config, self.policy.base.critic_features(rollout.batch)
-        value = critic.value(features)
+        config, value = self.config, critic.value(features)
         has_next = bool(rollout.next_batch)
-        next_features = self.policy.base.critic_features(rollout.next_batch) if has_next else features[:0]
+        next_features = self._encode(rollout.next_batch).critic_features if has_next else features[:0]
         next_value = critic.value(next_features)
         targets = advantages(rollout.decisions, value, next_value, config.gamma, config.gae_lambda)
         usable = rollout.usable.to(self.device)
@@ -347,8 +369,13 @@ class PIRLAlgorithm(RLAlgorithm):
         return total / (executed * self.policy.base.real_action_dim)
 
     @torch.no_grad()
-    def check_ratio(self, part: Batch, version: Tensor) -> float:
+    def check_ratio(self, material: Material, rows: Tensor, version: Tensor) -> float:
         """Largest distance from 1 of the ratio of decisions that the current weights made.
+
+        Args:
+            material: The rollout.
+            rows: Some of its rows.
+            version: Of the weights that made these rows.
 
         Raises:
             RatioError: If it passes the tolerance: sampling and scoring do not agree, and PPO would be wrong.
@@ -356,7 +383,8 @@ class PIRLAlgorithm(RLAlgorithm):
         current = (version == self.optimization_step).to(self.device)
         if not bool(current.any()):
             return 0.0
-        log_ratio = self._log_ratio(part, self._score(part))[current]
+        part = material.batch.rows(rows)
+        log_ratio = self._log_ratio(part, self._score(material.contexts.rows(rows), part))[current]
         error = float((log_ratio.exp() - 1).abs().max())
         if not error <= self.ratio_tolerance:
             raise RatioError(
@@ -366,8 +394,8 @@ class PIRLAlgorithm(RLAlgorithm):
             )
         return error
 
-    def _score(self, part: Batch) -> Score:
-        return self.policy.score(part.observation, part.chain, part.step)
+    def _score(self, context: Context, part: Batch) -> Score:
+        return self.policy.score(context, part.chain, part.step)
 
     def _log_ratio(self, part: Batch, score: Score) -> Tensor:
         return self.reduce(score.log_prob, part.executed) - part.log_prob
@@ -379,13 +407,31 @@ class PIRLAlgorithm(RLAlgorithm):
         means, stds = [], []
         for rows in torch.arange(len(chain), device=chain.device).split(ROWS_AT_ONCE):
             part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
-            steps = self.reference.score(part, chain[rows], step[rows]).steps
+            steps = self.reference.score(self.reference.encode(part), chain[rows], step[rows]).steps
             means.append(steps.mean)
             stds.append(steps.std)
         return Gaussian(torch.cat(means), torch.cat(stds))
 
-    def _policy_step(self, part: Batch, averages: Averages, last_epoch: Averages) -> int:
-        config, score = self.config, self._score(part)
+    def _policy_step(self, material: Material, rows: Tensor, averages: Averages, last_epoch: Averages) -> int:
+        """One gradient step, in as many parts as fit into memory at a time. Returns how many steps were skipped."""
+        self.optimizers["policy"].zero_grad(set_to_none=True)
+        for micro in self._micro_batches(rows):
+            part = material.batch.rows(micro)
+            loss = self._policy_loss(material.contexts.rows(micro), part, averages, last_epoch)
+            (loss * (len(micro) / len(rows))).backward()
+        if self.config.demonstration_weight > 0:
+            supervised = self._supervised_loss()
+            (self.config.demonstration_weight * supervised).backward()
+            averages.add(supervised_loss=supervised)
+        return self._step("policy", averages)
+
+    def _micro_batches(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """A minibatch in slices of nearly equal size, none larger than `micro_batch_size`."""
+        size = self.config.micro_batch_size or len(rows)
+        return rows.tensor_split(-(-len(rows) // size))
+
+    def _policy_loss(self, context: Context, part: Batch, averages: Averages, last_epoch: Averages) -> Tensor:
+        config, score = self.config, self._score(context, part)
         result = policy_loss(
             self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip
         )
@@ -395,10 +441,6 @@ class PIRLAlgorithm(RLAlgorithm):
             kl = self._reference_kl(part, score)
             loss = loss + config.kl_coef * kl
             averages.add(reference_kl=kl)
-        if config.demonstration_weight > 0:
-            supervised = self._supervised_loss()
-            loss = loss + config.demonstration_weight * supervised
-            averages.add(supervised_loss=supervised)
         averages.add(
             policy_loss=result.loss,
             approx_kl=result.approx_kl,
@@ -406,7 +448,7 @@ class PIRLAlgorithm(RLAlgorithm):
             entropy=entropy,
         )
         last_epoch.add(approx_kl=result.approx_kl)
-        return self._step("policy", loss, averages)
+        return loss
 
     def _reference_kl(self, part: Batch, score: Score) -> Tensor:
         assert part.reference is not None
@@ -426,13 +468,13 @@ class PIRLAlgorithm(RLAlgorithm):
             critic(part.features), part.target, part.value, config.value_clip, config.huber_delta
         )
         averages.add(value_loss=loss)
-        return self._step("critic", loss, averages)
+        self.optimizers["critic"].zero_grad(set_to_none=True)
+        loss.backward()
+        return self._step("critic", averages)
 
-    def _step(self, name: str, loss: Tensor, averages: Averages) -> int:
+    def _step(self, name: str, averages: Averages) -> int:
         """Takes a gradient step; a non-finite gradient is never applied. Returns how many steps were skipped."""
         optimizer = self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip_norm)
         if not math.isfinite(norm):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-
 # What an observation is encoded into: named tensors with B rows each, so that it can be cut, moved and kept.
 Context = dict[str, Tensor]
 
@@ -33,14 +32,14 @@ class FlowBase(nn.Module, ABC):
         action_dim: Width D of the denoised state, padding included.
         real_action_dim: Number of action dimensions A that are not padding.
         feature_dim: Width F of the velocity network's features.
-        critic_dim: Width of the features a critic may read.
+        critic_dims: Width of the features that a critic may read, by their source; the first one is the default.
     """
 
     chunk_size: int
     action_dim: int
     real_action_dim: int
     feature_dim: int
-    critic_dim: int
+    critic_dims: dict[str, int]
 
     @abstractmethod
     def encode(self, batch: dict[str, Tensor]) -> Context:
@@ -51,8 +50,18 @@ class FlowBase(nn.Module, ABC):
         """Velocity of states `x_t` `[B, H, D]` at times `t` `[B]`."""
 
     @abstractmethod
-    def critic_features(self, batch: dict[str, Tensor]) -> Tensor:
-        """Features of a preprocessed observation for a critic, `[B, critic_dim]`, without gradients to the base."""
+    def critic_features(self, context: Context, source: str) -> Tensor:
+        """Features of an encoded observation for a critic, `[B, F]` float32, without gradients to the base.
+
+        Args:
+            context: The observation.
+            source: One of `critic_dims`.
+        """
+
+    @property
+    @abstractmethod
+    def context_is_fixed(self) -> bool:
+        """Whether nothing that `encode` uses is trained, so that a context can be kept while the policy changes."""
 
     @abstractmethod
     def loss(self, batch: dict[str, Tensor]) -> Tensor:

@@ -89,16 +89,17 @@ class CompactBase(FlowBase):
         self.encoders = nn.ModuleList(
             ImageEncoder(config.image_features[key].shape[0], self.settings.image_dim) for key in self.images
         )
-        self.critic_dim = vector_dim + self.settings.task_dim + len(self.images) * self.settings.image_dim
+        observed = vector_dim + self.settings.task_dim + len(self.images) * self.settings.image_dim
+        self.critic_dims = {"observation": observed}
         self.feature_dim = hidden = self.settings.hidden_dim
         self.time = TimeFeatures(self.settings.time_dim)
-        self.observe = nn.Linear(self.critic_dim, hidden)
+        self.observe = nn.Linear(observed, hidden)
         self.enter = nn.Linear(self.chunk_size * self.action_dim + self.settings.time_dim, hidden)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(self.settings.num_blocks))
         self.leave = nn.Linear(hidden, self.chunk_size * self.action_dim)
 
     def observation_features(self, batch: dict[str, Tensor]) -> Tensor:
-        """Concatenates clipped vectors, the task embedding and image features, `[B, critic_dim]`."""
+        """Concatenates clipped vectors, the task embedding and image features, `[B, F]`."""
         clip = self.settings.state_clip
         parts = [batch[key].clamp(-clip, clip) for key in self.vectors]
         if self.settings.task_dim:
@@ -109,13 +110,18 @@ class CompactBase(FlowBase):
         return torch.cat(parts, dim=1)
 
     def encode(self, batch: dict[str, Tensor]) -> Context:
-        """Encodes a preprocessed observation, `[B, hidden]`."""
-        return {"observation": self.observe(self.observation_features(batch))}
+        """Encodes a preprocessed observation, `[B, hidden]`, beside its own features."""
+        features = self.observation_features(batch)
+        return {"observation": self.observe(features), "features": features.detach()}
 
-    def critic_features(self, batch: dict[str, Tensor]) -> Tensor:
-        """The observation's own features, detached, `[B, critic_dim]`."""
-        with torch.no_grad():
-            return self.observation_features(batch)
+    def critic_features(self, context: Context, source: str = "observation") -> Tensor:
+        """The observation's own features, detached, `[B, F]`."""
+        return context["features"]
+
+    @property
+    def context_is_fixed(self) -> bool:
+        """The encoder is trained with the rest."""
+        return False
 
     def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
         """Velocity of the states `[B, H, D]` at the times `[B]`."""

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import draccus
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 
 from ..errors import config_error
 
@@ -60,10 +64,97 @@ class CompactConfig(BaseConfig):
     state_clip: float = 8.0
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that the policy takes over from its base where its own settings are 0.
+
+    Attributes:
+        chunk_size: Actions H of a chunk.
+        n_action_steps: How many of them are executed.
+        num_inference_steps: Denoising steps K.
+    """
+
+    chunk_size: int
+    n_action_steps: int
+    num_inference_steps: int
+
+
+# Of the compact base.
+COMPACT_SIZES = Sizes(chunk_size=5, n_action_steps=5, num_inference_steps=4)
+# Field of a stock policy's configuration with the number of denoising steps, by the policy's name.
+STEPS_FIELD: dict[str, str] = {}
+
+
+def get_sizes(base: Any) -> Sizes:
+    """The sizes that a base's configuration names.
+
+    Raises:
+        ConfigError: If nobody has registered this base.
+    """
+    if isinstance(base, CompactConfig):
+        return COMPACT_SIZES
+    if base.type not in STEPS_FIELD:
+        raise config_error(
+            "policy.base.type", f"{base.type!r} has no adapter; have {['compact', *STEPS_FIELD]}"
+        )
+    return Sizes(base.chunk_size, base.n_action_steps, getattr(base, STEPS_FIELD[base.type]))
+
+
+def set_sizes(base: Any, sizes: Sizes) -> None:
+    """Writes sizes into a stock policy's configuration."""
+    if isinstance(base, CompactConfig):
+        return
+    base.chunk_size, base.n_action_steps = sizes.chunk_size, sizes.n_action_steps
+    setattr(base, STEPS_FIELD[base.type], sizes.num_inference_steps)
+
+
+def register_base_config(config_class: type, steps_field: str = "num_inference_steps") -> None:
+    """Makes the configuration of a stock policy one that `policy.base` can hold.
+
+    It stays the class that it is, under the name that it has with LeRobot. Here it counts as a `BaseConfig`, so that
+    its name is written along with its settings.
+
+    Args:
+        config_class: The configuration, registered with LeRobot; it has `chunk_size` and `n_action_steps`.
+        steps_field: Its field with the number of denoising steps.
+    """
+    name = PreTrainedConfig.get_choice_name(config_class)
+    BaseConfig.register_subclass(name, config_class)
+    BaseConfig.register(config_class)
+    STEPS_FIELD[name] = steps_field
+
+
+def load_stock_config(path: str) -> Any:
+    """Configuration of the stock policy in a checkpoint.
+
+    Args:
+        path: Folder, or name on the hub.
+
+    Raises:
+        ConfigError: If there is none, or the policy is no base.
+    """
+    try:
+        config = PreTrainedConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        problem = f"{path!r} cannot be read as a LeRobot checkpoint ({' '.join(str(error).split())[:200]})"
+        raise config_error("policy.base_path", problem) from None
+    if not isinstance(config, BaseConfig):
+        raise config_error(
+            "policy.base_path",
+            f"{path!r} holds a {config.type!r}, which is no base; the bases are {sorted(STEPS_FIELD)}, and a "
+            "pi_rl checkpoint is given as policy.path",
+        )
+    return config
+
+
+register_base_config(PI0Config)
+register_base_config(PI05Config)
+register_base_config(SmolVLAConfig, "num_steps")
+
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("pi0", "pi05", "smolvla", "xvla")
+WITHOUT_ADAPTER = ("xvla",)
 
 
 def _register_refusal(name: str, reason: str) -> None:

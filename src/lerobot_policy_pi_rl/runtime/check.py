@@ -173,7 +173,7 @@ def first_ratio_error(player: Player, algorithm: PIRLAlgorithm, collected: Colle
             value[rows].to(algorithm.device)
             for value in (decisions.chain, decisions.step, decisions.log_prob, decisions.executed)
         )
-        score = policy.score(part, chain, step)
+        score = policy.score(policy.encode(part), chain, step)
         log_ratio = algorithm.reduce(score.log_prob - log_prob, executed)
         # `max` of Python would lose what is not a number.
         error = float(np.maximum(error, float((log_ratio.exp() - 1).abs().max())))

@@ -1,0 +1,79 @@
+"""The encoded observations of a rollout: computed once and kept, or computed again wherever they are read."""
+
+import torch
+from torch import Tensor
+
+from ..bases.adapter import Context
+from ..modeling_pi_rl import PIRLPolicy
+
+
+class Contexts:
+    """Encodes the observations of a rollout.
+
+    Where nothing that encodes is trained, the contexts of a rollout stay what they are while the policy changes: they
+    are computed once and serve every epoch and every denoising step, if they fit into a budget of memory. Otherwise
+    they are computed again for each minibatch. The numbers are the same.
+
+    Attributes:
+        critic_features: What the critic reads, `[N, F]`.
+    """
+
+    def __init__(
+        self,
+        policy: PIRLPolicy,
+        batch: dict[str, Tensor],
+        critic_source: str,
+        rows_at_once: int,
+        budget_bytes: float,
+        storage: torch.device,
+    ) -> None:
+        """Encodes every observation once.
+
+        Args:
+            policy: The policy, in evaluation mode.
+            batch: Preprocessed observations, N rows.
+            critic_source: What the critic reads; one of the base's `critic_dims`.
+            rows_at_once: How many are encoded at a time.
+            budget_bytes: Largest size of the contexts that are kept.
+            storage: Where they are kept; on the CPU in pinned memory if the policy is on a GPU.
+        """
+        self._policy = policy
+        self._batch = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        self._storage = storage
+        self._device = next(policy.parameters()).device
+        count = len(next(iter(self._batch.values())))
+        keeps, pieces, features = policy.base.context_is_fixed, [], []
+        with torch.no_grad():
+            for rows in torch.arange(count).split(rows_at_once):
+                context = policy.encode(self._part(rows))
+                features.append(policy.base.critic_features(context, critic_source))
+                keeps = keeps and count * size_of(context) / len(rows) <= budget_bytes
+                if keeps:
+                    pieces.append(self._put_away(context))
+        self.critic_features = torch.cat(features)
+        self._kept = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if keeps else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether they were kept."""
+        return self._kept is not None
+
+    def rows(self, rows: Tensor) -> Context:
+        """Contexts of the given rows (on the CPU), for the policy as it is now."""
+        if self._kept is None:
+            return self._policy.encode(self._part(rows))
+        rows = rows.to(self._storage)
+        return {name: value[rows].to(self._device, non_blocking=True) for name, value in self._kept.items()}
+
+    def _part(self, rows: Tensor) -> dict[str, Tensor]:
+        return {key: value[rows.to(value.device)] for key, value in self._batch.items()}
+
+    def _put_away(self, context: Context) -> Context:
+        away = {name: value.to(self._storage) for name, value in context.items()}
+        pins = self._storage.type == "cpu" and self._device.type == "cuda"
+        return {name: value.pin_memory() for name, value in away.items()} if pins else away
+
+
+def size_of(context: Context) -> int:
+    """Bytes of a context."""
+    return sum(value.numel() * value.element_size() for value in context.values())

@@ -1,0 +1,84 @@
+"""pi0 and pi0.5: a PaliGemma prefix with a key/value cache, read by a Gemma action expert."""
+
+from typing import Any, ClassVar
+
+import torch
+from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch import Tensor, nn
+
+from .adapter import Context
+from .stock import StockBase, pack_cache, pooled, unpack_cache
+
+
+class PI05Base(StockBase):
+    """Adapter of pi0.5, whose state is part of the prompt."""
+
+    expert_modules: ClassVar[tuple[str, ...]] = (
+        "paligemma_with_expert.gemma_expert",
+        "action_in_proj",
+        "action_out_proj",
+        "time_mlp_in",
+        "time_mlp_out",
+    )
+
+    @property
+    def _head(self) -> nn.Linear:
+        return self._model.action_out_proj
+
+    @property
+    def _vlm_dim(self) -> int:
+        return self._model.paligemma_with_expert.paligemma.config.text_config.hidden_size
+
+    def encode(self, batch: dict[str, Tensor]) -> Context:
+        """Runs the VLM over images and prompt once; the context is its cache."""
+        model: Any = self._model
+        policy: Any = self.policy
+        images, image_masks = policy._preprocess_images(batch)
+        tokens, token_masks = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        embeddings, real, blocks = model.embed_prefix(images, image_masks, tokens, token_masks)
+        language = model.paligemma_with_expert.paligemma.model.language_model
+        language.config._attn_implementation = "eager"
+        (hidden, _), cache = model.paligemma_with_expert.forward(
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(real, blocks)),
+            position_ids=torch.cumsum(real, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeddings, None],
+            use_cache=True,
+        )
+        return pack_cache(cache) | {"real": real, "pooled": pooled(hidden, real)}
+
+    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._model.denoise_step(
+            prefix_pad_masks=context["real"],
+            past_key_values=unpack_cache(context),
+            x_t=x_t,
+            timestep=t,
+        )
+
+
+class PI0Base(PI05Base):
+    """Adapter of pi0, whose action expert reads the state in every step."""
+
+    expert_modules = (
+        "paligemma_with_expert.gemma_expert",
+        "state_proj",
+        "action_in_proj",
+        "action_out_proj",
+        "action_time_mlp_in",
+        "action_time_mlp_out",
+    )
+
+    def encode(self, batch: dict[str, Tensor]) -> Context:
+        """Runs the VLM over images and instruction once; the state goes along."""
+        policy: Any = self.policy
+        return super().encode(batch) | {"state": policy.prepare_state(batch)}
+
+    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._model.denoise_step(
+            state=context["state"],
+            prefix_pad_masks=context["real"],
+            past_key_values=unpack_cache(context),
+            x_t=x_t,
+            timestep=t,
+        )

@@ -1,0 +1,59 @@
+"""SmolVLA: a SmolVLM prefix with a key/value cache, read by an action expert beside its layers."""
+
+from typing import Any
+
+import torch
+from lerobot.policies.common.vla_utils import make_att_2d_masks
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch import Tensor, nn
+
+from .adapter import Context
+from .stock import StockBase, pack_cache, pooled, unpack_cache
+
+
+class SmolVLABase(StockBase):
+    """Adapter of SmolVLA, whose state is the last token of the prefix."""
+
+    # Not `state_proj`: the state is a token of the prefix.
+    expert_modules = (
+        "vlm_with_expert.lm_expert",
+        "action_in_proj",
+        "action_out_proj",
+        "action_time_mlp_in",
+        "action_time_mlp_out",
+    )
+
+    @property
+    def _head(self) -> nn.Linear:
+        return self._model.action_out_proj
+
+    @property
+    def _vlm_dim(self) -> int:
+        return self._model.vlm_with_expert.config.text_config.hidden_size
+
+    def encode(self, batch: dict[str, Tensor]) -> Context:
+        """Runs the VLM over images, instruction and state once; the context is its cache."""
+        policy: Any = self.policy
+        model = self._model
+        batch = policy._prepare_batch(dict(batch))
+        images, image_masks = policy.prepare_images(batch)
+        tokens, token_masks = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        embeddings, real, blocks = model.embed_prefix(
+            images, image_masks, tokens, token_masks, state=policy.prepare_state(batch)
+        )
+        (hidden, _), cache = model.vlm_with_expert.forward(
+            attention_mask=make_att_2d_masks(real, blocks),
+            position_ids=torch.cumsum(real, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeddings, None],
+            use_cache=True,
+        )
+        return pack_cache(cache) | {"real": real, "pooled": pooled(hidden, real)}
+
+    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
+        return self._model.denoise_step(
+            prefix_pad_masks=context["real"],
+            past_key_values=unpack_cache(context),
+            x_t=x_t,
+            timestep=t,
+        )

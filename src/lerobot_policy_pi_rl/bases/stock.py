@@ -1,0 +1,202 @@
+"""LeRobot's own flow policies as bases: what their adapters share."""
+
+import io
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import config_error
+from .adapter import Context, FlowBase, Velocity
+
+if TYPE_CHECKING:
+    from lerobot.policies.pretrained import PreTrainedPolicy
+
+    from ..configuration_pi_rl import PIRLConfig
+
+logger = logging.getLogger(__name__)
+
+COMPARED_TENSORS = 16
+
+
+class StockBase(FlowBase):
+    """Adapter of a policy of LeRobot's, which it holds and does not change.
+
+    Attributes:
+        policy: The stock policy.
+        expert_modules: Modules of its `model` that only `velocity` uses; the others encode.
+    """
+
+    expert_modules: ClassVar[tuple[str, ...]]
+    policy: "PreTrainedPolicy"
+
+    def __init__(self, config: "PIRLConfig") -> None:
+        """Builds the stock policy, with the weights of `base_path` or, without one, with new ones.
+
+        Args:
+            config: The policy's configuration, whose `base` is that of the stock policy.
+
+        Raises:
+            ConfigError: If the checkpoint is not one of that policy, or is not complete.
+        """
+        super().__init__()
+        stock: Any = config.base
+        # A stock checkpoint has none when it takes them from its data.
+        stock.input_features = stock.input_features or config.input_features
+        stock.output_features = stock.output_features or config.output_features
+        self.policy = make_stock_policy(stock, config.base_path)
+        self.chunk_size = stock.chunk_size
+        self.action_dim = stock.max_action_dim
+        self.real_action_dim = stock.action_feature.shape[0]
+        self.feature_dim = self._head.in_features
+        self.critic_dims = {"expert": self.feature_dim, "vlm": self._vlm_dim}
+        self._choose_trained(config.trainable)
+
+    def _choose_trained(self, mode: str) -> None:
+        for name, parameter in self.policy.named_parameters():
+            parameter.requires_grad_(mode == "all" or self._is_expert(name))
+
+    def _is_expert(self, name: str) -> bool:
+        return name.startswith(tuple(f"model.{module}." for module in self.expert_modules))
+
+    @property
+    def context_is_fixed(self) -> bool:
+        """Whether only the action expert is trained."""
+        return all(self._is_expert(name) for name, p in self.policy.named_parameters() if p.requires_grad)
+
+    @property
+    def _model(self) -> Any:
+        return self.policy.model
+
+    @property
+    @abstractmethod
+    def _vlm_dim(self) -> int:
+        """Width of the VLM's hidden states."""
+
+    @property
+    @abstractmethod
+    def _head(self) -> nn.Linear:
+        """The layer that reads the velocity off the action expert's features."""
+
+    @abstractmethod
+    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
+        """Velocity `[B, H, D]` by the stock policy's own step."""
+
+    def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
+        """Velocity of the states `[B, H, D]` at the times `[B]`, and what its head read."""
+        with _inputs_of(self._head) as seen:
+            velocity = self._velocity(context, x_t, t)
+        return Velocity(velocity, seen[-1])
+
+    @torch.no_grad()
+    def critic_features(self, context: Context, source: str = "expert") -> Tensor:
+        """Features of an encoded observation, `[B, F]` float32 of zero mean and unit deviation.
+
+        Args:
+            context: The observation.
+            source: `vlm`: what the VLM made of it, pooled over its real tokens. `expert`: what the action expert makes
+                of it at the start of denoising (`t = 1`, from zeros), pooled over the chunk; it knows the state, too.
+        """
+        if source == "vlm":
+            features = context["pooled"]
+        else:
+            real = context["real"]
+            zeros = torch.zeros(len(real), self.chunk_size, self.action_dim, device=real.device)
+            features = self.velocity(context, zeros, torch.ones(len(real), device=real.device)).features
+            features = features[:, -self.chunk_size :].float().mean(1)
+        return nn.functional.layer_norm(features, features.shape[-1:])
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The stock policy's own supervised loss."""
+        loss, _ = self.policy.forward(batch)
+        return loss
+
+
+def make_stock_policy(stock: Any, path: str | None) -> "PreTrainedPolicy":
+    """Builds a stock policy.
+
+    Args:
+        stock: Its configuration.
+        path: Checkpoint to load, a folder or a name on the hub; None for new weights.
+
+    Raises:
+        ConfigError: If the weights of the checkpoint are not those that the policy has afterwards: some stock loaders
+            pass over what is missing, or give back random weights when they fail.
+    """
+    from lerobot.policies.factory import get_policy_class
+
+    policy_class = get_policy_class(stock.type)
+    if path is None:
+        return policy_class(stock)
+    if hasattr(stock, "load_vlm_weights"):
+        # The checkpoint has them; those on the hub would be loaded first, for nothing.
+        stock.load_vlm_weights = False
+    with redirect_stdout(io.StringIO()) as said:
+        policy = policy_class.from_pretrained(path, config=stock)
+    logger.info("Loaded %s from %s: %s", stock.type, path, " ".join(said.getvalue().split()))
+    _check_loaded(policy, path)
+    return policy
+
+
+def _check_loaded(policy: "PreTrainedPolicy", path: str) -> None:
+    """Compares a policy with the file that it was loaded from."""
+    file = Path(path) / SAFETENSORS_SINGLE_FILE
+    if not Path(path).is_dir():
+        file = Path(hf_hub_download(path, SAFETENSORS_SINGLE_FILE))
+    if not file.is_file():
+        raise config_error("policy.base_path", f"{path} has no {SAFETENSORS_SINGLE_FILE}")
+    own = policy.state_dict()
+    with safe_open(file, framework="pt") as tensors:
+        names = {name if name in own else f"model.{name}": name for name in tensors.keys()}  # noqa: SIM118
+        here = {own[name].data_ptr() for name in own.keys() & names.keys()}
+        missing = sorted(n for n, t in own.items() if n not in names and t.data_ptr() not in here)
+        found = sorted(own.keys() & names.keys())
+        # A few of them tell a policy that was loaded from one that was not.
+        some = found[:: max(1, len(found) // COMPARED_TENSORS)]
+        wrong = [
+            n for n in some if not torch.equal(own[n].cpu(), tensors.get_tensor(names[n]).to(own[n].dtype))
+        ]
+    if missing or wrong:
+        problem = f"{missing[:3]} are missing" if missing else f"{wrong[:3]} are not what the policy has"
+        raise config_error(
+            "policy.base_path", f"{path} was not loaded as a {policy.name}: {problem} in {file.name}"
+        )
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a module is given."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def pack_cache(cache: Any) -> Context:
+    """A prefix' key/value cache as two tensors `[B, layers, heads, L, dim]`, with a row for each observation."""
+    keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+    return {"keys": torch.stack(keys, 1), "values": torch.stack(values, 1)}
+
+
+def unpack_cache(context: Context) -> Any:
+    """The cache that `pack_cache` packed."""
+    from transformers import DynamicCache
+
+    pairs = zip(context["keys"].unbind(1), context["values"].unbind(1), strict=True)
+    return DynamicCache([(keys, values) for keys, values in pairs])
+
+
+def pooled(hidden: Tensor, real: Tensor) -> Tensor:
+    """Mean of `[B, L, W]` over the tokens that are not padding, `[B, L]` bool, in float32."""
+    weights = real[..., None].float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -1,0 +1,70 @@
+"""`lerobot-pi-rl-export`: gives back the stock policy of a `pi_rl` checkpoint."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+
+from ..bases.stock import StockBase
+from ..configuration_pi_rl import PIRLConfig
+from ..errors import config_error
+from ..modeling_pi_rl import PIRLPolicy
+from .console import run_command
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="lerobot-pi-rl-export", description=__doc__)
+    parser.add_argument(
+        "--policy.path", dest="path", type=Path, required=True, help="a `pretrained_model` folder of pi_rl"
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
+    return parser.parse_args(arguments)
+
+
+def export(path: Path, output_dir: Path) -> str:
+    """Writes the stock checkpoint.
+
+    Args:
+        path: Checkpoint of a `pi_rl` policy.
+        output_dir: Folder to create.
+
+    Returns:
+        One line that says what was written.
+
+    Raises:
+        ConfigError: If the checkpoint is not of a `pi_rl` policy around a stock one.
+        FileExistsError: If the folder exists.
+    """
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} exists already: choose another --output_dir, or remove it first")
+    config = PreTrainedConfig.from_pretrained(path)
+    if not isinstance(config, PIRLConfig):
+        raise config_error("policy.path", f"{path} holds a {config.type!r}; only a 'pi_rl' can be exported")
+    if config.stock is None:
+        raise config_error(
+            "policy.path",
+            f"{path} has the compact base, which is a part of this package: there is no stock policy in it",
+        )
+    config.device = config.stock.device = "cpu"
+    base = PIRLPolicy.from_pretrained(path, config=config).base
+    assert isinstance(base, StockBase)
+    base.policy.save_pretrained(output_dir)
+    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
+        for file in path.glob(f"{name}*"):
+            shutil.copy2(file, output_dir / file.name)
+    return f"{config.stock.type} written to {output_dir}; it needs nothing of this package any more"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    options = parse_arguments(arguments)
+    run_command(lambda: print(export(options.path, options.output_dir)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,151 @@
+"""A stock checkpoint on its way in, through a `pi_rl` checkpoint, and out again."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import make_pre_post_processors
+from lerobot.policies.factory import get_policy_class
+from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
+from lerobot_policy_pi_rl.scripts.export import export
+
+pytest.importorskip("transformers")
+
+BASES = ("smolvla", "pi0", "pi05")
+WEIGHTS = "model.safetensors"
+
+Batch = dict[str, Tensor]
+MakeStock = Callable[..., Any]
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small tokenizer wherever one is asked for by the name that it has on the hub."""
+    from transformers import AutoTokenizer
+
+    from .conftest import small_tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: small_tokenizer())
+
+
+@pytest.fixture
+def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callable[[str], Path]:
+    """Saves a small stock policy with its processors, as `lerobot-train` does."""
+
+    def save(name: str) -> Path:
+        torch.manual_seed(0)
+        config, folder = make_stock(name), tmp_path / name
+        get_policy_class(name)(config).save_pretrained(folder)
+        stats = {
+            key: {stat: torch.rand(size) + 0.5 for stat in ("mean", "std", "min", "max", "q01", "q99")}
+            for key, size in ((OBS_STATE, 5), (ACTION, 4))
+        }
+        for processor in make_pre_post_processors(config, dataset_stats=stats):
+            processor.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def raw_observation() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "observation.images.top": torch.rand(2, 3, 32, 32, generator=generator),
+        OBS_STATE: torch.randn(2, 5, generator=generator),
+        "task": ["pick the cube", "pick up"],
+    }
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str], Path], name: str) -> None:
+    folder = save_stock(name)
+    stock = get_policy_class(name).from_pretrained(folder)
+    config = PIRLConfig(base_path=str(folder), device="cpu")
+    assert (config.chunk_size, config.n_action_steps, config.num_inference_steps) == (6, 3, 3)
+    assert config.input_features == stock.config.input_features
+    policy = PIRLPolicy(config)
+    theirs = make_pre_post_processors(stock.config, str(folder))
+    ours = make_pi_rl_pre_post_processors(config)
+    batch, expected = ours[0](raw_observation()), theirs[0](raw_observation())
+    assert all(torch.equal(batch[key], value) for key, value in expected.items() if isinstance(value, Tensor))
+    noise = torch.randn(2, 6, 8)
+    chunk = stock.predict_action_chunk(dict(expected), noise=noise.clone())
+    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), chunk)
+    assert torch.equal(ours[1](chunk), theirs[1](chunk))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_checkpoint_is_exported_as_a_stock_one(
+    save_stock: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    config = PIRLConfig(base_path=str(save_stock(name)), device="cpu", num_inference_steps=2)
+    policy, noise = PIRLPolicy(config), torch.randn(2, 6, 8)
+    with torch.no_grad():
+        # As if trained.
+        for parameter in policy.base.policy.model.action_out_proj.parameters():
+            parameter.mul_(1.5)
+    policy.save_pretrained(tmp_path / "pi_rl")
+    for processor in make_pi_rl_pre_post_processors(config):
+        processor.save_pretrained(tmp_path / "pi_rl")
+    assert json.loads((tmp_path / "pi_rl" / "config.json").read_text())["base_path"] is None
+    said = export(tmp_path / "pi_rl", tmp_path / "stock")
+    assert name in said
+    stock_config = PreTrainedConfig.from_pretrained(tmp_path / "stock")
+    assert (stock_config.type, stock_config.n_action_steps) == (name, 3)
+    stock = get_policy_class(name).from_pretrained(tmp_path / "stock", config=stock_config)
+    batch = make_pre_post_processors(stock_config, str(tmp_path / "stock"))[0](raw_observation())
+    expected = policy.predict_action_chunk(dict(batch), noise=noise)
+    assert torch.equal(stock.predict_action_chunk(dict(batch), noise=noise.clone()), expected)
+    again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl")
+    assert torch.equal(again.predict_action_chunk(dict(batch), noise=noise), expected)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_checkpoint_that_lacks_weights_is_refused(save_stock: Callable[[str], Path], name: str) -> None:
+    folder = save_stock(name)
+    tensors = load_file(folder / WEIGHTS)
+    removed = next(name for name in tensors if "action_out_proj" in name)
+    del tensors[removed]
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(
+        ConfigError, match=r"policy.base_path.*was not loaded as a .*action_out_proj.*missing"
+    ):
+        PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
+
+
+def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"policy.base_path.*cannot be read as a LeRobot checkpoint"
+    ) as error:
+        PIRLConfig(base_path=str(tmp_path), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    from lerobot.policies.act.configuration_act import ACTConfig
+
+    ACTConfig(device="cpu", push_to_hub=False).save_pretrained(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"policy.base_path.*holds a 'act', which is no base; the bases are"
+    ):
+        PIRLConfig(base_path=str(tmp_path), device="cpu")
+
+
+def test_the_compact_base_has_nothing_to_export(tmp_path: Path) -> None:
+    from .conftest import features
+
+    PIRLPolicy(PIRLConfig(device="cpu", **features())).save_pretrained(tmp_path / "compact")
+    with pytest.raises(ConfigError, match="has the compact base"):
+        export(tmp_path / "compact", tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()

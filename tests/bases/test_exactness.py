@@ -1,0 +1,146 @@
+"""Every base is the stock policy to the bit, and is scored as it was sampled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+
+pytest.importorskip("transformers")
+
+BASES = ("smolvla", "pi0", "pi05")
+DTYPES = [(name, "float32") for name in BASES] + [("pi0", "bfloat16"), ("pi05", "bfloat16")]
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+# Flow-Noise records every step, the others one of them.
+EXPLORERS = ("flow_sde", "flow_noise")
+
+Batch = dict[str, Tensor]
+MakeConfig = Callable[..., PIRLConfig]
+
+
+@pytest.fixture
+def make_policy(make_config: MakeConfig) -> Callable[..., PIRLPolicy]:
+    """Makes a policy with random weights, its heads too: a new stock policy's are not zero."""
+
+    def make(name: str, dtype: str = "float32", **settings: Any) -> PIRLPolicy:
+        torch.manual_seed(0)
+        stock = {} if name == "smolvla" else {"dtype": dtype}
+        return PIRLPolicy(make_config(name, stock, **settings)).eval()
+
+    return make
+
+
+MakePolicy = Callable[..., PIRLPolicy]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("name", BASES)
+def test_the_chunk_is_the_stock_policy_s_to_the_bit(
+    make_policy: MakePolicy, batch: Batch, name: str, steps: int
+) -> None:
+    policy = make_policy(name, num_inference_steps=steps)
+    noise = torch.randn(2, policy.base.chunk_size, policy.base.action_dim)
+    expected = policy.base.policy.predict_action_chunk(dict(batch), noise=noise.clone())
+    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), expected)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_supervised_loss_is_the_stock_policy_s(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    policy = make_policy(name)
+    torch.manual_seed(3)
+    expected, _ = policy.base.policy.forward(dict(batch))
+    torch.manual_seed(3)
+    assert torch.equal(policy.forward(dict(batch))[0], expected)
+
+
+@pytest.mark.parametrize("kind", EXPLORERS)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+def test_a_recorded_chunk_scores_as_it_was_sampled(
+    make_policy: MakePolicy, batch: Batch, name: str, dtype: str, kind: str
+) -> None:
+    policy = make_policy(name, dtype, explorer=ExplorerConfig(kind))
+    sample = policy.explore(dict(batch), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        scored = policy.score(policy.encode(dict(batch)), sample.chain, sample.step)
+    ratio = (scored.log_prob - sample.log_prob).sum(1).exp()
+    assert float((ratio - 1).abs().max()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_padded_dimensions_have_no_density(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    """They are part of the chain, because the network reads them, and of nothing else."""
+    policy = make_policy(name)
+    sample = policy.explore(dict(batch))
+    assert sample.chain.shape[-1] == 8
+    changed = sample.chain.clone()
+    changed[:, 1:, :, policy.base.real_action_dim :] += 1.0
+    context = policy.encode(dict(batch))
+    one, two = (policy.score(context, chain, sample.step).log_prob for chain in (sample.chain, changed))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_context_has_a_row_for_each_observation(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    policy = make_policy(name)
+    sample = policy.explore(dict(batch))
+    with torch.no_grad():
+        context = policy.encode(dict(batch))
+        both = policy.score(context, sample.chain, sample.step).log_prob
+        for row in (0, 1):
+            rows = torch.tensor([row])
+            cut = {key: value[rows] for key, value in context.items()}
+            alone = policy.score(cut, sample.chain[rows], sample.step[rows]).log_prob
+            torch.testing.assert_close(alone, both[rows], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["expert", "vlm"])
+@pytest.mark.parametrize("name", BASES)
+def test_the_critic_reads_real_tokens_only(
+    make_policy: MakePolicy, batch: Batch, name: str, source: str
+) -> None:
+    base = make_policy(name).base
+    features = base.critic_features(base.encode(dict(batch)), source)
+    assert features.shape == (2, base.critic_dims[source])
+    assert not features.requires_grad
+    longer = dict(batch)
+    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+    longer[OBS_LANGUAGE_TOKENS] = torch.cat([tokens, torch.full((2, 3), 5)], 1)
+    longer[OBS_LANGUAGE_ATTENTION_MASK] = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], 1)
+    torch.testing.assert_close(
+        base.critic_features(base.encode(longer), source), features, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_expert_s_features_know_the_state(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    base = make_policy(name).base
+    moved = dict(batch) | {OBS_STATE: batch[OBS_STATE] + 1}
+    one, two = (base.critic_features(base.encode(dict(b)), "expert") for b in (batch, moved))
+    # pi0.5 reads its state from the prompt, which the processor writes.
+    assert torch.equal(one, two) is (name == "pi05")
+
+
+@pytest.mark.parametrize("mode", ["expert", "all"])
+@pytest.mark.parametrize("name", BASES)
+def test_gradients_reach_what_is_to_be_trained(
+    make_policy: MakePolicy, batch: Batch, name: str, mode: str
+) -> None:
+    policy = make_policy(name, trainable=mode)
+    sample = policy.explore(dict(batch))
+    policy.score(policy.encode(dict(batch)), sample.chain, sample.step).log_prob.sum().backward()
+    reached = {n for n, p in policy.base.policy.named_parameters() if p.grad is not None}
+    assert reached
+    inside = {n for n, _ in policy.base.policy.named_parameters() if policy.base._is_expert(n)}
+    assert policy.base.context_is_fixed is (mode == "expert")
+    assert reached <= inside if mode == "expert" else reached - inside
+    assert {n for n, p in policy.base.policy.named_parameters() if p.requires_grad} >= reached
+
+
+def test_actions_beyond_the_real_ones_are_cut(make_policy: MakePolicy, batch: Batch) -> None:
+    policy = make_policy("pi0")
+    assert policy.predict_action_chunk(dict(batch)).shape == batch[ACTION].shape
