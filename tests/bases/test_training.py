@@ -1,0 +1,184 @@
+"""PPO on a small stock policy: contexts are kept or computed again, minibatches are cut, and nothing else changes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor, nn
+
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.contexts import Contexts
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
+from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
+from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+
+pytest.importorskip("transformers")
+
+BASES = ("smolvla", "pi0", "pi05")
+COUNT = 12
+
+MakeAlgorithm = Callable[..., PIRLAlgorithm]
+
+
+@pytest.fixture
+def make_algorithm(make_config: Callable[..., PIRLConfig]) -> MakeAlgorithm:
+    """Makes an algorithm around a small stock policy with seeded weights."""
+
+    def make(name: str = "smolvla", trainable: str = "expert", **settings: Any) -> PIRLAlgorithm:
+        torch.manual_seed(1)
+        config = make_config(name, trainable=trainable)
+        defaults = {"critic_warmup": 0, "critic_hidden_dims": [16], "minibatch_size": 6, "epochs": 2}
+        algorithm = PIRLAlgorithm(
+            PIRLPolicy(config), PIRLAlgorithmConfig(**defaults | settings, policy_config=config)
+        )
+        algorithm.make_optimizers_and_scheduler()
+        return algorithm
+
+    return make
+
+
+def observations() -> dict[str, Tensor]:
+    """Preprocessed observations with prompts of different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    length = torch.randint(1, 5, (COUNT, 1), generator=generator)
+    return {
+        "observation.images.top": torch.rand(COUNT, 3, 32, 32, generator=generator),
+        OBS_STATE: torch.randn(COUNT, 5, generator=generator),
+        OBS_LANGUAGE_TOKENS: torch.randint(4, 8, (COUNT, 4), generator=generator),
+        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(4) < length,
+    }
+
+
+def collect(algorithm: PIRLAlgorithm) -> Rollout:
+    """One decision of each of twelve environments, all of which end."""
+    seen = observations()
+    algorithm.policy.eval()
+    sample = algorithm.policy.explore(dict(seen), torch.Generator().manual_seed(0))
+    flags = torch.zeros(COUNT, dtype=torch.bool)
+    decisions = DecisionBatch(
+        observation={OBS_STATE: seen[OBS_STATE]},
+        task=["pick"] * COUNT,
+        chain=sample.chain,
+        step=sample.step,
+        log_prob=sample.log_prob,
+        action=sample.x[..., :4],
+        reward=(sample.x[:, 0, 0] > 0).float(),
+        executed=torch.full((COUNT,), 3),
+        terminated=~flags,
+        truncated=flags,
+        success=flags,
+        version=torch.full((COUNT,), algorithm.optimization_step),
+        env=torch.arange(COUNT),
+        index=torch.zeros(COUNT, dtype=torch.int64),
+        next_row=torch.zeros(0, dtype=torch.int64),
+        next_observation={},
+    )
+    return prepare(decisions, lambda observation, task: seen)
+
+
+def trained(algorithm: PIRLAlgorithm) -> dict[str, Tensor]:
+    """The trained weights after one update."""
+    algorithm.update(iter([collect(algorithm)]))
+    return {name: value.clone() for name, value in algorithm.get_weights().items()}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgorithm, name: str) -> None:
+    algorithm = make_algorithm(name)
+    before = {key: value.clone() for key, value in algorithm.policy.state_dict().items()}
+    rollout = collect(algorithm)
+    stats = algorithm.update(iter([rollout]))
+    assert stats.extra["ratio_first_error"] <= 1e-4
+    base = algorithm.policy.base
+    for key, value in algorithm.policy.state_dict().items():
+        if not key.startswith("base.policy.") or not base._is_expert(key.removeprefix("base.policy.")):
+            assert torch.equal(value, before[key]), key
+    head = next(key for key in before if key.endswith("action_out_proj.weight"))
+    assert not torch.equal(algorithm.policy.state_dict()[head], before[head])
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_kept_contexts_give_the_numbers_of_those_computed_again(
+    make_algorithm: MakeAlgorithm, name: str
+) -> None:
+    kept = trained(make_algorithm(name))
+    again = trained(make_algorithm(name, context_memory_gb=0.0))
+    for key, value in kept.items():
+        torch.testing.assert_close(value, again[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["expert", "all"])
+def test_a_minibatch_in_parts_gives_the_same_step(make_algorithm: MakeAlgorithm, mode: str) -> None:
+    whole = trained(make_algorithm(trainable=mode, epochs=1))
+    parts = trained(make_algorithm(trainable=mode, epochs=1, micro_batch_size=1))
+    for key, value in whole.items():
+        # Adam divides by the gradient's size, so a gradient that is nearly nothing may be rounded to another one.
+        torch.testing.assert_close(value, parts[key], rtol=0, atol=2e-4)
+    assert sum(float((whole[key] - parts[key]).abs().sum()) for key in whole) < 0.05 * sum(
+        float(value.abs().sum()) for value in whole.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "budget", "expected"), [("expert", 1e9, True), ("expert", 10.0, False), ("all", 1e9, False)]
+)
+def test_contexts_are_kept_if_they_stay_and_fit(
+    make_algorithm: MakeAlgorithm, monkeypatch: pytest.MonkeyPatch, mode: str, budget: float, expected: bool
+) -> None:
+    policy = make_algorithm(trainable=mode).policy.eval()
+    encoded: list[int] = []
+    encode = policy.base.encode
+
+    def count(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        encoded.append(len(batch[OBS_STATE]))
+        return encode(batch)
+
+    monkeypatch.setattr(policy.base, "encode", count)
+    contexts = Contexts(policy, observations(), "vlm", 5, budget, torch.device("cpu"))
+    assert contexts.kept is expected
+    assert sum(encoded) == COUNT
+    assert max(encoded) <= 5
+    rows = torch.tensor([7, 2])
+    context = contexts.rows(rows)
+    assert sum(encoded) == (COUNT if expected else COUNT + 2)
+    direct = encode({key: value[rows] for key, value in observations().items()})
+    for key, value in direct.items():
+        torch.testing.assert_close(context[key].float(), value.float(), rtol=0, atol=1e-5)
+
+
+def test_the_reference_shares_what_is_not_trained(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm(kl_coef=0.1)
+    assert algorithm.reference is not None
+    theirs = dict(algorithm.reference.named_parameters())
+    expert = {name for name, p in algorithm.policy.named_parameters() if p.requires_grad}
+    for name, parameter in algorithm.policy.named_parameters():
+        assert (theirs[name] is parameter) is (name not in expert)
+    stats = algorithm.update(iter([collect(algorithm)]))
+    assert stats.extra["reference_kl"] >= 0
+
+
+def test_features_that_the_base_does_not_offer_are_one_line(make_algorithm: MakeAlgorithm) -> None:
+    with pytest.raises(
+        ConfigError, match=r"algorithm.critic_features.*'eyes'.*choose one of \['expert', 'vlm'\]"
+    ):
+        make_algorithm(critic_features="eyes")
+
+
+def test_only_what_is_trained_is_pushed(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm("pi0")
+    pushed = sum(value.numel() for value in algorithm.get_weights().values())
+    assert 0 < pushed < sum(p.numel() for p in algorithm.policy.parameters()) / 2
+    other = make_algorithm("pi0")
+    nn.init.zeros_(other.policy.base.policy.model.action_out_proj.weight)
+    other.load_weights(algorithm.get_weights())
+    batch = observations()
+    noise = torch.randn(COUNT, 6, 8)
+    chunks = [a.policy.predict_action_chunk(dict(batch), noise=noise) for a in (algorithm, other)]
+    assert torch.equal(*chunks)
+    assert chunks[0].shape == (COUNT, 6, 4)
+    assert ACTION not in batch
