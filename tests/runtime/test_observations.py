@@ -18,7 +18,7 @@ FEATURES = {
 
 @pytest.fixture
 def path() -> ObservationPath:
-    return ObservationPath(FEATURES, AlohaEnv(), None)
+    return ObservationPath(FEATURES, AlohaEnv(observation_height=16, observation_width=32), None)
 
 
 def raw(rows: int = 2) -> dict[str, np.ndarray]:
@@ -56,6 +56,21 @@ def test_the_wire_changes_no_bit(path: ObservationPath) -> None:
 def test_a_picture_crosses_as_bytes(path: ObservationPath) -> None:
     packed = path.pack(path.from_environment(raw(), ["a", "b"]))
     assert torch.equal(packed[TOP], torch.from_numpy(raw()["pixels/top"]).permute(0, 3, 1, 2))
+
+
+def test_pictures_cross_in_the_environment_s_size_whatever_the_policy_was_trained_with() -> None:
+    features = {TOP: PolicyFeature(FeatureType.VISUAL, (3, 224, 224))}
+    path = ObservationPath(features, AlohaEnv(observation_height=16, observation_width=32), None)
+    packed = path.pack(path.from_environment(raw(), ["a", "b"]))
+    assert tuple(packed[TOP].shape[1:]) == path.wire_fields()[TOP].shape == (3, 16, 32)
+
+
+def test_what_the_environment_calls_otherwise_gets_the_policy_s_name() -> None:
+    features = {"observation.images.base": FEATURES[TOP], STATE: FEATURES[STATE]}
+    renamed = {TOP: "observation.images.base"}
+    path = ObservationPath(features, AlohaEnv(observation_height=16, observation_width=32), None, renamed)
+    assert path.from_environment(raw(), ["a", "b"]).keys() == features.keys()
+    assert path.wire_fields()["observation.images.base"].shape == (3, 16, 32)
 
 
 def test_what_the_policy_does_not_read_is_left_out(path: ObservationPath) -> None:

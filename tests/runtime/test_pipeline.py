@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
@@ -192,12 +193,28 @@ def test_a_policy_for_another_environment_is_refused(make_cfg: MakeConfig) -> No
     with pytest.raises(
         ConfigError, match=r"env.type.*'observation.state' with shape \(2,\).*\(39,\)"
     ) as error:
-        check_features(policy_cfg, env_cfg)
+        check_features(policy_cfg, env_cfg, {})
     one_line(error)
     policy_cfg.input_features = {"observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 8, 8))}
     with pytest.raises(ConfigError, match=r"'test_line' does not give 'observation.images.top'") as error:
-        check_features(policy_cfg, env_cfg)
+        check_features(policy_cfg, env_cfg, {})
     one_line(error)
+
+
+def test_what_the_environment_calls_otherwise_can_be_renamed(make_cfg: MakeConfig) -> None:
+    renames = '--rename_map={"observation.state": "observation.joints"}'
+    cfg = make_cfg(renames)
+    policy_cfg, _, env_cfg = parts(cfg)
+    policy_cfg.input_features = {"observation.joints": PolicyFeature(FeatureType.STATE, (2,))}
+    suggested = r"""--rename_map='\{"observation.state": "observation.joints"\}'"""
+    with pytest.raises(ConfigError, match=suggested) as error:
+        check_features(policy_cfg, env_cfg, {})
+    one_line(error)
+    assert cfg.rename_map == {"observation.state": "observation.joints"}
+    check_features(policy_cfg, env_cfg, cfg.rename_map)
+    player = make_player(cfg)
+    found = player.path.from_environment({"agent_pos": np.zeros((2, 2), dtype=np.float32)}, ["a", "b"])
+    assert list(found) == ["observation.joints"]
 
 
 # What both sides agree on

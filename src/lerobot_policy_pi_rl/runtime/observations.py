@@ -1,11 +1,16 @@
 """Observations on their way from an environment to the policy, the wire and the storage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.envs import EnvConfig, make_env_pre_post_processors, preprocess_observation
+from lerobot.envs import (
+    EnvConfig,
+    env_to_policy_features,
+    make_env_pre_post_processors,
+    preprocess_observation,
+)
 from torch import Tensor
 
 from .environments import Observation, nested
@@ -21,15 +26,25 @@ class ObservationPath:
     unpacked to the same floats on the other side.
     """
 
-    def __init__(self, features: dict[str, PolicyFeature], env_cfg: EnvConfig, policy_cfg: Any) -> None:
+    def __init__(
+        self,
+        features: dict[str, PolicyFeature],
+        env_cfg: EnvConfig,
+        policy_cfg: Any,
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
         """Prepares the path.
 
         Args:
             features: The policy's input features; nothing else is kept.
             env_cfg: The environment, for its own processors.
             policy_cfg: The policy's configuration, for the same.
+            renamed: The policy's names of the environment's features, where they differ.
         """
-        self._features = features
+        self._features, self._renamed = features, renamed or {}
+        self._offered = {
+            self._renamed.get(key, key): feature for key, feature in env_to_policy_features(env_cfg).items()
+        }
         self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
 
     def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
@@ -40,6 +55,7 @@ class ObservationPath:
         """
         observation: dict[str, Any] = preprocess_observation(nested(raw))
         observation = self._env_preprocessor(observation | {"task": tasks})
+        observation = {self._renamed.get(key, key): value for key, value in observation.items()}
         missing = sorted(self._features.keys() - observation.keys())
         if missing:
             raise KeyError(f"the environment does not give {missing}, which the policy reads")
@@ -59,11 +75,14 @@ class ObservationPath:
         }
 
     def wire_fields(self) -> dict[str, TensorField]:
-        """Type and shape of one packed observation per key."""
-        return {
-            key: TensorField(torch.uint8 if self._is_image(key) else torch.float32, tuple(feature.shape))
-            for key, feature in self._features.items()
-        }
+        """Type and shape of one packed observation per key; pictures have the environment's size."""
+        fields = {}
+        for key, feature in self._features.items():
+            if self._is_image(key):
+                fields[key] = TensorField(torch.uint8, tuple(self._offered.get(key, feature).shape))
+            else:
+                fields[key] = TensorField(torch.float32, tuple(feature.shape))
+        return fields
 
     def _is_image(self, key: str) -> bool:
         return self._features[key].type is FeatureType.VISUAL

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import draccus
 import torch
-from lerobot.configs import PreTrainedConfig, parser
+from lerobot.configs import FeatureType, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.utils import INFO_PATH
 from lerobot.envs import EnvConfig, env_to_policy_features
@@ -95,8 +96,10 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                 )
 
     def _validate_as_lerobot_does(self) -> None:
-        """Runs LeRobot's own checks around two assumptions that do not hold here."""
+        """Runs LeRobot's own checks around assumptions that do not hold here."""
         stated, output_dir = self.dataset, self.output_dir  # type: ignore[has-type]
+        # It wants a `policy.path` for it, and knows nothing of `policy.base_path`.
+        renamed, self.rename_map = self.rename_map, {}  # type: ignore[has-type]
         if stated is None:
             # LeRobot reads `dataset.repo_id` whatever the training is.
             self.dataset = DatasetConfig(repo_id="none")
@@ -105,7 +108,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if output_dir is not None and not self.is_actor and not self.resume:
             self._check_unused(Path(output_dir))
         super().validate()
-        self.dataset = stated
+        self.dataset, self.rename_map = stated, renamed
         self.output_dir = output_dir or self.output_dir
 
     @staticmethod
@@ -200,7 +203,7 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     """
     policy_cfg, _, env_cfg = parts(cfg)
     check_checkpoint(policy_cfg.pretrained_path)
-    check_features(policy_cfg, env_cfg)
+    check_features(policy_cfg, env_cfg, cfg.rename_map)
     torch.manual_seed(cfg.seed or 0)
     # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -211,7 +214,7 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
         pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
         preprocessor_overrides={"device_processor": {"device": policy_cfg.device}},
     )
-    path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg)
+    path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg, cfg.rename_map)
     return Player(policy.eval(), preprocessor, postprocessor, path)
 
 
@@ -232,20 +235,32 @@ def check_checkpoint(path: str | Path | None) -> None:
         )
 
 
-def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig) -> None:
+def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: Mapping[str, str]) -> None:
     """Checks that the environment gives what a trained policy reads and takes what it does.
+
+    Args:
+        policy_cfg: The policy.
+        env_cfg: The environment.
+        renamed: The policy's names of the environment's features, where they differ.
 
     Raises:
         ConfigError: If a feature is missing or has another shape.
     """
-    offered = env_to_policy_features(env_cfg)
+    offered = {renamed.get(key, key): value for key, value in env_to_policy_features(env_cfg).items()}
     wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
     for key, feature in wanted.items():
         if key not in offered:
+            unused = [
+                k for k, other in sorted(offered.items()) if k not in wanted and other.type == feature.type
+            ]
+            hint = f', or rename with --rename_map=\'{{"{unused[0]}": "{key}"}}\'' if unused else ""
             raise config_error(
-                "env.type", f"{env_cfg.type!r} does not give {key!r}; it gives {sorted(offered)}"
+                "env.type",
+                f"{env_cfg.type!r} does not give {key!r}, which the policy reads; it gives {sorted(offered)}: take "
+                f"another environment{hint}",
             )
-        if tuple(offered[key].shape) != tuple(feature.shape):
+        # Images may have any size: the policy's base scales them.
+        if feature.type != FeatureType.VISUAL and tuple(offered[key].shape) != tuple(feature.shape):
             raise config_error(
                 "env.type",
                 f"{env_cfg.type!r} gives {key!r} with shape {tuple(offered[key].shape)}, but the policy was trained "

@@ -1,22 +1,26 @@
 """What every command shares: plugins, logging, signals, and errors of one line."""
 
+import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
 
 from draccus.utils import DraccusException
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.utils.import_utils import register_third_party_plugins
 from tqdm import tqdm
 
 from ..algorithm.pi_rl import RatioError
+from ..bases.configuration import STEPS_FIELD
 from ..runtime.checkpoint import CheckpointError
 from ..runtime.environments import EnvironmentFailed
 from ..runtime.gather import NothingUsable
 
 PACKAGE = "lerobot_policy_pi_rl"
+POLICY_PATH = "--policy.path"
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -31,6 +35,7 @@ def run_command(command: Callable[[], None]) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     register_third_party_plugins()
     try:
+        sys.argv[1:] = wrap_stock_policy(sys.argv[1:])
         command()
     except EXPECTED_ERRORS as error:
         logging.getLogger(__name__).debug("Ended by", exc_info=True)
@@ -39,6 +44,24 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
+    """Turns `--policy.path=<a stock checkpoint>` into the `pi_rl` policy that begins with it.
+
+    LeRobot would parse the settings of the checkpoint's own class, which knows nothing of exploration.
+
+    Args:
+        arguments: A command line; one whose checkpoint is a `pi_rl` policy, or no base, is left as it is.
+    """
+    path = next((a.partition("=")[2] for a in arguments if a.startswith(f"{POLICY_PATH}=")), None)
+    if path is None or not (Path(path) / CONFIG_NAME).is_file():
+        # On the hub, too, is what `policy.base_path` is for.
+        return list(arguments)
+    if json.loads((Path(path) / CONFIG_NAME).read_text()).get("type") not in STEPS_FIELD:
+        return list(arguments)
+    kept = [a for a in arguments if not a.startswith(f"{POLICY_PATH}=")]
+    return [*kept, "--policy.type=pi_rl", f"--policy.base_path={path}"]
 
 
 # Errors that say what to do; anything else is a defect and keeps its stack trace.
