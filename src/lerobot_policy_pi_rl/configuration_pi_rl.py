@@ -23,7 +23,7 @@ from .errors import check, config_error, refuse_stock_command
 
 EXPLORERS = ("flow_sde", "flow_cps", "flow_noise")
 RECORDINGS = ("hybrid", "joint")
-TRAINABLE = ("expert", "all")
+TRAINABLE = ("expert", "expert_lora", "lora", "all")
 
 
 @dataclass
@@ -101,8 +101,12 @@ class PIRLConfig(PreTrainedConfig):
     # and its processors are taken from it.
     base_path: str | None = None
     # What of a stock base is trained: `expert` (the action expert; the VLM stays as it is, and each observation is
-    # encoded once) or `all`. The compact base is always trained whole.
+    # encoded once), `expert_lora` (the expert, and low-rank adapters in the VLM), `lora` (adapters in both) or `all`.
+    # The compact base is always trained whole.
     trainable: str = "expert"
+    # Rank of the adapters, and the factor by which their output is scaled, times the rank.
+    lora_rank: int = 16
+    lora_alpha: int = 32
     # Exploration during online training.
     explorer: ExplorerConfig = field(default_factory=ExplorerConfig)
 
@@ -155,6 +159,7 @@ class PIRLConfig(PreTrainedConfig):
             "policy.trainable",
             f"{self.trainable!r} is unknown; choose one of {list(TRAINABLE)}",
         )
+        check(self.lora_rank >= 1, "policy.lora_rank", f"must be at least 1, got {self.lora_rank}")
         check(self.chunk_size >= 1, "policy.chunk_size", f"must be at least 1, got {self.chunk_size}")
         check(
             1 <= self.n_action_steps <= self.chunk_size,

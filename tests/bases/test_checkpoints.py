@@ -112,6 +112,35 @@ def test_a_checkpoint_is_exported_as_a_stock_one(
 
 
 @pytest.mark.parametrize("name", BASES)
+def test_adapters_are_merged_into_what_is_exported(
+    save_stock: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    config = PIRLConfig(base_path=str(save_stock(name)), device="cpu", trainable="lora", lora_rank=2)
+    policy, noise = PIRLPolicy(config), torch.randn(2, 6, 8)
+    preprocessor, postprocessor = make_pi_rl_pre_post_processors(config)
+    batch = preprocessor(raw_observation())
+    before = policy.predict_action_chunk(dict(batch), noise=noise)
+    with torch.no_grad():
+        for key, parameter in policy.named_parameters():
+            if ".lora_B." in key:
+                parameter.normal_(std=0.2)
+    changed = policy.predict_action_chunk(dict(batch), noise=noise)
+    assert float((changed - before).abs().max()) > 1e-3
+    policy.save_pretrained(tmp_path / "pi_rl")
+    for processor in (preprocessor, postprocessor):
+        processor.save_pretrained(tmp_path / "pi_rl")
+    again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl")
+    assert torch.equal(again.predict_action_chunk(dict(batch), noise=noise), changed)
+    export(tmp_path / "pi_rl", tmp_path / "stock")
+    assert not any("lora" in key for key in load_file(tmp_path / "stock" / WEIGHTS))
+    stock = get_policy_class(name).from_pretrained(tmp_path / "stock")
+    exported = stock.predict_action_chunk(dict(batch), noise=noise.clone())
+    # Merging rounds once more; what is merged is exported to the bit.
+    torch.testing.assert_close(exported, changed, rtol=0, atol=1e-3)
+    assert torch.equal(policy.base.export().predict_action_chunk(dict(batch), noise=noise.clone()), exported)
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_a_checkpoint_that_lacks_weights_is_refused(save_stock: Callable[[str], Path], name: str) -> None:
     folder = save_stock(name)
     tensors = load_file(folder / WEIGHTS)

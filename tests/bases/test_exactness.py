@@ -8,6 +8,7 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
+from lerobot_policy_pi_rl.bases.lora import is_adapter
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
@@ -125,7 +126,7 @@ def test_the_expert_s_features_know_the_state(make_policy: MakePolicy, batch: Ba
     assert torch.equal(one, two) is (name == "pi05")
 
 
-@pytest.mark.parametrize("mode", ["expert", "all"])
+@pytest.mark.parametrize("mode", ["expert", "expert_lora", "lora", "all"])
 @pytest.mark.parametrize("name", BASES)
 def test_gradients_reach_what_is_to_be_trained(
     make_policy: MakePolicy, batch: Batch, name: str, mode: str
@@ -133,12 +134,29 @@ def test_gradients_reach_what_is_to_be_trained(
     policy = make_policy(name, trainable=mode)
     sample = policy.explore(dict(batch))
     policy.score(policy.encode(dict(batch)), sample.chain, sample.step).log_prob.sum().backward()
-    reached = {n for n, p in policy.base.policy.named_parameters() if p.grad is not None}
-    assert reached
-    inside = {n for n, _ in policy.base.policy.named_parameters() if policy.base._is_expert(n)}
+    names = dict(policy.base.policy.named_parameters())
+    reached = {name for name, parameter in names.items() if parameter.grad is not None}
+    expert = {name for name in names if policy.base._is_expert(name)}
+    adapters = {name for name in names if is_adapter(name)}
+    trained = {name for name, parameter in names.items() if parameter.requires_grad}
+    allowed = {"expert": expert, "expert_lora": expert | adapters, "lora": adapters, "all": set(names)}
+    assert reached <= trained == allowed[mode]
+    assert bool(adapters - expert) is bool((reached & adapters) - expert) is ("lora" in mode)
+    assert bool(adapters & expert) is bool(reached & adapters & expert) is (mode == "lora")
     assert policy.base.context_is_fixed is (mode == "expert")
-    assert reached <= inside if mode == "expert" else reached - inside
-    assert {n for n, p in policy.base.policy.named_parameters() if p.requires_grad} >= reached
+    if mode == "all":
+        assert reached - expert
+
+
+@pytest.mark.parametrize("mode", ["expert_lora", "lora"])
+@pytest.mark.parametrize("name", BASES)
+def test_adapters_add_nothing_at_first(make_policy: MakePolicy, batch: Batch, name: str, mode: str) -> None:
+    noise = torch.randn(2, 6, 8)
+    with_adapters, without = (
+        make_policy(name, trainable=m).predict_action_chunk(dict(batch), noise=noise)
+        for m in (mode, "expert")
+    )
+    assert torch.equal(with_adapters, without)
 
 
 def test_actions_beyond_the_real_ones_are_cut(make_policy: MakePolicy, batch: Batch) -> None:

@@ -21,6 +21,10 @@ class PI05Base(StockBase):
         "time_mlp_in",
         "time_mlp_out",
     )
+    vlm_lora = r".*\.paligemma\.model\.language_model\..*\.self_attn\.[qkvo]_proj"
+    expert_lora = (
+        r".*\.gemma_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|time|state).*(proj|mlp_in|mlp_out)"
+    )
 
     @property
     def _head(self) -> nn.Linear:

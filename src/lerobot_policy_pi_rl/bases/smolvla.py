@@ -22,6 +22,8 @@ class SmolVLABase(StockBase):
         "action_time_mlp_in",
         "action_time_mlp_out",
     )
+    vlm_lora = r".*\.text_model\.layers\..*\.self_attn\.[qkvo]_proj"
+    expert_lora = r".*\.lm_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|state).*(proj|mlp_in|mlp_out)"
 
     @property
     def _head(self) -> nn.Linear:

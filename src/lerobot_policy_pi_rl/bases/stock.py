@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import config_error
 from .adapter import Context, FlowBase, Velocity
+from .lora import insert_adapters, is_adapter, merge_adapters
 
 if TYPE_CHECKING:
     from lerobot.policies.pretrained import PreTrainedPolicy
@@ -33,9 +34,13 @@ class StockBase(FlowBase):
     Attributes:
         policy: The stock policy.
         expert_modules: Modules of its `model` that only `velocity` uses; the others encode.
+        vlm_lora: Layers of the VLM that get an adapter, as a regular expression of their names.
+        expert_lora: The same of the action expert.
     """
 
     expert_modules: ClassVar[tuple[str, ...]]
+    vlm_lora: ClassVar[str]
+    expert_lora: ClassVar[str]
     policy: "PreTrainedPolicy"
 
     def __init__(self, config: "PIRLConfig") -> None:
@@ -56,13 +61,28 @@ class StockBase(FlowBase):
         self.chunk_size = stock.chunk_size
         self.action_dim = stock.max_action_dim
         self.real_action_dim = stock.action_feature.shape[0]
+        self._insert_adapters(config)
         self.feature_dim = self._head.in_features
         self.critic_dims = {"expert": self.feature_dim, "vlm": self._vlm_dim}
         self._choose_trained(config.trainable)
 
+    def _insert_adapters(self, config: "PIRLConfig") -> None:
+        targets = {
+            "expert_lora": [self.vlm_lora],
+            "lora": [self.vlm_lora, self.expert_lora],
+        }.get(config.trainable)
+        if targets:
+            insert_adapters(self.policy, targets, config.lora_rank, config.lora_alpha)
+
     def _choose_trained(self, mode: str) -> None:
         for name, parameter in self.policy.named_parameters():
-            parameter.requires_grad_(mode == "all" or self._is_expert(name))
+            whole = mode == "all" or (mode in ("expert", "expert_lora") and self._is_expert(name))
+            parameter.requires_grad_(whole or is_adapter(name))
+
+    def export(self) -> "PreTrainedPolicy":
+        """The stock policy, with adapters merged into it; this base is not to be used afterwards."""
+        merge_adapters(self.policy)
+        return self.policy
 
     def _is_expert(self, name: str) -> bool:
         return name.startswith(tuple(f"model.{module}." for module in self.expert_modules))

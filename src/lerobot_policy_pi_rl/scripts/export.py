@@ -53,7 +53,7 @@ def export(path: Path, output_dir: Path) -> str:
     config.device = config.stock.device = "cpu"
     base = PIRLPolicy.from_pretrained(path, config=config).base
     assert isinstance(base, StockBase)
-    base.policy.save_pretrained(output_dir)
+    base.export().save_pretrained(output_dir)
     for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
         for file in path.glob(f"{name}*"):
             shutil.copy2(file, output_dir / file.name)
