@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies import make_pre_post_processors
+from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
@@ -185,3 +187,30 @@ def make_config(make_stock: MakeStock) -> Callable[..., PIRLConfig]:
         return PIRLConfig(base=make_stock(name, **(stock or {})), device="cpu", **settings)
 
     return make
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small tokenizer wherever one is asked for by the name that it has on the hub."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: small_tokenizer())
+
+
+@pytest.fixture
+def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callable[[str], Path]:
+    """Saves a small stock policy with its processors, as `lerobot-train` does."""
+
+    def save(name: str) -> Path:
+        torch.manual_seed(0)
+        config, folder = make_stock(name), tmp_path / name
+        get_policy_class(name)(config).save_pretrained(folder)
+        stats = {
+            key: {stat: torch.rand(size) + 0.5 for stat in ("mean", "std", "min", "max", "q01", "q99")}
+            for key, size in ((OBS_STATE, 5), (ACTION, 4))
+        }
+        for processor in make_pre_post_processors(config, dataset_stats=stats):
+            processor.save_pretrained(folder)
+        return folder
+
+    return save

@@ -10,7 +10,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,35 +27,6 @@ WEIGHTS = "model.safetensors"
 
 Batch = dict[str, Tensor]
 MakeStock = Callable[..., Any]
-
-
-@pytest.fixture
-def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small tokenizer wherever one is asked for by the name that it has on the hub."""
-    from transformers import AutoTokenizer
-
-    from .conftest import small_tokenizer
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: small_tokenizer())
-
-
-@pytest.fixture
-def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callable[[str], Path]:
-    """Saves a small stock policy with its processors, as `lerobot-train` does."""
-
-    def save(name: str) -> Path:
-        torch.manual_seed(0)
-        config, folder = make_stock(name), tmp_path / name
-        get_policy_class(name)(config).save_pretrained(folder)
-        stats = {
-            key: {stat: torch.rand(size) + 0.5 for stat in ("mean", "std", "min", "max", "q01", "q99")}
-            for key, size in ((OBS_STATE, 5), (ACTION, 4))
-        }
-        for processor in make_pre_post_processors(config, dataset_stats=stats):
-            processor.save_pretrained(folder)
-        return folder
-
-    return save
 
 
 def raw_observation() -> dict[str, Any]:

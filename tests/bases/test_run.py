@@ -1,0 +1,175 @@
+"""A run with a camera and a small stock policy: learner and actor over loopback, resumed, and exported."""
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import draccus
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig
+from lerobot.policies.factory import get_policy_class
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from lerobot_policy_pi_rl.runtime.actor import Actor
+from lerobot_policy_pi_rl.runtime.learner import Learner
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.scripts.export import export
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.timeout(240)
+
+ITERATIONS = 2
+
+
+class Window(gym.Env):
+    """A picture whose brightness is to be raised by the first action; cut after twelve steps."""
+
+    observation_space = spaces.Dict(
+        {
+            "pixels": spaces.Dict({"top": spaces.Box(0, 255, (32, 32, 3), np.uint8)}),
+            "agent_pos": spaces.Box(-10, 10, (5,), np.float32),
+        }
+    )
+    action_space = spaces.Box(-1, 1, (4,), np.float32)
+    task_description = "pick the cube"
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.light, self.time = float(np.random.default_rng(seed).uniform(80, 120)), 0
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        self.light, self.time = float(np.clip(self.light + 20 * action[0], 0, 255)), self.time + 1
+        solved = self.light > 150
+        return self._observe(), float(solved), solved, self.time >= 12, {"is_success": solved}
+
+    def _observe(self) -> dict:
+        picture = np.full((32, 32, 3), self.light, np.uint8)
+        return {"pixels": {"top": picture}, "agent_pos": np.full(5, self.light / 255, np.float32)}
+
+
+@EnvConfig.register_subclass("test_window")
+@dataclass
+class WindowConfig(EnvConfig):
+    """Configuration of `Window`."""
+
+    features: dict[str, PolicyFeature] = field(
+        default_factory=lambda: {
+            ACTION: PolicyFeature(FeatureType.ACTION, (4,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (5,)),
+            "pixels/top": PolicyFeature(FeatureType.VISUAL, (32, 32, 3)),
+        }
+    )
+    features_map: dict[str, str] = field(
+        default_factory=lambda: {
+            ACTION: ACTION,
+            "agent_pos": OBS_STATE,
+            "pixels/top": "observation.images.top",
+        }
+    )
+
+    @property
+    def gym_kwargs(self) -> dict:
+        return {}
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        return {"window": {0: gym.vector.SyncVectorEnv([Window] * n_envs)}}
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Callable[..., Any]:
+    """Runs a learner and an actor to the end; returns the metrics."""
+
+    def configure(given: dict[str, Any], is_actor: bool) -> PIRLTrainConfig:
+        monkeypatch.setattr(sys, "argv", ["test"])
+        cfg = draccus.decode(PIRLTrainConfig, given)
+        cfg.is_actor = is_actor
+        if is_actor:
+            cfg.resume = False
+        cfg.validate()
+        return cfg
+
+    def run(base: Path, **policy: Any) -> list[dict[str, Any]]:
+        given = {
+            "policy": {
+                "type": "pi_rl",
+                "base_path": str(base),
+                "device": "cpu",
+                "push_to_hub": False,
+                "num_inference_steps": 2,
+                "actor_learner_config": {"learner_port": free_port},
+                **policy,
+            },
+            "env": {"type": "test_window"},
+            "algorithm": {
+                "type": "pi_rl",
+                "critic_hidden_dims": [16],
+                "critic_warmup": 0,
+                "epochs": 1,
+                "minibatch_size": 8,
+                "micro_batch_size": 4,
+                "collection": {"num_envs": 2, "num_workers": 0, "decisions": 6, "eval_envs": 1},
+            },
+            "output_dir": str(tmp_path / "run"),
+            "steps": ITERATIONS,
+            "env_eval_freq": ITERATIONS,
+            "save_freq": ITERATIONS,
+            "eval": {"n_episodes": 2, "batch_size": 1},
+            "seed": 0,
+        }
+        stop = Event()
+        learner = Learner(configure(given, is_actor=False), stop)
+        actor = Actor(configure(given, is_actor=True), stop)
+        with ThreadPoolExecutor(1) as pool:
+            acting = pool.submit(actor.run)
+            try:
+                learner.run()
+            finally:
+                stop.set()
+            acting.result(60)
+        actor.close()
+        return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"), [("smolvla", "expert"), ("pi0", "expert_lora"), ("pi05", "lora")]
+)
+def test_a_stock_policy_is_trained_from_pictures_and_exported(
+    save_stock: Callable[[str], Path],
+    train: Callable[..., list[dict[str, Any]]],
+    tmp_path: Path,
+    name: str,
+    trainable: str,
+) -> None:
+    base = save_stock(name)
+    rows = train(base, trainable=trainable, lora_rank=2)
+    iterations = [row for row in rows if "rollout/decisions" in row]
+    assert [row["step"] for row in iterations] == [1, 2]
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in iterations)
+    assert all(row["dropped/malformed_messages"] == 0 for row in iterations)
+    assert [row["step"] for row in rows if "eval/success" in row] == [0, 2]
+    weights = sum(file.stat().st_size for file in base.glob("model.safetensors"))
+    assert iterations[-1]["push/bytes"] < weights
+    last = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    export(last, tmp_path / "exported")
+    before, after = (
+        get_policy_class(name).from_pretrained(folder) for folder in (base, tmp_path / "exported")
+    )
+    moved = {
+        key for key, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[key])
+    }
+    assert moved
+    assert after.config.n_action_steps == 3
+    if trainable == "expert":
+        assert all("lm_expert" in key or ".action_" in key for key in moved)
