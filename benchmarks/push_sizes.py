@@ -1,0 +1,59 @@
+"""How many bytes a push of weights takes, for VLAs at their real size, by what is trained.
+
+    python benchmarks/push_sizes.py
+
+Nothing is allocated: the policies are built without memory, and their tensors are counted.
+"""
+
+import argparse
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from lerobot_policy_pi_rl.configuration_pi_rl import TRAINABLE, PIRLConfig
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+
+BASES = {"pi0": PI0Config, "pi05": PI05Config}
+FEATURES = {
+    "input_features": {
+        "observation.images.image": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
+        "observation.images.image2": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
+        OBS_STATE: PolicyFeature(FeatureType.STATE, (8,)),
+    },
+    "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (7,))},
+}
+
+
+def build(base: str, trainable: str) -> PIRLPolicy:
+    """A policy at its real size, in bfloat16, without memory."""
+    config = PIRLConfig(
+        base=BASES[base](device="cpu", dtype="bfloat16", **FEATURES), device="cpu", trainable=trainable
+    )
+    config.device = config.stock.device = "meta"
+    with torch.device("meta"):
+        return PIRLPolicy(config)
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def main() -> None:
+    """Prints the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    print("| base | trained | tensors | MB per push | share of the whole state |")
+    print("|---|---|---|---|---|")
+    for base in BASES:
+        for trainable in TRAINABLE:
+            policy = build(base, trainable)
+            pushed = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+            share = size(pushed) / size(list(policy.state_dict().values()))
+            print(f"| `{base}` | `{trainable}` | {len(pushed)} | {size(pushed) / 1e6:,.1f} | {share:.1%} |")
+
+
+if __name__ == "__main__":
+    main()
