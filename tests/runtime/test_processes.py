@@ -97,8 +97,8 @@ def test_ctrl_c_stops_a_resumed_run_with_a_checkpoint_and_leaves_nothing(finishe
     )
     finished.await_rows(lambda rows: len(rows) > ITERATIONS + 2, "the resumed run goes on")
     family = psutil.Process(command.process.pid).children(recursive=True)
-    # Learner, actor, and its two workers.
-    assert len(family) == 4
+    # Learner, actor, its two workers, and the two of validation.
+    assert len(family) == 6
     command.signal(signal.SIGINT)
     assert command.wait(20) == 0, command.shown
     assert command.errors() == []
