@@ -40,7 +40,7 @@ def test_a_resumed_run_gives_the_same_losses(make_run: Callable[..., Any]) -> No
     assert [row["step"] for row in rows if "loss/value" in row] == list(range(1, 2 * HALF + 1))
     assert rows == reproducible(parts)
     # Episodes run on from one iteration to the next, and there is something to learn: the losses say something.
-    assert {row.get("rollout/episodes") for row in rows} >= {0.0, 4.0}
+    assert {row.get("rollout/episodes") for row in rows} >= {0.0, 2.0}
     assert len({row["loss/policy"] for row in rows if "loss/policy" in row}) == 2 * HALF - 1
     for file in ("pretrained_model/model.safetensors", "algorithm/model.safetensors"):
         one, two = (load_file(run.checkpoint() / file) for run in (whole, parts))
