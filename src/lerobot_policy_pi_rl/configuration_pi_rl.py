@@ -23,6 +23,8 @@ from .errors import check, config_error, refuse_stock_command
 
 EXPLORERS = ("flow_sde", "flow_cps", "flow_noise")
 RECORDINGS = ("hybrid", "joint")
+# Part of the names that stock policies give to cameras that are not there.
+EMPTY_CAMERA = ".empty_camera_"
 TRAINABLE = ("expert", "expert_lora", "lora", "all")
 
 
@@ -184,8 +186,10 @@ class PIRLConfig(PreTrainedConfig):
         set_sizes(own, Sizes(self.chunk_size, self.n_action_steps, self.num_inference_steps))
         if not isinstance(own, CompactConfig):
             own.device = self.device
+            # Cameras that a stock policy only pads its input with are not to be looked for.
+            seen = {k: v for k, v in (own.input_features or {}).items() if EMPTY_CAMERA not in k}
             # LeRobot's classes are not typed for mypy.
-            self.input_features = self.input_features or own.input_features  # type: ignore[has-type]
+            self.input_features = self.input_features or seen  # type: ignore[has-type]
             self.output_features = self.output_features or own.output_features  # type: ignore[has-type]
             self.normalization_mapping = own.normalization_mapping
 

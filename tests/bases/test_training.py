@@ -151,6 +151,16 @@ def test_contexts_are_kept_if_they_stay_and_fit(
         torch.testing.assert_close(context[key].float(), value.float(), rtol=0, atol=1e-5)
 
 
+def test_nothing_is_encoded_for_a_critic_that_is_not_there(
+    make_algorithm: MakeAlgorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_algorithm(trainable="all").policy.eval()
+    monkeypatch.setattr(policy.base, "encode", lambda batch: pytest.fail("it was encoded"))
+    contexts = Contexts(policy, observations(), None, 5, 1e9, torch.device("cpu"))
+    assert contexts.critic_features is None
+    assert not contexts.kept
+
+
 def test_the_reference_shares_what_is_not_trained(make_algorithm: MakeAlgorithm) -> None:
     algorithm = make_algorithm(kl_coef=0.1)
     assert algorithm.reference is not None

@@ -15,24 +15,24 @@ class Contexts:
     they are computed again for each minibatch. The numbers are the same.
 
     Attributes:
-        critic_features: What the critic reads, `[N, F]`.
+        critic_features: What the critic reads, `[N, F]`; None without a critic.
     """
 
     def __init__(
         self,
         policy: PIRLPolicy,
         batch: dict[str, Tensor],
-        critic_source: str,
+        critic_source: str | None,
         rows_at_once: int,
         budget_bytes: float,
         storage: torch.device,
     ) -> None:
-        """Encodes every observation once.
+        """Encodes every observation once, if a critic is to read them or they can be kept.
 
         Args:
             policy: The policy, in evaluation mode.
             batch: Preprocessed observations, N rows.
-            critic_source: What the critic reads; one of the base's `critic_dims`.
+            critic_source: What the critic reads, one of the base's `critic_dims`; None without a critic.
             rows_at_once: How many are encoded at a time.
             budget_bytes: Largest size of the contexts that are kept.
             storage: Where they are kept; on the CPU in pinned memory if the policy is on a GPU.
@@ -41,17 +41,30 @@ class Contexts:
         self._batch = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         self._storage = storage
         self._device = next(policy.parameters()).device
-        count = len(next(iter(self._batch.values())))
-        keeps, pieces, features = policy.base.context_is_fixed, [], []
-        with torch.no_grad():
-            for rows in torch.arange(count).split(rows_at_once):
-                context = policy.encode(self._part(rows))
-                features.append(policy.base.critic_features(context, critic_source))
-                keeps = keeps and count * size_of(context) / len(rows) <= budget_bytes
-                if keeps:
-                    pieces.append(self._put_away(context))
-        self.critic_features = torch.cat(features)
-        self._kept = {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]} if keeps else None
+        self.critic_features: Tensor | None = None
+        self._kept: Context | None = None
+        if critic_source is not None or policy.base.context_is_fixed:
+            self._encode_all(critic_source, rows_at_once, budget_bytes)
+
+    @torch.no_grad()
+    def _encode_all(self, critic_source: str | None, rows_at_once: int, budget_bytes: float) -> None:
+        base, count = self._policy.base, len(next(iter(self._batch.values())))
+        keeps = base.context_is_fixed
+        pieces: list[Context] = []
+        features: list[Tensor] = []
+        for rows in torch.arange(count).split(rows_at_once):
+            context = self._policy.encode(self._part(rows))
+            if critic_source is not None:
+                features.append(base.critic_features(context, critic_source))
+            keeps = keeps and count * size_of(context) / len(rows) <= budget_bytes
+            if keeps:
+                pieces.append(self._put_away(context))
+            elif critic_source is None:
+                return
+        if features:
+            self.critic_features = torch.cat(features)
+        if keeps:
+            self._kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
     @property
     def kept(self) -> bool:

@@ -315,8 +315,9 @@ class PIRLAlgorithm(RLAlgorithm):
     @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> Material:
         """Contexts, values, advantages and reference steps of a rollout, computed once."""
-        decisions, contexts = rollout.decisions, self._encode(rollout.batch)
-        if self.critic is None:
+        decisions = rollout.decisions
+        contexts = self._encode(rollout.batch, self.config.context_memory_gb)
+        if self.critic is None or contexts.critic_features is None:
             groups = group_advantages(decisions, self.config.collection.group_size)
             advantage, critic = groups.advantage.to(self.device), None
             trained = groups.informative.nonzero()[:, 0]
@@ -335,23 +336,22 @@ class PIRLAlgorithm(RLAlgorithm):
         )
         return Material(contexts, batch, critic, trained)
 
-    def _encode(self, batch: dict[str, Tensor]) -> Contexts:
-        config = self.config
+    def _encode(self, batch: dict[str, Tensor], memory_gb: float) -> Contexts:
         return Contexts(
             self.policy,
             batch,
-            self._critic_source,
-            config.micro_batch_size or ROWS_AT_ONCE,
-            config.context_memory_gb * 1e9,
+            None if self.critic is None else self._critic_source,
+            self.config.micro_batch_size or ROWS_AT_ONCE,
+            memory_gb * 1e9,
             torch.device(self.policy.config.storage_device),
         )
 
     def _valued(self, rollout: Rollout, features: Tensor, critic: Critic) -> tuple[Tensor, CriticBatch]:
         """Normalised advantages `[N]` by a critic, and what it is to be trained on."""
         config, value = self.config, critic.value(features)
-        has_next = bool(rollout.next_batch)
-        next_features = self._encode(rollout.next_batch).critic_features if has_next else features[:0]
-        next_value = critic.value(next_features)
+        # What came after is valued once and never scored: nothing of it is kept.
+        next_features = self._encode(rollout.next_batch, 0.0).critic_features if rollout.next_batch else None
+        next_value = critic.value(features[:0] if next_features is None else next_features)
         targets = advantages(rollout.decisions, value, next_value, config.gamma, config.gae_lambda)
         usable = rollout.usable.to(self.device)
         advantage = torch.zeros_like(value)

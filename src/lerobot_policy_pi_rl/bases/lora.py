@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import config_error
+
 
 def insert_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: int) -> None:
     """Puts an adapter beside each linear layer that is named; it adds nothing at first.
@@ -14,8 +16,15 @@ def insert_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: 
         targets: Regular expressions for whole names of layers.
         rank: Rank of the adapters.
         alpha: Their output is scaled by `alpha / rank`.
+
+    Raises:
+        ConfigError: If peft is not installed.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        problem = "adapters need peft, which is not installed: pip install 'lerobot_policy_pi_rl[peft]'"
+        raise config_error("policy.trainable", problem) from None
 
     pattern = "|".join(f"(?:{target})" for target in targets)
     inject_adapter_in_model(

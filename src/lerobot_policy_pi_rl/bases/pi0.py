@@ -2,13 +2,12 @@
 
 from typing import Any, ClassVar
 
-import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attention_masks_4d
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import Context
-from .stock import StockBase, pack_cache, pooled, unpack_cache
+from .stock import StockBase
 
 
 class PI05Base(StockBase):
@@ -27,10 +26,6 @@ class PI05Base(StockBase):
     )
 
     @property
-    def _head(self) -> nn.Linear:
-        return self._model.action_out_proj
-
-    @property
     def _vlm_dim(self) -> int:
         return self._model.paligemma_with_expert.paligemma.config.text_config.hidden_size
 
@@ -43,22 +38,8 @@ class PI05Base(StockBase):
         embeddings, real, blocks = model.embed_prefix(images, image_masks, tokens, token_masks)
         language = model.paligemma_with_expert.paligemma.model.language_model
         language.config._attn_implementation = "eager"
-        (hidden, _), cache = model.paligemma_with_expert.forward(
-            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(real, blocks)),
-            position_ids=torch.cumsum(real, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[embeddings, None],
-            use_cache=True,
-        )
-        return pack_cache(cache) | {"real": real, "pooled": pooled(hidden, real)}
-
-    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
-        return self._model.denoise_step(
-            prefix_pad_masks=context["real"],
-            past_key_values=unpack_cache(context),
-            x_t=x_t,
-            timestep=t,
-        )
+        attention = prepare_attention_masks_4d(make_att_2d_masks(real, blocks))
+        return self._encode_prefix(model.paligemma_with_expert, embeddings, real, attention)
 
 
 class PI0Base(PI05Base):
@@ -78,11 +59,5 @@ class PI0Base(PI05Base):
         policy: Any = self.policy
         return super().encode(batch) | {"state": policy.prepare_state(batch)}
 
-    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
-        return self._model.denoise_step(
-            state=context["state"],
-            prefix_pad_masks=context["real"],
-            past_key_values=unpack_cache(context),
-            x_t=x_t,
-            timestep=t,
-        )
+    def _velocity(self, context: Context, x_t: Tensor, t: Tensor, **more: Tensor) -> Tensor:
+        return super()._velocity(context, x_t, t, state=context["state"], **more)

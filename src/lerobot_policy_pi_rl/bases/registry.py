@@ -1,5 +1,6 @@
 """From a base's configuration to its adapter."""
 
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -45,31 +46,16 @@ def make_base(config: "PIRLConfig") -> FlowBase:
         ) from None
 
 
-def _compact(config: "PIRLConfig") -> FlowBase:
-    from .compact import CompactBase
+def _lazy(module: str, name: str) -> BaseFactory:
+    """A factory that imports its adapter when it is asked for one."""
 
-    return CompactBase(config)
+    def make(config: "PIRLConfig") -> FlowBase:
+        return getattr(importlib.import_module(f".{module}", __package__), name)(config)
 
-
-def _pi0(config: "PIRLConfig") -> FlowBase:
-    from .pi0 import PI0Base
-
-    return PI0Base(config)
+    return make
 
 
-def _pi05(config: "PIRLConfig") -> FlowBase:
-    from .pi0 import PI05Base
-
-    return PI05Base(config)
-
-
-def _smolvla(config: "PIRLConfig") -> FlowBase:
-    from .smolvla import SmolVLABase
-
-    return SmolVLABase(config)
-
-
-register_base("compact", _compact)
-register_base("pi0", _pi0)
-register_base("pi05", _pi05)
-register_base("smolvla", _smolvla)
+register_base("compact", _lazy("compact", "CompactBase"))
+register_base("pi0", _lazy("pi0", "PI0Base"))
+register_base("pi05", _lazy("pi0", "PI05Base"))
+register_base("smolvla", _lazy("smolvla", "SmolVLABase"))

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from lerobot.policies.common.vla_utils import make_att_2d_masks
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapter import Context
-from .stock import StockBase, pack_cache, pooled, unpack_cache
+from .stock import StockBase
 
 
 class SmolVLABase(StockBase):
@@ -26,10 +25,6 @@ class SmolVLABase(StockBase):
     expert_lora = r".*\.lm_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|state).*(proj|mlp_in|mlp_out)"
 
     @property
-    def _head(self) -> nn.Linear:
-        return self._model.action_out_proj
-
-    @property
     def _vlm_dim(self) -> int:
         return self._model.vlm_with_expert.config.text_config.hidden_size
 
@@ -43,19 +38,4 @@ class SmolVLABase(StockBase):
         embeddings, real, blocks = model.embed_prefix(
             images, image_masks, tokens, token_masks, state=policy.prepare_state(batch)
         )
-        (hidden, _), cache = model.vlm_with_expert.forward(
-            attention_mask=make_att_2d_masks(real, blocks),
-            position_ids=torch.cumsum(real, dim=1) - 1,
-            past_key_values=None,
-            inputs_embeds=[embeddings, None],
-            use_cache=True,
-        )
-        return pack_cache(cache) | {"real": real, "pooled": pooled(hidden, real)}
-
-    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
-        return self._model.denoise_step(
-            prefix_pad_masks=context["real"],
-            past_key_values=unpack_cache(context),
-            x_t=x_t,
-            timestep=t,
-        )
+        return self._encode_prefix(model.vlm_with_expert, embeddings, real, make_att_2d_masks(real, blocks))

@@ -55,8 +55,8 @@ class StockBase(FlowBase):
         super().__init__()
         stock: Any = config.base
         # A stock checkpoint has none when it takes them from its data.
-        stock.input_features = stock.input_features or config.input_features
-        stock.output_features = stock.output_features or config.output_features
+        stock.input_features = stock.input_features or dict(config.input_features or {})
+        stock.output_features = stock.output_features or dict(config.output_features or {})
         self.policy = make_stock_policy(stock, config.base_path)
         self.chunk_size = stock.chunk_size
         self.action_dim = stock.max_action_dim
@@ -102,13 +102,37 @@ class StockBase(FlowBase):
         """Width of the VLM's hidden states."""
 
     @property
-    @abstractmethod
     def _head(self) -> nn.Linear:
         """The layer that reads the velocity off the action expert's features."""
+        return self._model.action_out_proj
 
-    @abstractmethod
-    def _velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
-        """Velocity `[B, H, D]` by the stock policy's own step."""
+    def _encode_prefix(self, vlm: Any, embeddings: Tensor, real: Tensor, attention: Tensor) -> Context:
+        """Runs the VLM over an embedded prefix once; the context is its cache.
+
+        Args:
+            vlm: The stock module that holds VLM and expert.
+            embeddings: Of images and tokens, `[B, L, W]`.
+            real: What is not padding, `[B, L]` bool.
+            attention: Who attends to whom, as that module takes it.
+        """
+        (hidden, _), cache = vlm.forward(
+            attention_mask=attention,
+            position_ids=torch.cumsum(real, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeddings, None],
+            use_cache=True,
+        )
+        return pack_cache(cache) | {"real": real, "pooled": pooled(hidden, real)}
+
+    def _velocity(self, context: Context, x_t: Tensor, t: Tensor, **more: Tensor) -> Tensor:
+        """Velocity `[B, H, D]` by the stock policy's own step; `more` are inputs of one policy's step alone."""
+        return self._model.denoise_step(
+            prefix_pad_masks=context["real"],
+            past_key_values=unpack_cache(context),
+            x_t=x_t,
+            timestep=t,
+            **more,
+        )
 
     def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
         """Velocity of the states `[B, H, D]` at the times `[B]`, and what its head read."""

@@ -22,6 +22,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from ..bases.configuration import STEPS_FIELD
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -65,9 +66,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             self._resume_policy()
         self._validate_as_lerobot_does()
         if not isinstance(self.policy, PIRLConfig):
-            raise config_error(
-                "policy.type", f"is {self.policy and self.policy.type!r}; this command trains 'pi_rl'"
+            kind = self.policy and self.policy.type
+            fix = (
+                "; begin with it by --policy.type=pi_rl --policy.base_path=..." if kind in STEPS_FIELD else ""
             )
+            raise config_error("policy.type", f"is {kind!r}; this command trains 'pi_rl'{fix}")
         self.algorithm.policy_config = self.policy
         self._check_algorithm(self.algorithm, self.policy, self.env)
 
@@ -277,7 +280,11 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
         "seed": cfg.seed,
         "env": {"type": env_cfg.type, **{k: v for k, v in env.items() if k not in COSMETIC_ENV_SETTINGS}},
         "policy": {
-            "base": draccus.encode(policy_cfg.base),
+            # Learner and actor may compute on different devices.
+            "base": {k: v for k, v in draccus.encode(policy_cfg.base).items() if k != "device"},
+            "trainable": policy_cfg.trainable,
+            "lora_rank": policy_cfg.lora_rank,
+            "lora_alpha": policy_cfg.lora_alpha,
             "explorer": asdict(policy_cfg.explorer),
             "chunk_size": policy_cfg.chunk_size,
             "n_action_steps": policy_cfg.n_action_steps,

@@ -1,0 +1,53 @@
+"""What is missing, or does not fit, is named in one line."""
+
+import sys
+from collections.abc import Callable
+
+import pytest
+from lerobot.configs import FeatureType, PolicyFeature
+
+from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+
+pytest.importorskip("transformers")
+
+MakeConfig = Callable[..., PIRLConfig]
+
+
+@pytest.mark.parametrize(("name", "extra"), [("pi0", "pi"), ("pi05", "pi"), ("smolvla", "smolvla")])
+def test_a_missing_package_of_a_base_is_named_with_its_extra(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
+) -> None:
+    config = make_config(name)
+
+    def require(package: str, **_: object) -> None:
+        raise ImportError(f"{package} is required\nbut not installed")
+
+    monkeypatch.setattr(f"lerobot.policies.{name}.modeling_{name}.require_package", require)
+    with pytest.raises(
+        ConfigError, match=rf"policy.base.type.*pip install 'lerobot_policy_pi_rl\[{extra}\]'"
+    ) as error:
+        PIRLPolicy(config)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_peft_is_named_with_its_extra(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("smolvla", trainable="lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"policy.trainable.*pip install 'lerobot_policy_pi_rl\[peft\]'"):
+        PIRLPolicy(config)
+
+
+def test_a_camera_that_is_only_padding_is_not_asked_of_the_environment(make_config: MakeConfig) -> None:
+    config = make_config("pi0", {"empty_cameras": 1})
+    config.stock.validate_features()
+    padded = "observation.images.empty_camera_0"
+    assert padded in config.stock.input_features
+    assert padded not in config.input_features
+    # Saved with the checkpoint, it comes back the same way.
+    again = PIRLConfig(base=config.stock, device="cpu")
+    assert padded not in again.input_features
+    assert again.input_features["observation.state"] == PolicyFeature(FeatureType.STATE, (5,))
