@@ -64,6 +64,25 @@ def with_output_dir(arguments: list[str]) -> list[str]:
     return [*arguments, f"--output_dir=outputs/train/{now:%Y-%m-%d}/{now:%H-%M-%S}_pi_rl"]
 
 
+def with_actors(arguments: list[str]) -> list[str]:
+    """Replaces `--actors N` by the setting that it stands for.
+
+    Raises:
+        SystemExit: If N is no number of actors.
+    """
+    given = option(arguments, "actors")
+    if given is None:
+        return arguments
+    if not given.isdecimal() or int(given) < 1:
+        raise SystemExit(f"error: --actors: must be a whole number of at least 1, got {given!r}")
+    rest, skip = [], False
+    for argument in arguments:
+        if not skip and argument != "--actors" and not argument.startswith("--actors="):
+            rest.append(argument)
+        skip = argument == "--actors"
+    return [*rest, f"--algorithm.collection.num_actors={given}"]
+
+
 def start(name: str, arguments: Sequence[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
     """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only."""
     return subprocess.Popen(
@@ -184,7 +203,7 @@ def say(text: str) -> None:
 
 def train() -> None:
     """`lerobot-pi-rl-train`."""
-    arguments = with_output_dir(sys.argv[1:])
+    arguments = with_actors(with_output_dir(sys.argv[1:]))
     if "--help" in arguments or "-h" in arguments:
         learner()
     stop = Event()

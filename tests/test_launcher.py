@@ -107,3 +107,16 @@ def test_settings_come_from_the_command_line_first_and_then_from_the_file(tmp_pa
     assert launcher.with_output_dir(arguments) == arguments
     (named,) = launcher.with_output_dir([])
     assert named.startswith("--output_dir=outputs/train/")
+
+
+@pytest.mark.parametrize("given", [["--actors=3"], ["--actors", "3"]])
+def test_the_number_of_actors_is_a_setting_of_the_collection(given: list[str]) -> None:
+    arguments = launcher.with_actors(["--config_path=run.json", *given, "--seed=1"])
+    assert arguments == ["--config_path=run.json", "--seed=1", "--algorithm.collection.num_actors=3"]
+    assert launcher.with_actors(["--seed=1"]) == ["--seed=1"]
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "many", ""])
+def test_a_number_of_actors_that_is_none_is_refused_in_one_line(given: str) -> None:
+    with pytest.raises(SystemExit, match=r"^error: --actors: must be a whole number of at least 1, got "):
+        launcher.with_actors([f"--actors={given}"])

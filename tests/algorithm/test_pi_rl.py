@@ -493,7 +493,8 @@ def test_settings_that_cannot_work(settings: dict[str, Any], line: str) -> None:
     [
         ({"num_envs": 0}, r"collection.num_envs.*at least 1, got 0"),
         ({"num_workers": -1}, r"collection.num_workers.*at least 0"),
-        ({"num_actors": 9}, r"collection.num_actors.*at most max_actors=8, got 9"),
+        ({"num_actors": 33}, r"collection.num_actors.*at most max_actors=32, got 33"),
+        ({"max_staleness": -1}, r"collection.max_staleness.*at least 0, got -1"),
     ],
 )
 def test_collection_settings_that_cannot_work(settings: dict[str, Any], line: str) -> None:

@@ -70,7 +70,7 @@ class Scene:
         return replace(self.quota, env=self.quota.env + 4 * actor)
 
     def send(self, sender: int, batch: DecisionBatch | None = None, **header: int) -> None:
-        values = {"actor": sender, "version": VERSION, "iteration_part": 0, "last": True, **header}
+        values = {"actor": sender, "version": VERSION, "part": 0, **header}
         payload = encode_decisions(self.of(sender) if batch is None else batch, RolloutHeader(**values))  # type: ignore[arg-type]
         self.send_bytes(sender, payload)
 
@@ -78,7 +78,7 @@ class Scene:
         self.room.decisions.put(Received(actor, payload), lambda: True)
 
     def tell(self, actor: int, kind: str = "collection", version: int = VERSION, **values: object) -> None:
-        told = encode_interaction({"kind": kind, "version": version, **PLAIN, **values})  # type: ignore[dict-item]
+        told = encode_interaction({"kind": kind, "version": version, "part": 0, **PLAIN, **values})  # type: ignore[dict-item]
         self.room.interactions.put(Received(actor, told), lambda: True)
 
     def deliver(self, *actors: int) -> None:
@@ -118,15 +118,6 @@ def test_all_actors_quotas_are_gathered(scene: Scene) -> None:
     assert [row["return_sum"] for row in gathered.collections] == [3.5, 3.5]
     assert gathered.evaluations == []
     assert not any(scene.gatherer.dropped.values())
-
-
-def test_a_quota_may_come_in_parts(scene: Scene) -> None:
-    scene.room.join(0)
-    scene.tell(0)
-    for part in range(4):
-        rows = torch.arange(4 * part, 4 * part + 4)
-        scene.send(0, scene.quota.select(rows), iteration_part=part, last=part == 3)
-    assert len(gather(scene).decisions) == QUOTA
 
 
 def test_decisions_that_are_not_finite_are_dropped_and_counted(
@@ -271,6 +262,7 @@ def test_a_silent_actor_is_named(
         {"kind": "gossip"},
         {"version": 1.5},
         {"version": True},
+        {"part": "first"},
         {"episodes": "two"},
         {"seconds": True},
         {"return_sum": 10**80},
@@ -286,7 +278,7 @@ def test_statistics_that_no_metric_can_be_made_of_are_rejected(scene: Scene, val
 
 def test_a_missing_statistic_is_rejected(scene: Scene) -> None:
     scene.room.join(0)
-    told = encode_interaction({"kind": "collection", "version": VERSION})
+    told = encode_interaction({"kind": "collection", "version": VERSION, "part": 0})
     scene.room.interactions.put(Received(0, told), lambda: True)
     scene.deliver(0)
     assert len(gather(scene).collections) == 1
@@ -316,7 +308,9 @@ def test_statistics_that_came_before_their_actor_left_are_used(scene: Scene) -> 
     scene.room.join(0, 1)
     scene.deliver(0, 1)
     scene.room.leave(1)
-    assert len(gather(scene).collections) == 2
+    gathered = gather(scene)
+    assert len(gathered.collections) == 2
+    assert len(gathered.decisions) == 2 * QUOTA
 
 
 def test_the_last_evaluation_is_waited_for(scene: Scene, background: Callable[..., Future]) -> None:
@@ -350,3 +344,99 @@ def test_every_wait_can_be_stopped(scene: Scene, background: Callable[..., Futur
     scene.stop.set()
     with pytest.raises(Stopped):
         waiting.result(SOON)
+
+
+# Actors that are ahead of the learner
+
+
+@pytest.fixture
+def ahead(scene: Scene) -> Scene:
+    """The scene of a run whose decisions may be one version old."""
+    collection = replace(scene.gatherer._collection, max_staleness=1)
+    gatherer = Gatherer(scene.room, scene.gatherer._spec, collection, scene.stop)  # type: ignore[arg-type]
+    return replace(scene, gatherer=gatherer)
+
+
+def made_by(scene: Scene, actor: int, version: int) -> DecisionBatch:
+    batch = scene.of(actor)
+    return replace(batch, version=torch.full_like(batch.version, version))
+
+
+def send_quota(scene: Scene, actor: int, version: int, part: int = 0) -> None:
+    scene.tell(actor, version=version, part=part, return_sum=float(10 * version + part))
+    scene.send(actor, made_by(scene, actor, version), version=version, part=part)
+
+
+def test_decisions_may_be_as_old_as_allowed_and_no_older(ahead: Scene) -> None:
+    ahead.room.join(0, 1)
+    send_quota(ahead, 0, VERSION - 2)
+    send_quota(ahead, 0, VERSION - 1)
+    send_quota(ahead, 1, VERSION)
+    gathered = gather(ahead)
+    assert sorted(set(gathered.decisions.version.tolist())) == [VERSION - 1, VERSION]
+    assert ahead.gatherer.dropped["stale_decisions"] == QUOTA
+    assert [row["return_sum"] for row in gathered.collections] == [10 * VERSION - 10, 10 * VERSION]
+
+
+def test_a_quota_that_is_ahead_waits_for_its_iteration(ahead: Scene) -> None:
+    ahead.room.join(0, 1)
+    for part in (0, 1):
+        send_quota(ahead, 0, VERSION, part)
+    send_quota(ahead, 1, VERSION)
+    assert [row["return_sum"] for row in gather(ahead).collections] == [10 * VERSION, 10 * VERSION]
+    send_quota(ahead, 1, VERSION + 1)
+    gathered = ahead.gatherer.gather(VERSION + 1, evaluating=False)
+    assert [row["return_sum"] for row in gathered.collections] == [10 * VERSION + 1, 10 * VERSION + 10]
+    assert not any(ahead.gatherer.dropped.values())
+
+
+def test_a_quota_that_waited_too_long_is_dropped(ahead: Scene) -> None:
+    ahead.room.join(0)
+    for part in (0, 1):
+        send_quota(ahead, 0, VERSION, part)
+    gather(ahead)
+    send_quota(ahead, 0, VERSION + 2)
+    gathered = ahead.gatherer.gather(VERSION + 2, evaluating=False)
+    assert set(gathered.decisions.version.tolist()) == {VERSION + 2}
+    assert ahead.gatherer.dropped["stale_decisions"] == QUOTA
+
+
+def test_nothing_is_taken_twice_and_no_actor_runs_away(ahead: Scene) -> None:
+    ahead.room.join(0)
+    for part in (0, 0, 1, 1, 2):
+        send_quota(ahead, 0, VERSION, part)
+    assert len(gather(ahead).decisions) == QUOTA
+    assert ahead.gatherer.dropped["repeated_decisions"] == 3 * QUOTA
+
+
+def test_what_a_collapsed_policy_collected_is_dropped(ahead: Scene) -> None:
+    ahead.room.join(0)
+    for part in (0, 1):
+        send_quota(ahead, 0, VERSION, part)
+    gather(ahead)
+    ahead.gatherer.discard_before(VERSION + 1)
+    assert ahead.gatherer.dropped["stale_decisions"] == QUOTA
+    send_quota(ahead, 0, VERSION + 1)
+    assert set(ahead.gatherer.gather(VERSION + 1, False).decisions.version.tolist()) == {VERSION + 1}
+
+
+def test_an_evaluation_is_waited_for_with_the_decisions_at_hand(
+    ahead: Scene, background: Callable[..., Future]
+) -> None:
+    ahead.room.join(0)
+    send_quota(ahead, 0, VERSION - 1)
+    waiting = background(gather, ahead, True)
+    with pytest.raises(TimeoutError):
+        waiting.result(STATISTICS_S + 1)
+    ahead.tell(0, "evaluation", successes=2)
+    assert [row["successes"] for row in waiting.result(SOON).evaluations] == [2]
+
+
+def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
+    """Those of a learner that this actor knew before."""
+    scene.room.join(0)
+    for version in (0, 10**6):
+        scene.tell(0, version=version)
+    scene.deliver(0)
+    gather(scene)
+    assert not scene.gatherer._statistics

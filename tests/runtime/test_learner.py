@@ -17,13 +17,14 @@ from lerobot.rl.algorithms.configs import TrainingStats
 from safetensors.torch import load_file
 
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
-from lerobot_policy_pi_rl.runtime.actor import Actor
+from lerobot_policy_pi_rl.runtime.actor import Actor, Pace
 from lerobot_policy_pi_rl.runtime.client import LearnerClient
 from lerobot_policy_pi_rl.runtime.collector import Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, Player
 from lerobot_policy_pi_rl.runtime.service import PortUnavailable
+from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
 MakeConfig = Callable[..., PIRLTrainConfig]
 Train = Callable[..., list[dict[str, Any]]]
@@ -143,6 +144,57 @@ def test_two_actors_share_the_work(train: Train) -> None:
     rows = iterations(train("--steps=3", "--env_eval_freq=2", "--eval.n_episodes=5", actors=2))
     assert [row["rollout/decisions"] for row in rows] == [32] * 3
     assert all(row["actors/connected"] == 2 for row in rows[:-1])
+
+
+def test_asynchronous_actors_work_while_the_learner_updates(train: Train) -> None:
+    """Every decision is learned from, none is older than allowed, and validation is of the version it is asked for."""
+    rows = train(
+        "--steps=6",
+        "--algorithm.collection.max_staleness=2",
+        "--env_eval_freq=2",
+        "--eval.n_episodes=4",
+        "--save_freq=3",
+        actors=2,
+    )
+    updates = iterations(rows)
+    assert [row["rollout/decisions"] for row in updates] == [32] * 6
+    ages = [row["rollout/staleness_max"] for row in updates]
+    assert 0 < max(ages) <= 2
+    assert all(row["rollout/staleness"] <= row["rollout/staleness_max"] for row in updates)
+    assert not any(row["dropped/repeated_decisions"] + row["dropped/stale_decisions"] for row in updates)
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in updates)
+    assert [row["step"] for row in evaluations(rows)] == [0, 2, 4, 6]
+    assert all(row["eval/episodes"] == 4 for row in evaluations(rows))
+
+
+def test_an_asynchronous_run_is_resumed(train: Train, tmp_path: Path) -> None:
+    asynchronous = "--algorithm.collection.max_staleness=1"
+    train("--steps=3", asynchronous)
+    last = tmp_path / "run/checkpoints/last/pretrained_model/train_config.json"
+    rows = iterations(train(f"--config_path={last}", "--resume=true", "--steps=6", asynchronous))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["progress/decisions"] for row in rows] == [16 * step for step in range(1, 7)]
+    assert not any(row["dropped/repeated_decisions"] for row in rows)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_an_actor_is_never_too_far_ahead(max_staleness: int) -> None:
+    """Whenever the learner publishes: quotas are taken in order, one per version, none too old, none missing."""
+    generator = np.random.default_rng(0)
+    pace, sent, taken, ages = Pace(max_staleness), [], 0, []
+    while taken < 200:
+        version = 5 + taken
+        if pace.version < version and generator.random() < 0.4:
+            pace.take(WeightsHeader(version, restart=taken == 0, evaluate=False, final=False, sent_at=0.0))
+        while pace.may_collect and generator.random() < 0.9:
+            part = pace.next_part()
+            assert 0 <= part <= max_staleness
+            sent.append(pace.version)
+        if len(sent) > taken:
+            ages.append(version - sent[taken])
+            taken += 1
+    assert min(ages) >= 0
+    assert max(ages) == max_staleness
 
 
 def test_every_validation_start_runs_once_however_many_actors_there_are(train: Train) -> None:

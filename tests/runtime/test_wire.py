@@ -39,7 +39,7 @@ from lerobot_policy_pi_rl.runtime.wire import (
 
 pytestmark = pytest.mark.timeout(120)
 
-HEADER = RolloutHeader(actor=2, version=7, iteration_part=1, last=True)
+HEADER = RolloutHeader(actor=2, version=7, part=1)
 WEIGHTS_HEADER = WeightsHeader(version=3, restart=True, evaluate=False, final=False, sent_at=12.5)
 DENOISING_STEPS = 4
 
@@ -234,10 +234,10 @@ def test_a_truth_value_that_is_a_number_is_refused() -> None:
     ("metadata", "message"),
     [
         ({"kind": "weights"}, "a message of weights where decisions were expected"),
-        ({"header": "{}"}, "exactly the fields actor, version, iteration_part, last"),
-        ({"header": '{"actor": 0, "version": true, "iteration_part": 0, "last": true}'}, "version: got bool"),
-        ({"header": '{"actor": -1, "version": 0, "iteration_part": 0, "last": true}'}, "actor: -1 is out of"),
-        ({"header": '{"actor": 1e99, "version": 0, "iteration_part": 0, "last": true}'}, "actor: got float"),
+        ({"header": "{}"}, "exactly the fields actor, version, part"),
+        ({"header": '{"actor": 0, "version": true, "part": 0}'}, "version: got bool"),
+        ({"header": '{"actor": -1, "version": 0, "part": 0}'}, "actor: -1 is out of"),
+        ({"header": '{"actor": 1e99, "version": 0, "part": 0}'}, "actor: got float"),
         ({"header": "[" * 100_000}, "the header is not JSON"),
         ({"header": "not json"}, "the header is not JSON"),
         ({"tasks": '["a"]'}, "task_index"),

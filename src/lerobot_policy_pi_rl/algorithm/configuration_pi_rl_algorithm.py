@@ -28,10 +28,13 @@ class CollectionConfig:
     # Environments that an actor keeps for validation alone; 0 validates in those of the collection (a robot), all of
     # whose episodes then begin anew.
     eval_envs: int = 32
+    # Versions by which decisions may be older than the weights that learn from them. 0: actors wait while the learner
+    # updates. Above 0 they go on collecting, at most this many quotas ahead, and the objective is decoupled.
+    max_staleness: int = 0
     # Number of actors the learner waits for before the first iteration.
     num_actors: int = 1
     # Most actors that may be connected at once.
-    max_actors: int = 8
+    max_actors: int = 32
     # Number of this actor among all; set it on the command line of every further actor.
     actor_id: int = 0
     # Seconds an actor waits for the learner (at the start, and again after losing it) before it gives up.
@@ -48,6 +51,7 @@ class CollectionConfig:
             ("decisions", 1),
             ("group_size", 1),
             ("eval_envs", 0),
+            ("max_staleness", 0),
             ("num_actors", 1),
             ("actor_id", 0),
         ):
@@ -96,6 +100,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     context_memory_gb: float = 8.0
     # Clip range of the probability ratio.
     clip_ratio: float = 0.4
+    # Largest weight of a decision that older weights made (`collection.max_staleness`): its probability under the
+    # weights before the update over the one at collection. Decisions above it are not trained on.
+    importance_cap: float = 5.0
     # Lower bound of the objective for negative advantages, as a multiple of the advantage (dual clip); null is off.
     dual_clip: float | None = None
     # How the log-probability of a decision is reduced: `sum` (exact), `mean_steps` (over the recorded denoising

@@ -12,7 +12,7 @@ class PolicyLoss:
 
     Attributes:
         loss: To be minimised.
-        approx_kl: Divergence of the new policy from the behaviour policy (k3 estimator), nats per decision.
+        approx_kl: Divergence of the new policy from the proximal one (k3 estimator), nats per decision.
         clip_fraction: Share of decisions whose ratio left the clip range.
     """
 
@@ -22,18 +22,26 @@ class PolicyLoss:
 
 
 def policy_loss(
-    log_ratio: Tensor, advantage: Tensor, clip_ratio: float, dual_clip: float | None = None
+    log_ratio: Tensor,
+    advantage: Tensor,
+    clip_ratio: float,
+    dual_clip: float | None = None,
+    weight: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate objective (PPO, arXiv 1707.06347, eq. 7), optionally with a dual clip.
+
+    The clip range is around the proximal policy, that before the update. Decisions that older weights made are weighted
+    by its probability ratio to those (decoupled objective, arXiv 2110.00641, eq. 2).
 
     The dual clip (arXiv 1912.09729, eq. 5) bounds the objective of a decision with a negative advantage by
     `dual_clip * advantage`, so that a huge ratio cannot dominate the step.
 
     Args:
-        log_ratio: `log p_new - log p_behaviour` per decision, `[B]`.
+        log_ratio: `log p_new - log p_proximal` per decision, `[B]`.
         advantage: `[B]`.
         clip_ratio: Half-width of the clip range.
         dual_clip: Factor above 1, or None.
+        weight: `p_proximal / p_behaviour`, `[B]`; None where both are the same policy.
 
     Returns:
         The loss and its diagnostics.
@@ -44,6 +52,8 @@ def policy_loss(
     if dual_clip is not None:
         floor = torch.maximum(objective, dual_clip * advantage)
         objective = torch.where(advantage < 0, floor, objective)
+    if weight is not None:
+        objective = weight * objective
     with torch.no_grad():
         approx_kl = approximate_kl(log_ratio)
         clip_fraction = ((ratio - 1).abs() > clip_ratio).to(ratio.dtype).mean()

@@ -22,6 +22,7 @@ from .advantages import advantages, group_advantages, normalise
 from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from .contexts import Contexts
 from .critic import Critic
+from .decisions import DecisionBatch
 from .losses import explained_variance, policy_loss, value_loss
 from .storage import Rollout, minibatches
 
@@ -64,7 +65,8 @@ class Batch:
         chain: `[N, S + 1, H, D]`.
         step: `[N, S]`.
         executed: `[N]`.
-        log_prob: Reduced behaviour log-probability `[N]`.
+        log_prob: Reduced log-probability under the proximal policy, that before the update, `[N]`.
+        weight: Probability under the proximal policy over that under the one that collected, `[N]`.
         advantage: Normalised, `[N]`.
         reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
     """
@@ -73,6 +75,7 @@ class Batch:
     step: Tensor
     executed: Tensor
     log_prob: Tensor
+    weight: Tensor
     advantage: Tensor
     reference: Gaussian | None
 
@@ -93,12 +96,14 @@ class Material:
         batch: For the policy.
         critic: For the critic, if there is one.
         trained: Rows that are trained on, `[U]` int64 on the CPU.
+        over_cap: How many were left out because the policy has moved too far since they were collected.
     """
 
     contexts: Contexts
     batch: Batch
     critic: CriticBatch | None
     trained: Tensor
+    over_cap: int
 
 
 class Averages:
@@ -317,24 +322,45 @@ class PIRLAlgorithm(RLAlgorithm):
         """Contexts, values, advantages and reference steps of a rollout, computed once."""
         decisions = rollout.decisions
         contexts = self._encode(rollout.batch, self.config.context_memory_gb)
+        proximal, weight = self._proximal(decisions, contexts)
+        near = (weight <= self.config.importance_cap).cpu()
         if self.critic is None or contexts.critic_features is None:
             groups = group_advantages(decisions, self.config.collection.group_size)
             advantage, critic = groups.advantage.to(self.device), None
-            trained = groups.informative.nonzero()[:, 0]
+            candidates = groups.informative.nonzero()[:, 0]
+            trained = candidates[near[candidates]]
         else:
-            advantage, critic = self._valued(rollout, contexts.critic_features, self.critic)
-            trained = rollout.usable
+            candidates = rollout.usable
+            trained = candidates[near[candidates]]
+            advantage, critic = self._valued(rollout, contexts.critic_features, self.critic, trained)
         chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
-        executed = decisions.executed.to(self.device)
         batch = Batch(
             chain=chain,
             step=step,
-            executed=executed,
-            log_prob=self.reduce(decisions.log_prob.to(self.device), executed),
+            executed=decisions.executed.to(self.device),
+            log_prob=proximal,
+            weight=weight,
             advantage=advantage,
             reference=self._reference_steps(rollout.batch, chain, step),
         )
-        return Material(contexts, batch, critic, trained)
+        return Material(contexts, batch, critic, trained, len(candidates) - len(trained))
+
+    def _proximal(self, decisions: DecisionBatch, contexts: Contexts) -> tuple[Tensor, Tensor]:
+        """Reduced log-probabilities under the current weights, and their ratio to those at collection, `[N]` each.
+
+        Decisions that the current weights made have theirs recorded; only older ones are scored.
+        """
+        executed = decisions.executed.to(self.device)
+        behaviour = self.reduce(decisions.log_prob.to(self.device), executed)
+        proximal, weight = behaviour.clone(), torch.ones_like(behaviour)
+        older = (decisions.version < self.optimization_step).nonzero()[:, 0]
+        for rows in older.split(self.config.micro_batch_size or ROWS_AT_ONCE):
+            chain, step = decisions.chain[rows].to(self.device), decisions.step[rows].to(self.device)
+            score = self.policy.score(contexts.rows(rows), chain, step)
+            here = rows.to(self.device)
+            proximal[here] = self.reduce(score.log_prob, executed[here])
+            weight[here] = (proximal[here] - behaviour[here]).exp()
+        return proximal, weight
 
     def _encode(self, batch: dict[str, Tensor], memory_gb: float) -> Contexts:
         return Contexts(
@@ -346,16 +372,19 @@ class PIRLAlgorithm(RLAlgorithm):
             torch.device(self.policy.config.storage_device),
         )
 
-    def _valued(self, rollout: Rollout, features: Tensor, critic: Critic) -> tuple[Tensor, CriticBatch]:
-        """Normalised advantages `[N]` by a critic, and what it is to be trained on."""
+    def _valued(
+        self, rollout: Rollout, features: Tensor, critic: Critic, trained: Tensor
+    ) -> tuple[Tensor, CriticBatch]:
+        """Advantages `[N]` by a critic, normalised over what is trained on, and what the critic is to fit."""
         config, value = self.config, critic.value(features)
         # What came after is valued once and never scored: nothing of it is kept.
         next_features = self._encode(rollout.next_batch, 0.0).critic_features if rollout.next_batch else None
         next_value = critic.value(features[:0] if next_features is None else next_features)
         targets = advantages(rollout.decisions, value, next_value, config.gamma, config.gae_lambda)
-        usable = rollout.usable.to(self.device)
+        rows = trained.to(self.device)
         advantage = torch.zeros_like(value)
-        advantage[usable] = normalise(targets.advantage[usable])
+        if len(rows):
+            advantage[rows] = normalise(targets.advantage[rows])
         return advantage, CriticBatch(features, value, targets.value_target)
 
     def reduce(self, per_step: Tensor, executed: Tensor) -> Tensor:
@@ -433,7 +462,7 @@ class PIRLAlgorithm(RLAlgorithm):
     def _policy_loss(self, context: Context, part: Batch, averages: Averages, last_epoch: Averages) -> Tensor:
         config, score = self.config, self._score(context, part)
         result = policy_loss(
-            self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip
+            self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip, part.weight
         )
         entropy = executed_sum(score.entropy, part.executed).mean()
         loss = result.loss - config.entropy_coef * entropy
@@ -499,13 +528,17 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def _statistics(self, material: Material, rollout: Rollout) -> dict[str, float]:
         count, trained = len(rollout.decisions), material.trained.to(self.device)
+        older = {
+            "importance_weight": float(material.batch.weight[trained].mean()) if len(trained) else 1.0,
+            "over_cap": material.over_cap,
+        }
         if material.critic is None:
-            return {"filtered": 1 - len(trained) / count}
-        value, target = material.critic.value, material.critic.target
-        return {
-            "explained_variance": float(explained_variance(value[trained], target[trained])),
+            return older | {"filtered": 1 - (len(trained) + material.over_cap) / count}
+        rows, value, target = rollout.usable.to(self.device), material.critic.value, material.critic.target
+        return older | {
+            "explained_variance": float(explained_variance(value[rows], target[rows])),
             "value": float(value.mean()),
-            "orphaned": count - len(trained),
+            "orphaned": count - len(rollout.usable),
         }
 
     @staticmethod

@@ -13,12 +13,51 @@ from .collector import Collector, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
-from .wire import RolloutHeader, Weights, encode_decisions
+from .wire import RolloutHeader, Scalar, Weights, WeightsHeader, encode_decisions
 
 logger = logging.getLogger(__name__)
 
 # Seconds after which a wait for weights looks whether it should stop.
 POLL_S = 0.5
+
+
+class Pace:
+    """How far an actor may be ahead of its learner.
+
+    The learner takes one quota of it for each version from the first one on. So an actor that has sent no more quotas
+    than that, and `max_staleness` more, never sends one that will be too old when its turn comes.
+
+    Attributes:
+        version: Of the weights at hand; -1 before the first.
+    """
+
+    def __init__(self, max_staleness: int) -> None:
+        """Nothing was received yet.
+
+        Args:
+            max_staleness: As in the configuration of the collection.
+        """
+        self.version = -1
+        self._max_staleness = max_staleness
+        self._first, self._sent, self._part = 0, 0, 0
+
+    def take(self, header: WeightsHeader) -> bool:
+        """Notes new weights; true when fresh episodes are to begin with them."""
+        restarts = header.restart or self.version < 0
+        if restarts:
+            self._first, self._sent = header.version, 0
+        self.version, self._part = header.version, 0
+        return restarts
+
+    @property
+    def may_collect(self) -> bool:
+        """Whether the next quota can be collected now."""
+        return self.version >= 0 and self._sent <= self.version - self._first + self._max_staleness
+
+    def next_part(self) -> int:
+        """Counts a quota; its number among those of the weights at hand."""
+        self._sent, self._part = self._sent + 1, self._part + 1
+        return self._part - 1
 
 
 class Actor:
@@ -58,21 +97,24 @@ class Actor:
         self._client.connect(self._collection.connect_timeout_s, self._stop)
         if not self._stop.is_set():
             logger.info("Actor %d is connected", self._collection.actor_id)
-        version, fresh = -1, True
+        pace = Pace(self._collection.max_staleness)
+        latency = 0.0
         while not self._stop.is_set():
             try:
-                weights = self._client.wait_weights(version, POLL_S)
+                weights = self._client.wait_weights(pace.version, 0.0 if pace.may_collect else POLL_S)
             except LearnerLost as error:
                 self._reconnect(error)
-                version, fresh = -1, True
+                pace = Pace(self._collection.max_staleness)
                 continue
-            if weights is None:
-                continue
-            # Lost while it collected: the next wait says so, or has the final weights that came before the end.
+            # Lost while it works: the next wait says so, or has the final weights that came before the end.
             with contextlib.suppress(LearnerLost):
-                if self._serve(weights, fresh):
-                    return
-            version, fresh = weights.header.version, False
+                if weights is not None:
+                    latency = max(0.0, time.time() - weights.header.sent_at)
+                    restarts = pace.take(weights.header)
+                    if self._take(weights, restarts):
+                        return
+                if pace.may_collect:
+                    self._collect(pace.version, pace.next_part(), latency)
 
     def _reconnect(self, error: LearnerLost) -> None:
         """Waits for a learner that was there, unless this actor is asked to leave."""
@@ -83,19 +125,15 @@ class Actor:
         if not self._stop.is_set():
             logger.info("Actor %d is connected again", self._collection.actor_id)
 
-    def _serve(self, weights: Weights, fresh: bool) -> bool:
-        """Does what one message of weights asks for; true when it is the last."""
+    def _take(self, weights: Weights, restarts: bool) -> bool:
+        """Loads weights and does what their message asks for; true when it is the last."""
         header = weights.header
         self._player.policy.load_trainable_state(weights.tensors)
-        latency = max(0.0, time.time() - header.sent_at)
         if header.evaluate:
             self._evaluate(header.version)
-        if header.final:
-            return True
-        if header.restart or fresh or self._collection.group_size > 1:
+        if restarts and not header.final:
             self._collector.restart(header.version)
-        self._collect(header.version, latency)
-        return False
+        return header.final
 
     def _evaluate(self, version: int) -> None:
         """Runs this actor's share of the validation starts and reports it."""
@@ -108,6 +146,7 @@ class Actor:
             {
                 "kind": "evaluation",
                 "version": version,
+                "part": 0,
                 "episodes": len(share),
                 "successes": int(result.success.sum()),
                 "env_steps": result.env_steps,
@@ -115,13 +154,14 @@ class Actor:
             }
         )
 
-    def _collect(self, version: int, latency: float) -> None:
-        """Collects the quota of a version and sends it."""
-        collected = self._collector.collect(version)
-        self._client.send_interaction(
-            {"kind": "collection", "version": version, "latency": latency, **asdict(collected.statistics)}
-        )
-        header = RolloutHeader(self._collection.actor_id, version, iteration_part=0, last=True)
+    def _collect(self, version: int, part: int, latency: float) -> None:
+        """Collects a quota and sends it."""
+        if self._collection.group_size > 1:
+            self._collector.restart(version, part)
+        collected = self._collector.collect(version, part)
+        told: dict[str, Scalar] = {"kind": "collection", "version": version, "part": part, "latency": latency}
+        self._client.send_interaction({**told, **asdict(collected.statistics)})
+        header = RolloutHeader(self._collection.actor_id, version, part)
         self._client.send_decisions(encode_decisions(collected.decisions, header))
 
     def close(self) -> None:

@@ -176,8 +176,9 @@ def _split(env_cfg: EnvConfig, collection: CollectionConfig, num_envs: int, same
 class Collector:
     """Collects the quota of one actor.
 
-    What it collects is a function of the weights, the run's seed, the actor's number and the version at which the
-    episodes were last restarted, and of nothing else: that is what makes a resumed run continue exactly.
+    What it collects is a function of the weights, the run's seed, the actor's number, the version at which the
+    episodes were last restarted and the quotas since, and of nothing else: that is what makes a resumed run continue
+    exactly.
     """
 
     def __init__(self, player: Player, groups: list[Group], collection: CollectionConfig, seed: int) -> None:
@@ -200,23 +201,31 @@ class Collector:
         """Number of the actor."""
         return self._collection.actor_id
 
-    def restart(self, version: int) -> None:
-        """Abandons all episodes and begins fresh ones, as every actor does at this version."""
-        for group in self._groups:
-            group.reset(self._seed, self.actor, version, steps=self._actions)
-
-    def collect(self, version: int) -> Collected:
-        """Collects the quota of decisions with the current weights.
+    def restart(self, version: int, part: int = 0) -> None:
+        """Abandons all episodes and begins fresh ones, as every actor does at this version.
 
         Args:
             version: Of the weights.
+            part: As in `collect`.
+        """
+        for group in self._groups:
+            group.reset(self._seed, self.actor, version, *([part] if part else []), steps=self._actions)
+
+    def collect(self, version: int, part: int = 0) -> Collected:
+        """Collects a quota of decisions with the current weights.
+
+        Args:
+            version: Of the weights.
+            part: How many quotas were collected with this version before.
 
         Returns:
             The decisions, environment by environment within each step, and the episodes that ended.
         """
         began = time.perf_counter()
         for number, generator in enumerate(self._generators):
-            generator.manual_seed(torch_seed(self._seed, self.actor, version, number))
+            generator.manual_seed(
+                torch_seed(self._seed, self.actor, version, number + part * len(self._groups))
+            )
         steps: list[list[_Step]] = [[] for _ in self._groups]
         for number, step in self._steps():
             steps[number].append(step)

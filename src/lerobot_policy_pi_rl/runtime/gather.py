@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -19,7 +20,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 # Seconds that an actor's statistics may arrive after its decisions: they travel on another stream.
 STATISTICS_S = 5.0
-
+# Seconds that actors get for an evaluation that the learner waits for with their decisions at hand.
+EVALUATION_S = 600.0
 
 # Why something that arrived is kept from the algorithm.
 DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "malformed_messages")
@@ -43,7 +45,7 @@ class Gathered:
     """One iteration's data.
 
     Attributes:
-        decisions: Of all actors, all made by the wanted version.
+        decisions: Of all actors, made by the wanted version or by one that is not too old.
         collections: Statistics of each actor's collection.
         evaluations: Statistics of each actor's share of an evaluation of this version.
         seconds: How long the learner waited for all this.
@@ -55,20 +57,35 @@ class Gathered:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Quota:
+    """What identifies a quota, and the statistics that belong to it: actor, version, part."""
+
+    actor: int
+    version: int
+    part: int = 0
+
+
 @dataclass
 class _Iteration:
     """What has arrived of one iteration."""
 
     version: int
     batches: list[DecisionBatch] = field(default_factory=list)
-    delivered: set[int] = field(default_factory=set)
+    quotas: list[_Quota] = field(default_factory=list)
+
+    @property
+    def delivered(self) -> set[int]:
+        """The actors whose quota is there."""
+        return {quota.actor for quota in self.quotas}
 
 
 class Gatherer:
     """Reads the service's inboxes for the learner.
 
-    An iteration is complete when every connected actor has delivered its quota, and at least one has: an actor that
-    dies is not waited for, one that joins is.
+    An iteration is complete when every connected actor has delivered a quota, and at least one has: an actor that
+    dies is not waited for, one that joins is. Quotas may be `max_staleness` versions old; an actor that is ahead of the
+    others has its next ones wait for the next iterations.
     """
 
     def __init__(
@@ -83,7 +100,12 @@ class Gatherer:
             stop: Set from outside to stop waiting.
         """
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
-        self._statistics: dict[tuple[str, int, int], dict[str, Scalar]] = {}
+        self._statistics: dict[tuple[str, _Quota], dict[str, Scalar]] = {}
+        # Quotas that have been taken, so that none is taken twice.
+        self._seen: set[_Quota] = set()
+        # Quotas for the iterations to come, by actor, in the order in which they came.
+        self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
+        self._oldest = 0
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         self.actors_left = 0
@@ -118,18 +140,30 @@ class Gatherer:
         """
         began = self._last_arrival = time.monotonic()
         iteration = _Iteration(version)
-        while not self._complete(iteration):
-            self._check_any(iteration)
-            message = self._service.decisions.get(POLL_S)
+        self._oldest = max(self._oldest, version - self._collection.max_staleness)
+        self._seen = {quota for quota in self._seen if quota.version >= self._oldest}
+        self._take_waiting(iteration)
+        while True:
+            complete = self._complete(iteration)
+            # What has arrived is taken, also from an actor that has left since.
+            message = self._service.decisions.get(0.0 if complete else POLL_S)
             if message is not None:
                 self._last_arrival = time.monotonic()
                 self._take(message, iteration)
+            elif complete:
+                break
             self._look_around(iteration)
-        kinds = ("collection", "evaluation") if evaluating else ("collection",)
-        self._wait_for_statistics(iteration, kinds)
-        found = {kind: self._pop_statistics(kind, version) for kind in ("collection", "evaluation")}
+            self._check_any(iteration)
+        self._wait_for_statistics("collection", iteration.quotas, STATISTICS_S)
+        if evaluating:
+            # A synchronous actor evaluates before it collects, another one may have collected long before.
+            patience = EVALUATION_S if self._collection.max_staleness else STATISTICS_S
+            self._wait_for_statistics("evaluation", self._everybody(version), patience)
+        collections = self._pop_statistics("collection", iteration.quotas)
+        evaluations = self._pop_evaluations(version)
+        self._forget_statistics(version)
         decisions = DecisionBatch.concatenate(iteration.batches)
-        return Gathered(decisions, found["collection"], found["evaluation"], time.monotonic() - began)
+        return Gathered(decisions, collections, evaluations, time.monotonic() - began)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -137,16 +171,15 @@ class Gatherer:
         Raises:
             Stopped: If the learner was asked to stop.
         """
-        deadline = time.monotonic() + timeout_s
-        expected = {info.actor for info in self._service.connected()}
-        while time.monotonic() < deadline:
-            self._look_around()
-            here = {actor for kind, actor, of in self._statistics if kind == "evaluation" and of == version}
-            if expected & {info.actor for info in self._service.connected()} <= here:
-                break
-            time.sleep(POLL_S)
-        self._read_interactions()
-        return self._pop_statistics("evaluation", version)
+        self._wait_for_statistics("evaluation", self._everybody(version), timeout_s)
+        return self._pop_evaluations(version)
+
+    def discard_before(self, version: int) -> None:
+        """Drops what older weights collected, now and when it arrives."""
+        self._oldest = version
+        for waiting in self._waiting.values():
+            self.dropped["stale_decisions"] += sum(len(decisions) for _, decisions in waiting)
+            waiting.clear()
 
     def _complete(self, iteration: _Iteration) -> bool:
         connected = {info.actor for info in self._service.connected()}
@@ -199,18 +232,33 @@ class Gatherer:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
-        if rollout.header.version != iteration.version:
+        quota = _Quota(message.actor, rollout.header.version, rollout.header.part)
+        if not self._oldest <= quota.version <= iteration.version:
             self.dropped["stale_decisions"] += len(rollout.decisions)
             return
-        if message.actor in iteration.delivered:
+        if quota in self._seen or quota.part > self._collection.max_staleness:
             # It came back after a crash and collected its quota a second time: the same environments, twice.
             self.dropped["repeated_decisions"] += len(rollout.decisions)
             return
-        decisions = self._keep(rollout.decisions, iteration.version)
+        self._seen.add(quota)
+        decisions = self._keep(rollout.decisions, quota.version)
+        if message.actor in iteration.delivered:
+            self._waiting[message.actor].append((quota, decisions))
+        else:
+            self._add(iteration, quota, decisions)
+
+    def _take_waiting(self, iteration: _Iteration) -> None:
+        """Takes one quota of each actor that is ahead; those that have become too old are dropped."""
+        for waiting in self._waiting.values():
+            while waiting and waiting[0][0].version < self._oldest:
+                self.dropped["stale_decisions"] += len(waiting.popleft()[1])
+            if waiting:
+                self._add(iteration, *waiting.popleft())
+
+    def _add(self, iteration: _Iteration, quota: _Quota, decisions: DecisionBatch) -> None:
+        iteration.quotas.append(quota)
         if len(decisions):
             iteration.batches.append(decisions)
-        if rollout.header.last:
-            iteration.delivered.add(message.actor)
 
     def _check_sender(self, message: Received, actor: int, decisions: DecisionBatch) -> None:
         """An actor speaks for itself and for its own environments only."""
@@ -230,19 +278,26 @@ class Gatherer:
         logger.warning("Dropped %d of %d decisions", int((~keep).sum()), len(decisions))
         return decisions.select(torch.nonzero(keep)[:, 0])
 
-    def _wait_for_statistics(self, iteration: _Iteration, kinds: tuple[str, ...]) -> None:
-        deadline = time.monotonic() + STATISTICS_S
+    def _everybody(self, version: int) -> list[_Quota]:
+        return [_Quota(info.actor, version) for info in self._service.connected()]
+
+    def _wait_for_statistics(self, kind: str, wanted: list[_Quota], timeout_s: float) -> None:
+        """Waits for statistics of actors that are there to send them.
+
+        Raises:
+            Stopped: If the learner was asked to stop.
+        """
+        deadline = time.monotonic() + timeout_s
         self._read_interactions()
-        while self._misses_statistics(iteration, kinds) and time.monotonic() < deadline:
+        while self._misses_statistics(kind, wanted) and time.monotonic() < deadline:
+            self._look_around()
             message = self._service.interactions.get(POLL_S)
             if message is not None:
                 self._read(message)
 
-    def _misses_statistics(self, iteration: _Iteration, kinds: tuple[str, ...]) -> bool:
-        """Whether something is still to come from an actor that delivered and is there to send it."""
-        here = iteration.delivered & {info.actor for info in self._service.connected()}
-        wanted = {(kind, actor, iteration.version) for kind in kinds for actor in here}
-        return not wanted <= self._statistics.keys()
+    def _misses_statistics(self, kind: str, wanted: list[_Quota]) -> bool:
+        here = {info.actor for info in self._service.connected()}
+        return any((kind, quota) not in self._statistics for quota in wanted if quota.actor in here)
 
     def _read_interactions(self) -> None:
         while (message := self._service.interactions.get(0.0)) is not None:
@@ -251,22 +306,36 @@ class Gatherer:
     def _read(self, message: Received) -> None:
         try:
             values = decode_interaction(message.payload)
-            kind, version = values.get("kind"), values.get("version")
-            if kind not in STATISTICS or type(version) is not int:
-                raise WireError(f"an interaction needs a kind (one of {list(STATISTICS)}) and a version")
+            kind, version, part = values.get("kind"), values.get("version"), values.get("part")
+            if kind not in STATISTICS or type(version) is not int or type(part) is not int:
+                raise WireError(
+                    f"an interaction needs a kind (one of {list(STATISTICS)}), a version and a part"
+                )
             for name in STATISTICS[str(kind)]:
                 _check_statistic(name, values.get(name))
         except WireError as error:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
-        self._statistics[str(kind), message.actor, version] = values
+        self._statistics[str(kind), _Quota(message.actor, version, part)] = values
 
-    def _pop_statistics(self, kind: str, version: int) -> list[dict[str, Scalar]]:
-        """Takes what is there of a version, by actor, and forgets what is older."""
-        keys = sorted(key for key in self._statistics if key[0] == kind and key[2] <= version)
-        found = {key: self._statistics.pop(key) for key in keys}
-        return [values for key, values in found.items() if key[2] == version]
+    def _pop_statistics(self, kind: str, wanted: Iterable[_Quota]) -> list[dict[str, Scalar]]:
+        """Takes what is there of some quotas, by actor."""
+        keys = [(kind, quota) for quota in sorted(wanted, key=lambda quota: quota.actor)]
+        return [self._statistics.pop(key) for key in keys if key in self._statistics]
+
+    def _pop_evaluations(self, version: int) -> list[dict[str, Scalar]]:
+        """Takes every evaluation of a version, also of actors that have left."""
+        found = [
+            quota for kind, quota in self._statistics if kind == "evaluation" and quota.version == version
+        ]
+        return self._pop_statistics("evaluation", found)
+
+    def _forget_statistics(self, version: int) -> None:
+        """Forgets those that nobody will ask for after this version's iteration."""
+        useless = [key for key in self._statistics if not self._oldest <= key[1].version <= version]
+        for key in useless:
+            del self._statistics[key]
 
 
 def _check_statistic(name: str, value: Scalar | None) -> None:

@@ -105,6 +105,7 @@ class Learner:
         policy_cfg, algorithm_cfg, _ = parts(cfg)
         set_seed(cfg.seed or 0)
         self._threads = torch.get_num_threads()
+        self._asynchronous = algorithm_cfg.collection.max_staleness > 0
         self._cfg, self._stop, self._config = cfg, stop, algorithm_cfg
         self._online_steps = policy_cfg.online_steps
         self._output_dir = Path(cfg.output_dir or ".")
@@ -186,7 +187,7 @@ class Learner:
         if (note := self._first_look.add(gathered.evaluations, gathered.collections)) is not None:
             logger.log(note.level, "%s", note.text)
         milestone, finished = self._is_milestone(version + 1), self._finished()
-        early = not milestone and not finished
+        early = not finished and (self._asynchronous or not milestone)
         ready_at: list[float] = []
 
         def policy_ready() -> None:
@@ -197,13 +198,14 @@ class Learner:
             ready_at.append(time.perf_counter())
 
         self._algorithm.policy_ready = policy_ready
-        torch.set_num_threads(self._threads)
+        # Asynchronous actors use the other cores all the time.
+        torch.set_num_threads(1 if self._asynchronous else self._threads)
         stats = self._update(gathered)
         updated = time.perf_counter()
         self._progress.seconds += updated - began
         if milestone:
             self._save()
-        if milestone and not finished:
+        if not early and not finished:
             self._publish_next(restart=True)
         self._watch(stats)
         self._log(gathered, stats, ready_at[0] - updating, updated - ready_at[0])
@@ -231,6 +233,7 @@ class Learner:
                 f"validation success fell far below the best one ({progress.best_success:.2f}) for the "
                 f"{progress.rollbacks}. time; lower algorithm.target_kl or collect more decisions per iteration"
             )
+        self._gatherer.discard_before(progress.version)
         if self._is_milestone(progress.version):
             self._save()
         if not self._finished():
@@ -284,7 +287,8 @@ class Learner:
     def _is_milestone(self, version: int) -> bool:
         """Whether a checkpoint is due; at each of them all actors begin fresh episodes, so that it can be resumed.
 
-        They do that, too, when their environments were used for an evaluation.
+        They do that, too, when their environments were used for an evaluation. Asynchronous actors go on: what they
+        have sent by the time of a checkpoint cannot be collected again anyway.
         """
         saves = self._cfg.save_checkpoint and self._cfg.save_freq > 0 and version % self._cfg.save_freq == 0
         return saves or (self._evaluates(version) and not self._config.collection.eval_envs)
@@ -400,7 +404,8 @@ def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
     metrics: dict[str, float] = {
         "rollout/episodes": episodes,
         "rollout/decisions": len(gathered.decisions),
-        "rollout/staleness": float(version - int(gathered.decisions.version.min())),
+        "rollout/staleness": float(version - gathered.decisions.version.float().mean()),
+        "rollout/staleness_max": float(version - int(gathered.decisions.version.min())),
     }
     if episodes:
         metrics["rollout/success"] = total(gathered.collections, "successes") / episodes

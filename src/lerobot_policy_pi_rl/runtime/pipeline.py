@@ -297,6 +297,7 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
                 "num_envs": algorithm.collection.num_envs,
                 "decisions": algorithm.collection.decisions,
                 "group_size": algorithm.collection.group_size,
+                "max_staleness": algorithm.collection.max_staleness,
             }
         },
     }

@@ -44,15 +44,13 @@ class RolloutHeader:
 
     Attributes:
         actor: The actor that sends it.
-        version: Version of the weights whose quota it counts towards.
-        iteration_part: Number of this message within the actor's quota, from 0.
-        last: This message completes the actor's quota for this version.
+        version: Version of the weights that its decisions were made with.
+        part: Number of this quota among those that the actor collected with this version, from 0.
     """
 
     actor: int
     version: int
-    iteration_part: int
-    last: bool
+    part: int
 
 
 @dataclass(frozen=True)
