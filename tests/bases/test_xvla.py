@@ -8,10 +8,11 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import LiberoEnv
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lerobot_policy_pi_rl.algorithm.losses import policy_loss
 from lerobot_policy_pi_rl.bases.adapter import Context
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
@@ -319,6 +320,47 @@ def test_a_thresholded_gripper_closes_about_as_often_as_its_sigmoid_says() -> No
     logit = torch.linspace(-8, 8, 1001)
     closes = torch.distributions.Normal(0.0, ExplorerConfig().logit_std).cdf(logit)
     assert float((closes - logit.sigmoid()).abs().max()) < 0.01
+
+
+@pytest.mark.slow
+def test_what_is_explored_is_learnt_by_the_stock_policy(make_policy: MakePolicy) -> None:
+    """Clipped policy gradients of Euler's path move X-VLA's own: grippers close, and joints find their place."""
+    count, grippers = 64, [6, 13]
+    policy = make_policy("joint", explorer=ExplorerConfig(recording="joint", noise_level=0.5))
+    nn.init.zeros_(policy.base._head.bias.weight)
+    nn.init.constant_(policy.base._head.bias.weight[:, grippers], -1.5)
+    seen = {
+        CAMERA: torch.rand(count, 3, PIXELS, PIXELS),
+        OBS_STATE: torch.randn(count, STATE_DIM),
+        OBS_LANGUAGE_TOKENS: torch.tensor([[4, 5, 6, 7]]).expand(count, 4),
+    }
+
+    def closed(action: Tensor) -> Tensor:
+        return (action[..., grippers] > 0.5).float().mean((1, 2))
+
+    def distance(action: Tensor) -> Tensor:
+        return ((action[..., :6] - 0.5) ** 2).mean((1, 2))
+
+    noise = torch.randn(count, CHUNK, 14)
+    before = policy.predict_action_chunk(dict(seen), noise=noise)
+    optimizer = torch.optim.Adam(policy.get_optim_params().values(), 1e-3)
+    with torch.no_grad():
+        context = policy.encode(dict(seen))
+    for seed in range(40):
+        sample = policy.explore(dict(seen), torch.Generator().manual_seed(seed))
+        action = policy.base.actions(sample.x)
+        reward = closed(action) - distance(action)
+        advantage = (reward - reward.mean()) / reward.std()
+        for _ in range(2):
+            score = policy.score(context, sample.chain, sample.step)
+            log_ratio = (score.log_prob - sample.log_prob).sum(1)
+            optimizer.zero_grad()
+            policy_loss(log_ratio, advantage, 0.2).loss.backward()
+            optimizer.step()
+    after = policy.predict_action_chunk(dict(seen), noise=noise)
+    assert float(closed(before).mean()) < 0.2
+    assert float(closed(after).mean()) > 0.9
+    assert float(distance(after).mean()) < 0.5 * float(distance(before).mean())
 
 
 # What cannot work, in one line
