@@ -11,12 +11,24 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.configuration_pi_rl import TRAINABLE, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-BASES = {"pi0": PI0Config, "pi05": PI05Config}
+BASES = {"pi0": PI0Config, "pi05": PI05Config, "xvla": XVLAConfig}
+# X-VLA takes the sizes of its VLM, Florence-2-large, from its checkpoint.
+FLORENCE = {
+    "vision_config": {
+        "embed_dim": [256, 512, 1024, 2048],
+        "num_heads": [8, 16, 32, 64],
+        "num_groups": [8, 16, 32, 64],
+        "projection_dim": 1024,
+    },
+    "text_config": {"model_type": "bart", "vocab_size": 51289, "d_model": 1024},
+}
+SETTINGS = {"xvla": {"florence_config": FLORENCE, "action_mode": "auto"}}
 FEATURES = {
     "input_features": {
         "observation.images.image": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
@@ -29,9 +41,8 @@ FEATURES = {
 
 def build(base: str, trainable: str) -> PIRLPolicy:
     """A policy at its real size, in bfloat16, without memory."""
-    config = PIRLConfig(
-        base=BASES[base](device="cpu", dtype="bfloat16", **FEATURES), device="cpu", trainable=trainable
-    )
+    stock = BASES[base](device="cpu", dtype="bfloat16", **FEATURES, **SETTINGS.get(base, {}))
+    config = PIRLConfig(base=stock, device="cpu", trainable=trainable)
     config.device = config.stock.device = "meta"
     with torch.device("meta"):
         return PIRLPolicy(config)
@@ -51,7 +62,9 @@ def main() -> None:
         for trainable in TRAINABLE:
             policy = build(base, trainable)
             pushed = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-            share = size(pushed) / size(list(policy.state_dict().values()))
+            # A tensor with two names is one.
+            whole = {id(tensor): tensor for tensor in policy.state_dict(keep_vars=True).values()}
+            share = size(pushed) / size(list(whole.values()))
             print(f"| `{base}` | `{trainable}` | {len(pushed)} | {size(pushed) / 1e6:,.1f} | {share:.1%} |")
 
 

@@ -221,18 +221,11 @@ def test_the_rl_parser_names_what_is_wrong_with_the_algorithm(
     assert_one_clear_line(left.value, setting, problem)
 
 
-@pytest.mark.parametrize(
-    ("base", "problem"),
-    [
-        ("act", "is not a flow-matching policy"),
-        ("diffusion", "is not a flow-matching policy"),
-        ("xvla", "has no adapter"),
-    ],
-)
-def test_a_base_that_cannot_be_one(run: Callable[..., object], base: str, problem: str) -> None:
+@pytest.mark.parametrize("base", ["act", "diffusion"])
+def test_a_base_that_cannot_be_one(run: Callable[..., object], base: str) -> None:
     with pytest.raises(SystemExit) as left:
         run(lerobot_train.train, *TRAIN, f"--policy.base.type={base}")
-    assert_one_clear_line(left.value, "policy.base.type", f"{base!r} {problem}")
+    assert_one_clear_line(left.value, "policy.base.type", f"{base!r} is not a flow-matching policy")
 
 
 def test_a_setting_of_the_default_base_needs_no_type(run: Callable[..., TrainRLServerPipelineConfig]) -> None:

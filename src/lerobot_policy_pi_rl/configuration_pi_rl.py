@@ -47,6 +47,9 @@ class ExplorerConfig:
     noise_std_max: float = 0.16
     # Width of the flow_noise network's hidden layer.
     noise_hidden_dim: int = 64
+    # Standard deviation of the noise on dimensions that a base gives as logits (X-VLA's grippers), in logits. With 1.7
+    # a gripper that closes above 1/2 does so about as often as its sigmoid says (within 0.01).
+    logit_std: float = 1.7
 
     def __post_init__(self) -> None:
         """Checks the fields against each other."""
@@ -82,6 +85,7 @@ class ExplorerConfig:
             f"the range [{self.noise_std_min}, {self.noise_std_max}] is upside down or not positive; "
             "noise_std_min must be above 0 and at most noise_std_max",
         )
+        check(self.logit_std > 0, f"{name}.logit_std", f"must be above 0 to explore, got {self.logit_std}")
 
     @property
     def correlation(self) -> float:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from . import processor_pi_rl  # noqa: F401  registers the processor steps that checkpoints name
 from .bases.adapter import Context, FlowBase
 from .bases.registry import make_base
+from .bases.stock import missing_tensors
 from .configuration_pi_rl import ExplorerConfig, PIRLConfig
-from .errors import config_error
-from .flow.sampler import Noise, Sample, Score, sample_hybrid, sample_joint, sample_ode, score
+from .errors import check, config_error
+from .flow.sampler import Noise, Sample, Score, sample_hybrid, sample_joint, score
 from .flow.transition import FieldOutput
 
 
@@ -63,6 +64,7 @@ class PIRLPolicy(PreTrainedPolicy):
 
     config_class = PIRLConfig
     name = "pi_rl"
+    logit_std: Tensor | None
 
     def __init__(self, config: PIRLConfig, dataset_stats: Any = None, dataset_meta: Any = None) -> None:
         """Builds the base and, for Flow-Noise, the noise network.
@@ -79,6 +81,7 @@ class PIRLPolicy(PreTrainedPolicy):
         explorer = config.explorer
         self.noise = Noise(explorer.kind, explorer.noise_level, explorer.correlation)  # type: ignore[arg-type]
         self.noise_network = self._make_noise_network(explorer)
+        self.register_buffer("logit_std", self._make_logit_std(explorer), persistent=False)
         self.reset()
 
     def _make_noise_network(self, explorer: ExplorerConfig) -> NoiseNetwork | None:
@@ -87,13 +90,32 @@ class PIRLPolicy(PreTrainedPolicy):
         limits = NoiseRange(explorer.noise_std_min, explorer.noise_std_max)
         return NoiseNetwork(self.base, explorer.noise_hidden_dim, limits)
 
+    def _make_logit_std(self, explorer: ExplorerConfig) -> Tensor | None:
+        """Deviation of the dimensions that are logits, `[D]`, zero for the others; None if none are.
+
+        Raises:
+            ConfigError: If they would never have noise.
+        """
+        dims = list(self.base.logit_dims)
+        if not dims:
+            return None
+        check(
+            explorer.kind != "flow_cps",
+            "policy.explorer.kind",
+            "flow_cps has no noise in its last step, the only one whose logits are executed (this base has some, in "
+            f"dimensions {dims}); take flow_sde or flow_noise",
+        )
+        std = torch.zeros(self.base.action_dim)
+        std[dims] = explorer.logit_std
+        return std
+
     def reset(self) -> None:
         """Forgets the actions that were predicted and not yet taken."""
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
 
-    def get_optim_params(self) -> list[nn.Parameter]:
-        """Parameters that supervised training optimises: the base's."""
-        return [p for p in self.base.parameters() if p.requires_grad]
+    def get_optim_params(self) -> Any:
+        """Parameters that supervised training optimises: the base's, as its optimizer takes them."""
+        return self.base.optim_params()
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Supervised flow-matching loss of the base.
@@ -108,13 +130,15 @@ class PIRLPolicy(PreTrainedPolicy):
 
     def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation once; the context serves every denoising step."""
+        # With dropout, whatever is computed from it would be another density at every call.
+        self.eval()
         return self.base.encode(batch)
 
     def field(self, context: Context, x_t: Tensor, t: Tensor) -> FieldOutput:
-        """Velocity, and the learned deviation if there is one, of states `[B, H, D]` at times `[B]`."""
+        """Velocity, and deviations that are not the step's own, of states `[B, H, D]` at times `[B]`."""
         output = self.base.velocity(context, x_t, t)
         std = self.noise_network(output.features, t) if self.noise_network is not None else None
-        return FieldOutput(output.velocity, std)
+        return FieldOutput(output.velocity, std, self.logit_std)
 
     def initial_noise(self, context: Context, generator: torch.Generator | None = None) -> Tensor:
         """Standard normal noise at `t = 1` for each row of a context, `[B, H, D]`."""
@@ -124,7 +148,7 @@ class PIRLPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]
-        """Predicts a chunk by the ODE, without exploration.
+        """Predicts a chunk by the base's own sampler, without exploration.
 
         Args:
             batch: Preprocessed observation with B rows.
@@ -133,12 +157,10 @@ class PIRLPolicy(PreTrainedPolicy):
         Returns:
             Normalised actions `[B, H, A]`.
         """
-        self.eval()
         context = self.encode(batch)
         noise = kwargs.get("noise")
         noise = self.initial_noise(context) if noise is None else noise
-        x = sample_ode(lambda x, t: self.field(context, x, t), noise, self.config.num_inference_steps)
-        return x[..., : self.base.real_action_dim]
+        return self.base.actions(self.base.sample(context, noise, self.config.num_inference_steps))
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]
@@ -181,6 +203,7 @@ class PIRLPolicy(PreTrainedPolicy):
         Returns:
             Log-probability and entropy `[B, H]`, and the Gaussians.
         """
+        self.eval()
         return score(
             lambda x, t: self.field(context, x, t),
             chain,
@@ -239,8 +262,10 @@ class PIRLPolicy(PreTrainedPolicy):
         Raises:
             ConfigError: If the checkpoint is not of this policy.
         """
+        own = model.state_dict()
         with safe_open(model_file, framework="pt") as file:
-            differing = set(file.keys()) ^ model.state_dict().keys()
+            names = set(file.keys())
+        differing = {*(names - own.keys()), *missing_tensors(own, names)}
         wrong = sorted(name for name in differing if not name.startswith("noise_network."))
         if wrong:
             raise config_error(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
@@ -25,6 +27,51 @@ SPECIAL = {
     "image_token": "<image>",
     "end_of_utterance_token": "<end_of_utterance>",
 }
+
+# Sizes of a small Florence-2, whose pictures of 32 pixels become two tokens.
+FLORENCE = {
+    "vision_config": {
+        "model_type": "florence_vision",
+        "depths": [1, 1, 1, 1],
+        "embed_dim": [8, 8, 16, 16],
+        "num_heads": [1, 1, 2, 2],
+        "num_groups": [1, 1, 2, 2],
+        "window_size": 4,
+        "projection_dim": 32,
+        "max_position_embeddings": 8,
+        "max_temporal_embeddings": 4,
+    },
+    "text_config": {
+        "model_type": "bart",
+        "vocab_size": 16,
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+    },
+}
+SMALL_XVLA = {
+    "florence_config": FLORENCE,
+    "hidden_size": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "num_domains": 2,
+    "len_soft_prompts": 2,
+    "dim_time": 8,
+    "max_len_seq": 128,
+    "action_mode": "auto",
+    "num_denoising_steps": 3,
+    "tokenizer_max_length": 16,
+}
+# Layers that give the velocity or, with X-VLA, the clean action.
+HEADS = dict.fromkeys(("smolvla", "pi0", "pi05"), "action_out_proj") | {"xvla": "action_decoder"}
 
 Batch = dict[str, Tensor]
 MakeStock = Callable[..., Any]
@@ -159,10 +206,18 @@ def make_stock(smolvlm: Path, small_gemma: None) -> MakeStock:
             own = {"vlm_model_name": str(smolvlm), "load_vlm_weights": False, "num_vlm_layers": 2}
             own |= {"resize_imgs_with_padding": (PIXELS, PIXELS), "num_steps": 3}
             return SmolVLAConfig(**{**common, **own, **settings})
+        if name == "xvla":
+            return XVLAConfig(**{**common, **SMALL_XVLA, **settings})
         own = {"image_resolution": (PIXELS, PIXELS), "num_inference_steps": 3}
         return {"pi0": PI0Config, "pi05": PI05Config}[name](**{**common, **own, **settings})
 
     return make
+
+
+def stock_chunk(stock: Any, batch: Batch, noise: Tensor) -> Tensor:
+    """A stock policy's own chunk from given noise, which X-VLA takes from nowhere but `torch.randn`."""
+    with patch.object(torch, "randn", lambda *_, dtype=None, **__: noise.to(dtype, copy=True)):
+        return stock.predict_action_chunk(dict(batch), noise=noise.clone())
 
 
 @pytest.fixture
@@ -174,6 +229,8 @@ def batch() -> Batch:
         OBS_STATE: torch.randn(2, STATE_DIM, generator=generator),
         OBS_LANGUAGE_TOKENS: torch.tensor([[4, 5, 6, 7], [4, 6, 0, 0]]),
         OBS_LANGUAGE_ATTENTION_MASK: torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool(),
+        # Which robot it is; only X-VLA reads it.
+        "domain_id": torch.tensor([0, 1]),
         ACTION: torch.randn(2, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(2, CHUNK, dtype=torch.bool),
     }

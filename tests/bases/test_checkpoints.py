@@ -20,9 +20,11 @@ from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
 from lerobot_policy_pi_rl.scripts.export import export
 
+from .conftest import HEADS, features, stock_chunk
+
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05")
+BASES = ("smolvla", "pi0", "pi05", "xvla")
 WEIGHTS = "model.safetensors"
 
 Batch = dict[str, Tensor]
@@ -51,7 +53,7 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
     batch, expected = ours[0](raw_observation()), theirs[0](raw_observation())
     assert all(torch.equal(batch[key], value) for key, value in expected.items() if isinstance(value, Tensor))
     noise = torch.randn(2, 6, 8)
-    chunk = stock.predict_action_chunk(dict(expected), noise=noise.clone())
+    chunk = stock_chunk(stock, expected, noise)
     assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), chunk)
     assert torch.equal(ours[1](chunk), theirs[1](chunk))
 
@@ -64,7 +66,7 @@ def test_a_checkpoint_is_exported_as_a_stock_one(
     policy, noise = PIRLPolicy(config), torch.randn(2, 6, 8)
     with torch.no_grad():
         # As if trained.
-        for parameter in policy.base.policy.model.action_out_proj.parameters():
+        for parameter in policy.base._head.parameters():
             parameter.mul_(1.5)
     policy.save_pretrained(tmp_path / "pi_rl")
     for processor in make_pi_rl_pre_post_processors(config):
@@ -77,7 +79,7 @@ def test_a_checkpoint_is_exported_as_a_stock_one(
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock", config=stock_config)
     batch = make_pre_post_processors(stock_config, str(tmp_path / "stock"))[0](raw_observation())
     expected = policy.predict_action_chunk(dict(batch), noise=noise)
-    assert torch.equal(stock.predict_action_chunk(dict(batch), noise=noise.clone()), expected)
+    assert torch.equal(stock_chunk(stock, batch, noise), expected)
     again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl")
     assert torch.equal(again.predict_action_chunk(dict(batch), noise=noise), expected)
 
@@ -105,23 +107,24 @@ def test_adapters_are_merged_into_what_is_exported(
     export(tmp_path / "pi_rl", tmp_path / "stock")
     assert not any("lora" in key for key in load_file(tmp_path / "stock" / WEIGHTS))
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock")
-    exported = stock.predict_action_chunk(dict(batch), noise=noise.clone())
+    exported = stock_chunk(stock, batch, noise)
     # Merging rounds once more; what is merged is exported to the bit.
     torch.testing.assert_close(exported, changed, rtol=0, atol=1e-3)
-    assert torch.equal(policy.base.export().predict_action_chunk(dict(batch), noise=noise.clone()), exported)
+    assert torch.equal(stock_chunk(policy.base.export(), batch, noise), exported)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_checkpoint_that_lacks_weights_is_refused(save_stock: Callable[[str], Path], name: str) -> None:
     folder = save_stock(name)
     tensors = load_file(folder / WEIGHTS)
-    removed = next(name for name in tensors if "action_out_proj" in name)
-    del tensors[removed]
+    del tensors[next(key for key in tensors if HEADS[name] in key)]
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(
-        ConfigError, match=r"policy.base_path.*was not loaded as a .*action_out_proj.*missing"
-    ):
+    with pytest.raises(ConfigError, match=r"policy.base_path.*was not loaded as a ") as error:
         PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
+    said = str(error.value)
+    assert HEADS[name] in said
+    assert "missing" in said.lower()
+    assert "\n" not in said
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
@@ -143,8 +146,6 @@ def test_a_checkpoint_of_another_kind_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_compact_base_has_nothing_to_export(tmp_path: Path) -> None:
-    from .conftest import features
-
     PIRLPolicy(PIRLConfig(device="cpu", **features())).save_pretrained(tmp_path / "compact")
     with pytest.raises(ConfigError, match="has the compact base"):
         export(tmp_path / "compact", tmp_path / "stock")

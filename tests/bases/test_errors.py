@@ -15,7 +15,9 @@ pytest.importorskip("transformers")
 MakeConfig = Callable[..., PIRLConfig]
 
 
-@pytest.mark.parametrize(("name", "extra"), [("pi0", "pi"), ("pi05", "pi"), ("smolvla", "smolvla")])
+@pytest.mark.parametrize(
+    ("name", "extra"), [("pi0", "pi"), ("pi05", "pi"), ("smolvla", "smolvla"), ("xvla", "xvla")]
+)
 def test_a_missing_package_of_a_base_is_named_with_its_extra(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
 ) -> None:

@@ -12,10 +12,12 @@ from lerobot_policy_pi_rl.bases.lora import is_adapter
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
+from .conftest import stock_chunk
+
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05")
-DTYPES = [(name, "float32") for name in BASES] + [("pi0", "bfloat16"), ("pi05", "bfloat16")]
+BASES = ("smolvla", "pi0", "pi05", "xvla")
+DTYPES = [(name, "float32") for name in BASES] + [(name, "bfloat16") for name in ("pi0", "pi05", "xvla")]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
 EXPLORERS = ("flow_sde", "flow_noise")
@@ -46,7 +48,7 @@ def test_the_chunk_is_the_stock_policy_s_to_the_bit(
 ) -> None:
     policy = make_policy(name, num_inference_steps=steps)
     noise = torch.randn(2, policy.base.chunk_size, policy.base.action_dim)
-    expected = policy.base.policy.predict_action_chunk(dict(batch), noise=noise.clone())
+    expected = stock_chunk(policy.base.policy, batch, noise)
     assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), expected)
 
 
@@ -70,6 +72,30 @@ def test_a_recorded_chunk_scores_as_it_was_sampled(
         scored = policy.score(policy.encode(dict(batch)), sample.chain, sample.step)
     ratio = (scored.log_prob - sample.log_prob).sum(1).exp()
     assert float((ratio - 1).abs().max()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_there_is_no_dropout_in_a_density(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    policy = make_policy(name).train()
+    sample = policy.explore(dict(batch), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        scored = policy.train().score(policy.encode(dict(batch)), sample.chain, sample.step)
+        context = policy.train().encode(dict(batch))
+        again = policy.train().score(context, sample.chain, sample.step)
+    torch.testing.assert_close(scored.log_prob, sample.log_prob, rtol=0, atol=1e-4)
+    assert torch.equal(again.log_prob, scored.log_prob)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_supervised_training_takes_what_is_trained_with_the_base_s_optimizer(
+    make_policy: MakePolicy, name: str
+) -> None:
+    policy = make_policy(name, trainable="all")
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {p for p in policy.base.parameters() if p.requires_grad}
+    # X-VLA's trains the VLM, and what reads it, at a tenth of the rate.
+    assert (len(set(rates.values())) == 2) is (name == "xvla")
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -112,9 +138,12 @@ def test_the_critic_reads_real_tokens_only(
     tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
     longer[OBS_LANGUAGE_TOKENS] = torch.cat([tokens, torch.full((2, 3), 5)], 1)
     longer[OBS_LANGUAGE_ATTENTION_MASK] = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], 1)
-    torch.testing.assert_close(
-        base.critic_features(base.encode(longer), source), features, rtol=1e-4, atol=1e-4
-    )
+    padded = base.critic_features(base.encode(longer), source)
+    if name == "xvla":
+        # It attends to padding like to words, so that its prompts always have one length: all of it is real.
+        assert not torch.allclose(padded, features, rtol=1e-4, atol=1e-4)
+    else:
+        torch.testing.assert_close(padded, features, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -17,9 +17,11 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
+from .conftest import HEADS
+
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05")
+BASES = ("smolvla", "pi0", "pi05", "xvla")
 COUNT = 12
 
 MakeAlgorithm = Callable[..., PIRLAlgorithm]
@@ -98,7 +100,7 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     for key, value in algorithm.policy.state_dict().items():
         if not key.startswith("base.policy.") or not base._is_expert(key.removeprefix("base.policy.")):
             assert torch.equal(value, before[key]), key
-    head = next(key for key in before if key.endswith("action_out_proj.weight"))
+    head = next(key for key in before if HEADS[name] in key and key.endswith("weight"))
     assert not torch.equal(algorithm.policy.state_dict()[head], before[head])
 
 

@@ -142,6 +142,21 @@ def test_flow_noise_takes_the_field_s_deviation() -> None:
         step_between("flow_noise", zero, FieldOutput(zero), torch.ones(1), torch.full((1,), 0.75))
 
 
+@pytest.mark.parametrize("kind", ["ode", "flow_sde", "flow_noise"])
+def test_a_logit_has_its_own_deviation_and_no_drift(kind: str) -> None:
+    x, velocity, std = torch.randn(2, 5, 3), torch.randn(2, 5, 3), torch.rand(2, 5, 3) + 0.1
+    t, t_next = torch.tensor([1.0, 0.5]), torch.tensor([0.75, 0.25])
+    without = step_between(kind, x, FieldOutput(velocity, std), t, t_next, 0.5)
+    logits = FieldOutput(velocity, std, torch.tensor([0.0, 1.7, 0.0]))
+    step = step_between(kind, x, logits, t, t_next, 0.5)
+    euler = x - 0.25 * velocity
+    assert torch.equal(step.mean[..., 1], euler[..., 1])
+    # Where the step has no noise, a logit has none either.
+    assert (step.std.expand_as(x)[..., 1] == (0.0 if kind == "ode" else 1.7)).all()
+    assert torch.equal(step.mean[..., ::2], without.mean[..., ::2])
+    assert torch.equal(step.std.expand_as(x)[..., ::2], without.std.expand_as(x)[..., ::2])
+
+
 def test_a_learned_deviation_has_no_closed_form() -> None:
     with pytest.raises(ValueError, match="'flow_noise' has no closed-form deviation; choose one of"):
         step_std("flow_noise", torch.ones(1), torch.zeros(1), 0.5)

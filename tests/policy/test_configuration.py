@@ -23,6 +23,7 @@ MakeConfig = Callable[..., PIRLConfig]
         ({"noise_correlation": -0.1}, "noise_correlation.*at least 0"),
         ({"noise_std_min": 0.2, "noise_std_max": 0.1}, r"noise_std_min.*\[0.2, 0.1\] is upside down"),
         ({"noise_std_min": 0.0}, "noise_std_min.*above 0"),
+        ({"logit_std": 0.0}, "logit_std.*above 0"),
     ],
 )
 def test_explorer_settings_that_cannot_work(settings: dict[str, Any], line: str) -> None:
@@ -49,7 +50,7 @@ def test_policy_settings_that_cannot_work(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["act", "diffusion", "xvla"])
+@pytest.mark.parametrize("name", ["act", "diffusion"])
 def test_a_policy_of_lerobot_that_cannot_be_a_base(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"policy.base.type.*{name!r} .*use 'compact'"):
         BaseConfig.get_choice_class(name)()

@@ -2,8 +2,12 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+
+from ..flow.sampler import sample_ode
+from ..flow.transition import FieldOutput
 
 # What an observation is encoded into: named tensors with B rows each, so that it can be cut, moved and kept.
 Context = dict[str, Tensor]
@@ -31,6 +35,8 @@ class FlowBase(nn.Module, ABC):
         chunk_size: Number of actions H of a chunk.
         action_dim: Width D of the denoised state, padding included.
         real_action_dim: Number of action dimensions A that are not padding.
+        logit_dims: Those of its dimensions that are no part of the flow: the network does not see them and gives them
+            as logits, and those of the last step are executed. Their velocity is zero before that.
         feature_dim: Width F of the velocity network's features.
         critic_dims: Width of the features that a critic may read, by their source; the first one is the default.
     """
@@ -38,6 +44,7 @@ class FlowBase(nn.Module, ABC):
     chunk_size: int
     action_dim: int
     real_action_dim: int
+    logit_dims: tuple[int, ...] = ()
     feature_dim: int
     critic_dims: dict[str, int]
 
@@ -66,3 +73,24 @@ class FlowBase(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The base's supervised flow-matching loss, a scalar."""
+
+    def sample(self, context: Context, noise: Tensor, num_steps: int) -> Tensor:
+        """The base's own sampler, without exploration; Euler's steps on the velocity unless it has another.
+
+        Args:
+            context: The observation.
+            noise: Initial noise `[B, H, D]`.
+            num_steps: Number of denoising steps K.
+
+        Returns:
+            The denoised state `[B, H, D]`.
+        """
+        return sample_ode(lambda x, t: FieldOutput(self.velocity(context, x, t).velocity), noise, num_steps)
+
+    def actions(self, x: Tensor) -> Tensor:
+        """Normalised actions `[B, H, A]` of denoised states `[B, H, D]`: their real dimensions."""
+        return x[..., : self.real_action_dim]
+
+    def optim_params(self) -> Any:
+        """What supervised training optimises, as the base's optimizer takes it: the trained parameters."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]

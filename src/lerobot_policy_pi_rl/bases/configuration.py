@@ -8,6 +8,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 
 from ..errors import config_error
 
@@ -150,14 +151,14 @@ def load_stock_config(path: str) -> Any:
 register_base_config(PI0Config)
 register_base_config(PI05Config)
 register_base_config(SmolVLAConfig, "num_steps")
+register_base_config(XVLAConfig, "num_denoising_steps")
 
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("xvla",)
 
 
-def _register_refusal(name: str, reason: str) -> None:
+def _register_refusal(name: str) -> None:
     """Registers a base whose configuration cannot be made."""
 
     @dataclass
@@ -166,12 +167,13 @@ def _register_refusal(name: str, reason: str) -> None:
 
         def __post_init__(self) -> None:
             """Says why not."""
-            raise config_error("policy.base.type", f"{name!r} {reason}; use 'compact'")
+            raise config_error(
+                "policy.base.type",
+                f"{name!r} is not a flow-matching policy, so its steps have no Gaussian to score; use 'compact'",
+            )
 
     BaseConfig.register_subclass(name, RefusedConfig)
 
 
 for _name in NOT_FLOW_MATCHING:
-    _register_refusal(_name, "is not a flow-matching policy, so its steps have no Gaussian to score")
-for _name in WITHOUT_ADAPTER:
-    _register_refusal(_name, "has no adapter in this release")
+    _register_refusal(_name)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BaseFactory = Callable[["PIRLConfig"], FlowBase]
 _FACTORIES: dict[str, BaseFactory] = {}
 # Extra of this package that installs what a base needs.
-EXTRAS = {"pi0": "pi", "pi05": "pi", "smolvla": "smolvla"}
+EXTRAS = {"pi0": "pi", "pi05": "pi", "smolvla": "smolvla", "xvla": "xvla"}
 
 
 def register_base(name: str, factory: BaseFactory) -> None:
@@ -59,3 +59,4 @@ register_base("compact", _lazy("compact", "CompactBase"))
 register_base("pi0", _lazy("pi0", "PI0Base"))
 register_base("pi05", _lazy("pi0", "PI05Base"))
 register_base("smolvla", _lazy("smolvla", "SmolVLABase"))
+register_base("xvla", _lazy("xvla", "XVLABase"))

@@ -35,10 +35,13 @@ class FieldOutput:
     Attributes:
         velocity: `v(x_t, t) = noise - action`, `[B, H, D]`.
         std: Standard deviation of the step from a learned noise network, `[B, H, D]`; None without one.
+        logit_std: Standard deviation of the dimensions that are logits, `[D]`, zero for those that are denoised; None
+            if all are.
     """
 
     velocity: Tensor
     std: Tensor | None = None
+    logit_std: Tensor | None = None
 
 
 def step_std(kind: StepKind, t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
@@ -142,9 +145,12 @@ def transition(x_t: Tensor, field: FieldOutput, step: Coefficients, correlation:
     with correlation matrix C along the chunk it is `std^2 / (2 t) * C e_hat`. Flow-CPS has
     `t' * (1 - cos(pi / 2 * noise_level))` in its place, Flow-Noise nothing.
 
+    A dimension that is a logit is no part of the flow: nothing was mixed with noise, so no drift is due, and where the
+    step has noise at all, its deviation is the logit's own.
+
     Args:
         x_t: State `[B, H, D]`.
-        field: Velocity at `(x_t, t)`, and the learned deviation for `flow_noise`.
+        field: Velocity at `(x_t, t)`, the learned deviation for `flow_noise`, and that of logits.
         step: The step's coefficients, broadcastable to the state.
         correlation: AR(1) coefficient of the noise along the chunk that the drift is corrected for.
 
@@ -154,11 +160,17 @@ def transition(x_t: Tensor, field: FieldOutput, step: Coefficients, correlation:
     Raises:
         ValueError: If the deviation is learned and the field gives none.
     """
-    mean = x_t - step.delta * field.velocity
+    mean = euler = x_t - step.delta * field.velocity
     if step.drift is not None:
         mean = mean - step.drift * correlate(x_t + step.remaining * field.velocity, correlation)
-    if not step.learned:
-        return Gaussian(mean, step.std)
-    if field.std is None:
-        raise ValueError("flow_noise needs a learned deviation: the field returned none")
-    return Gaussian(mean, step.std * field.std)
+    std = step.std
+    if step.learned:
+        if field.std is None:
+            raise ValueError("flow_noise needs a learned deviation: the field returned none")
+        std = step.std * field.std
+    if field.logit_std is None:
+        return Gaussian(mean, std)
+    logit = field.logit_std > 0
+    return Gaussian(
+        torch.where(logit, euler, mean), torch.where(logit, field.logit_std * (step.std > 0), std)
+    )

@@ -126,7 +126,7 @@ def by_exploring(player: Player) -> Choose:
     policy = player.policy
 
     def choose(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        return policy.explore(batch, generator).x[..., : policy.base.real_action_dim]
+        return policy.base.actions(policy.explore(batch, generator).x)
 
     return choose
 

@@ -15,7 +15,9 @@ from lerobot.configs import FeatureType, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.utils import INFO_PATH
 from lerobot.envs import EnvConfig, env_to_policy_features
+from lerobot.envs.configs import LiberoEnv
 from lerobot.policies import make_policy, make_pre_post_processors
+from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
@@ -249,6 +251,12 @@ def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: Mapping[
     Raises:
         ConfigError: If a feature is missing or has another shape.
     """
+    if isinstance(env_cfg, LiberoEnv) and isinstance(policy_cfg.base, XVLAConfig):
+        raise config_error(
+            "env.type",
+            "LeRobot's processors between LIBERO and X-VLA normalise pictures before they can cross the wire, and are "
+            "not supported; take another environment, or another base",
+        )
     offered = {renamed.get(key, key): value for key, value in env_to_policy_features(env_cfg).items()}
     wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
     for key, feature in wanted.items():
