@@ -1,6 +1,8 @@
 """A checkpoint is whole or it is not there; what is loaded continues what was saved."""
 
+import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +118,7 @@ def test_the_layout_is_lerobots(tmp_path: Path) -> None:
         f"{home}/training_state/training_step.json",
         f"{home}/training_state/rng_state.safetensors",
         f"{home}/training_state/counters.json",
+        f"{home}/training_state/pi_rl.json",
         f"{home}/training_state/critic/optimizer_state.safetensors",
         f"{home}/training_state/bias/optimizer_param_groups.json",
         f"{home}/algorithm/model.safetensors",
@@ -282,7 +285,7 @@ def corrupt_optimizer(place: Path) -> None:
     [
         (cut_short, r"algorithm/model\.safetensors is \d+ bytes, \d+ bytes were written"),
         (remove_policy, r"pretrained_model/model\.safetensors is missing"),
-        (remove_state, "cannot be read"),
+        (remove_state, "training_state is missing"),
         (corrupt_counters, "JSONDecodeError"),
         (corrupt_optimizer, "SafetensorError"),
     ],
@@ -305,3 +308,36 @@ def test_another_set_of_optimizers_is_refused(tmp_path: Path) -> None:
     more = {**algorithm.optimizers, "policy": Adam([nn.Parameter(torch.zeros(1))])}
     with pytest.raises(CheckpointError, match="it has no optimizer policy"):
         checkpoint.load(checkpoint.find_last(tmp_path), algorithm, more)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (None, "format 0, written by lerobot_policy_pi_rl before 0.1.0"),
+        ({"format": 99, "version": "9.9"}, "9.9"),
+    ],
+)
+def test_a_checkpoint_of_another_format_says_what_to_do(
+    tmp_path: Path, written: dict | None, said: str
+) -> None:
+    algorithm = Regression()
+    algorithm.update()
+    place = checkpoint.save(tmp_path, make_state(algorithm))
+    file = place / "training_state/pi_rl.json"
+    file.unlink()
+    if written is not None:
+        file.write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+        checkpoint.load(place, algorithm, algorithm.optimizers)
+    assert f"--policy.path={place / 'pretrained_model'}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_changed_are_named(tmp_path: Path) -> None:
+    algorithm = Regression()
+    algorithm.update()
+    state = make_state(algorithm)
+    place = checkpoint.save(tmp_path, state)
+    assert checkpoint.changed_settings(place, state.config) == []
+    now = TrainRLServerPipelineConfig(steps=7, output_dir=tmp_path, resume=True, job_name="other")
+    assert checkpoint.changed_settings(place, now) == [f"steps: {state.config.steps} -> 7"]

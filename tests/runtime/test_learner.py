@@ -309,7 +309,9 @@ def test_a_run_that_cannot_be_held_back_is_ended(train: Train, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("explorer", ["flow_sde", "flow_noise"])
-def test_a_resumed_run_is_the_run(train: Train, explorer: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_run(
+    train: Train, explorer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     plain = (
         f"--policy.explorer.kind={explorer}",
         "--save_freq=2",
@@ -318,7 +320,9 @@ def test_a_resumed_run_is_the_run(train: Train, explorer: str, tmp_path: Path) -
     )
     whole = train(*plain, "--steps=6", folder="whole")
     train(*plain, "--steps=4", folder="parts")
+    assert "Settings have changed" not in caplog.text
     parts = train(*plain, "--steps=6", "--resume=true", folder="parts")
+    assert "Settings have changed since then: steps: 4 -> 6\n" in caplog.text
     assert [reproducible(row) for row in whole] == [reproducible(row) for row in parts]
     one, two = (
         load_file(tmp_path / folder / "checkpoints" / "last" / "pretrained_model" / "model.safetensors")

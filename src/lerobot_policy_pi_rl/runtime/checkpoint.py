@@ -1,22 +1,24 @@
 """Checkpoints in LeRobot's layout, written aside and renamed into place: a killed write never costs the last one.
 
 checkpoints/000010/pretrained_model/   policy, processors, train config
-                   training_state/     optimizers, random state, counters, sizes of all files
+                   training_state/     optimizers, random state, counters, format, sizes of all files
                    algorithm/          the algorithm's own tensors and config
 checkpoints/last -> 000010
 checkpoints/best -> 000008
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
-from lerobot.configs.train import TrainPipelineConfig
+from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.rl.algorithms.base import RLAlgorithm
@@ -32,10 +34,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
+from .wire import flat_settings
+
+PACKAGE = "lerobot_policy_pi_rl"
+# Of what it adds to LeRobot's layout; raised whenever an older one can no longer be read.
+FORMAT = 1
+FORMAT_FILE = "pi_rl.json"
 COUNTERS = "counters.json"
 FILE_SIZES = "file_sizes.json"
 ALGORITHM_TENSORS = "model.safetensors"
 BEST_CHECKPOINT_LINK = "best"
+
+# Settings that what is trained does not depend on.
+UNTRAINED_SETTINGS = (
+    # A copy of `policy`.
+    "algorithm.policy_config",
+    "checkpoint_path",
+    "job_name",
+    # LeRobot's presets for supervised training.
+    "optimizer",
+    "output_dir",
+    "policy.actor_learner_config",
+    "policy.pretrained_path",
+    "resume",
+    "scheduler",
+    "wandb",
+)
 
 # Names that no step has, for directories of a write that has not finished.
 ASIDE = ".writing-"
@@ -144,13 +168,15 @@ def find_last(output_dir: Path) -> Path:
 
 
 def verify(checkpoint_dir: Path) -> None:
-    """Compares every file's size with what was written.
+    """Compares format and every file's size with what was written.
 
     Cheap, so that a learner can do it before anything slow starts.
 
     Raises:
-        CheckpointError: A file is missing or has another size.
+        CheckpointError: A file is missing or has another size, or a version of this package wrote it that writes
+            another format.
     """
+    _check_format(checkpoint_dir)
     try:
         sizes = load_json(checkpoint_dir / TRAINING_STATE_DIR / FILE_SIZES)
         found = _file_sizes(checkpoint_dir)
@@ -161,6 +187,41 @@ def verify(checkpoint_dir: Path) -> None:
         name = wrong[0]
         size = f"{found[name]} bytes" if name in found else "missing"
         raise _broken(checkpoint_dir, f"{name} is {size}, {sizes[name]} bytes were written")
+
+
+def _check_format(checkpoint_dir: Path) -> None:
+    file = checkpoint_dir / TRAINING_STATE_DIR / FORMAT_FILE
+    if not file.parent.is_dir():
+        raise _broken(checkpoint_dir, f"{file.parent.name} is missing")
+    try:
+        found: Any = load_json(file) if file.exists() else {"format": 0, "version": "before 0.1.0"}
+        number, writer = int(found["format"]), str(found["version"])[:40]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(checkpoint_dir, f"{FORMAT_FILE} cannot be read ({_line(error)})") from error
+    if number != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {checkpoint_dir} has format {number}, written by {PACKAGE} {writer}; this is "
+            f"{version(PACKAGE)}, which reads format {FORMAT}: resume with that version, or begin a new run from the "
+            f"policy with --policy.path={pretrained_dir(checkpoint_dir)}"
+        )
+
+
+def changed_settings(checkpoint_dir: Path, config: TrainPipelineConfig) -> list[str]:
+    """What differs from the settings that a checkpoint was trained with, one line each, such as `steps: 4 -> 8`.
+
+    Where the run is and how it is watched is left out.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        config: The settings now.
+    """
+    saved = load_json(pretrained_dir(checkpoint_dir) / TRAIN_CONFIG_NAME)
+    before, now = flat_settings(saved), flat_settings(json.loads(json.dumps(config.to_dict())))
+    return [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(UNTRAINED_SETTINGS)
+    ]
 
 
 def load(
@@ -257,6 +318,7 @@ def _write(aside: Path, state: TrainingState) -> None:
     state.algorithm.save_pretrained(aside / ALGORITHM_DIR)
     state_dir = aside / TRAINING_STATE_DIR
     write_json(dict(state.counters), state_dir / COUNTERS)
+    write_json({"format": FORMAT, "version": version(PACKAGE)}, state_dir / FORMAT_FILE)
     write_json(_file_sizes(aside), state_dir / FILE_SIZES)
 
 

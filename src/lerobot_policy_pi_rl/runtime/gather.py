@@ -71,13 +71,17 @@ class _Iteration:
     """What has arrived of one iteration."""
 
     version: int
-    batches: list[DecisionBatch] = field(default_factory=list)
+    batches: dict[int, DecisionBatch] = field(default_factory=dict)
     quotas: list[_Quota] = field(default_factory=list)
 
     @property
     def delivered(self) -> set[int]:
         """The actors whose quota is there."""
         return {quota.actor for quota in self.quotas}
+
+    def decisions(self) -> DecisionBatch:
+        """Everything, by actor: in the order of arrival, sums would round in another way every time."""
+        return DecisionBatch.concatenate([self.batches[actor] for actor in sorted(self.batches)])
 
 
 class Gatherer:
@@ -162,8 +166,7 @@ class Gatherer:
         collections = self._pop_statistics("collection", iteration.quotas)
         evaluations = self._pop_evaluations(version)
         self._forget_statistics(version)
-        decisions = DecisionBatch.concatenate(iteration.batches)
-        return Gathered(decisions, collections, evaluations, time.monotonic() - began)
+        return Gathered(iteration.decisions(), collections, evaluations, time.monotonic() - began)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -258,7 +261,7 @@ class Gatherer:
     def _add(self, iteration: _Iteration, quota: _Quota, decisions: DecisionBatch) -> None:
         iteration.quotas.append(quota)
         if len(decisions):
-            iteration.batches.append(decisions)
+            iteration.batches[quota.actor] = decisions
 
     def _check_sender(self, message: Received, actor: int, decisions: DecisionBatch) -> None:
         """An actor speaks for itself and for its own environments only."""

@@ -358,6 +358,9 @@ class Learner:
             self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers()
         )
         logger.info("Resuming at version %d from %s", resumed.step, self._cfg.checkpoint_path)
+        changed = checkpoint.changed_settings(self._cfg.checkpoint_path, self._cfg)
+        if changed:
+            logger.warning("Settings have changed since then: %s", "; ".join(changed))
         return Progress(**resumed.counters)  # type: ignore[arg-type]  # whole numbers come back whole
 
     def _log(
