@@ -11,7 +11,7 @@ import torch
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
 from .service import ActorEvent, PIRLLearnerService, Received
-from .wire import Scalar, WireError, WireSpec, decode_decisions, decode_interaction, finite_rows
+from .wire import Rollout, Scalar, WireError, WireSpec, decode_decisions, decode_interaction, finite_rows
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class _Iteration:
     version: int
     batches: list[DecisionBatch] = field(default_factory=list)
     delivered: set[int] = field(default_factory=set)
+    rows: Counter[int] = field(default_factory=Counter)
 
 
 class Gatherer:
@@ -84,6 +85,8 @@ class Gatherer:
         """
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
         self._statistics: dict[tuple[str, int, int], dict[str, Scalar]] = {}
+        # The version whose statistics are kept.
+        self._version = -1
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         self.actors_left = 0
@@ -117,7 +120,7 @@ class Gatherer:
             NothingUsable: If every actor has delivered and nothing of it could be kept.
         """
         began = self._last_arrival = time.monotonic()
-        iteration = _Iteration(version)
+        iteration, self._version = _Iteration(version), version
         while not self._complete(iteration):
             self._check_any(iteration)
             message = self._service.decisions.get(POLL_S)
@@ -137,6 +140,7 @@ class Gatherer:
         Raises:
             Stopped: If the learner was asked to stop.
         """
+        self._version = version
         deadline = time.monotonic() + timeout_s
         expected = {info.actor for info in self._service.connected()}
         while time.monotonic() < deadline:
@@ -195,6 +199,7 @@ class Gatherer:
         try:
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
+            self._check_quota(rollout, iteration)
         except WireError as error:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
@@ -218,6 +223,16 @@ class Gatherer:
             raise WireError(f"says it is of actor {actor}")
         if len(decisions) and bool((decisions.env // self._collection.num_envs != actor).any()):
             raise WireError("has decisions of another actor's environments")
+
+    def _check_quota(self, rollout: Rollout, iteration: _Iteration) -> None:
+        """An actor sends its quota of a version and no more, in however many parts."""
+        header = rollout.header
+        if header.version != iteration.version or header.actor in iteration.delivered:
+            return
+        rows = iteration.rows[header.actor] + len(rollout.decisions)
+        if rows > self._spec.max_rows:
+            raise WireError(f"has more decisions than the quota of {self._spec.max_rows}")
+        iteration.rows[header.actor] = rows
 
     def _keep(self, decisions: DecisionBatch, version: int) -> DecisionBatch:
         finite = finite_rows(decisions)
@@ -260,10 +275,12 @@ class Gatherer:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
-        self._statistics[str(kind), message.actor, version] = values
+        # Of any other version nobody asks, and whoever sends can make up as many as it likes.
+        if version == self._version:
+            self._statistics[str(kind), message.actor, version] = values
 
     def _pop_statistics(self, kind: str, version: int) -> list[dict[str, Scalar]]:
-        """Takes what is there of a version, by actor, and forgets what is older."""
+        """Takes what is there of a version, by actor."""
         keys = sorted(key for key in self._statistics if key[0] == kind and key[2] <= version)
         found = {key: self._statistics.pop(key) for key in keys}
         return [values for key, values in found.items() if key[2] == version]
