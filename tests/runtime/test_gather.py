@@ -30,7 +30,7 @@ class Room:
     """Stands in for the service: the same inboxes, with actors that come and go at a word."""
 
     def __init__(self) -> None:
-        self.decisions, self.interactions = Inbox(64), Inbox(64)
+        self.decisions, self.interactions = Inbox(64, 2**30), Inbox(64, 2**30)
         self.rejected: list[tuple[int, str, str]] = []
         self._here: dict[int, ActorInfo] = {}
         self._events: list[ActorEvent] = []
@@ -177,6 +177,27 @@ def test_a_malformed_message_is_rejected_and_counted(scene: Scene, case: str) ->
     assert (actor, reason) == (1, "malformed")
     assert detail
     assert "\n" not in detail
+
+
+def test_more_than_the_quota_is_rejected_in_however_many_parts(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    for part in range(5):
+        rows = torch.arange(4 * (part % 4), 4 * (part % 4) + 4)
+        scene.send(1, scene.of(1).select(rows), iteration_part=part, last=False)
+    scene.tell(1)
+    scene.send(1, scene.of(1).select(torch.arange(0)), iteration_part=5)
+    scene.deliver(0)
+    assert len(gather(scene).decisions) == 2 * QUOTA
+    assert scene.room.rejected == [(1, "malformed", "has more decisions than the quota of 16")]
+
+
+def test_statistics_of_versions_that_nobody_asked_for_are_not_kept(scene: Scene) -> None:
+    scene.room.join(0)
+    for version in range(60):
+        scene.tell(0, version=VERSION + version)
+    scene.deliver(0)
+    assert len(gather(scene).collections) == 1
+    assert scene.gatherer._statistics == {}
 
 
 @pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
