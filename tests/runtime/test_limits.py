@@ -143,6 +143,16 @@ def test_a_sender_in_a_hurry_is_slowed_and_counted(caplog: pytest.LogCaptureFixt
     assert "Slowed actor 1: it sends more than 50 messages a second" in caplog.text
 
 
+def test_streams_that_begin_anew_do_not_help_a_sender_in_a_hurry() -> None:
+    with serving(rate=50) as server, calling(server) as (stub, metadata):
+        began = time.monotonic()
+        for _ in range(150):
+            stub.SendTransitions(iter([chunk(b"x")]), metadata=metadata)
+            assert server.service.decisions.get(SOON) == Received(1, b"x")
+        assert time.monotonic() - began > 0.9
+        assert server.service.traffic().slowed > 0
+
+
 def test_full_chunks_are_not_slowed() -> None:
     limits = Limits(2**30, 4, 2**30, 0.5, 1000)
     with (

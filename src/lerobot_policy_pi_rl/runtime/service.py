@@ -236,8 +236,9 @@ class _Link:
         self.session = session
         self.open = True
         self.rejected = 0
-        # The call with which it fills each inbox.
+        # The call with which it fills each inbox, and how fast it may.
         self.calls: dict[Inbox, grpc.ServicerContext] = {}
+        self.buckets: dict[Inbox, Bucket] = {}
 
 
 class PIRLLearnerService(LearnerService):
@@ -455,6 +456,8 @@ class PIRLLearnerService(LearnerService):
                 del self._links[link.info.actor]
             if link.open:
                 self._close(link)
+        for inbox in (self.decisions, self.interactions):
+            inbox.wake()
 
     def _close(self, link: _Link) -> None:
         """Marks a link closed and tells everybody who waits. Needs the lock."""
@@ -494,8 +497,8 @@ class PIRLLearnerService(LearnerService):
             )
         context.add_callback(inbox.wake)
         with self._changed:
-            before = link.calls.get(inbox)
-            link.calls[inbox] = context
+            before, link.calls[inbox] = link.calls.get(inbox), context
+            bucket = link.buckets.setdefault(inbox, self._make_bucket())
         if before is not None:
             before.cancel()
 
@@ -507,7 +510,7 @@ class PIRLLearnerService(LearnerService):
                 self._count("messages", "bytes", len(payload))
 
         whole = whole_messages(
-            self._paced(chunks, hello.actor, wanted),
+            self._paced(chunks, hello.actor, bucket, wanted),
             max_bytes,
             lambda reason: self.reject(hello.actor, reason),
         )
@@ -517,13 +520,17 @@ class PIRLLearnerService(LearnerService):
             logger.debug("A stream of actor %d broke off", hello.actor)
         return services_pb2.Empty()
 
-    def _paced(self, chunks: Iterator[Any], actor: int, wanted: Callable[[], bool]) -> Iterator[Any]:
+    def _make_bucket(self) -> Bucket:
+        rate = self._limits.messages_per_s
+        return Bucket(rate, max(1.0, rate * BURST_SECONDS))
+
+    def _paced(
+        self, chunks: Iterator[Any], actor: int, bucket: Bucket, wanted: Callable[[], bool]
+    ) -> Iterator[Any]:
         """The chunks of a stream, no more messages per second than an actor may send.
 
         A message has one chunk that is not full, its last; any further one counts as a message.
         """
-        rate = self._limits.messages_per_s
-        bucket = Bucket(rate, max(1.0, rate * BURST_SECONDS))
         for chunk in chunks:
             pause = bucket.take() if len(chunk.data) < CHUNK_SIZE else 0.0
             if pause:
