@@ -15,6 +15,7 @@ from typing import Any
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.configuration_security import SecurityConfig
 from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
@@ -65,13 +66,20 @@ SECTIONS = (
         "Algorithm",
         "algorithm",
         PIRLAlgorithmConfig,
-        "`--algorithm.type=pi_rl`. The learner reads all of it, an actor the collection only.",
+        "`--algorithm.type=pi_rl`. The learner reads all of it, an actor collection and security only.",
     ),
     Section(
         "Collection",
         "algorithm.collection",
         CollectionConfig,
         "Actor and learner must agree on `num_envs` and `decisions`; they refuse each other otherwise.",
+    ),
+    Section(
+        "Security",
+        "algorithm.security",
+        SecurityConfig,
+        "Access token and TLS, with commands, are in [security.md](security.md). Nothing here is compared when actors "
+        "connect: each side names its own files.",
     ),
     Section(
         "Environment: metaworld_state",
@@ -126,8 +134,8 @@ RUN_FIELDS = {
     "come from the checkpoint, settings from the file and the command line.",
     "job_name": "Name of the run in wandb.",
     "wandb.enable": "True, with `wandb.project`: the metrics go to wandb as well. All `wandb.*` fields are LeRobot's.",
-    "policy.actor_learner_config.learner_host": "Where the learner listens and actors connect. The port is neither "
-    "encrypted nor authenticated: leave it on loopback or in a network you trust.",
+    "policy.actor_learner_config.learner_host": "Where the learner listens and actors connect. Anything but loopback "
+    "needs an access token ([security.md](security.md)).",
     "policy.actor_learner_config.learner_port": "Its port.",
 }
 

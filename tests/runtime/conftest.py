@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -219,6 +220,32 @@ def simulate() -> Callable[..., dict[str, Any]]:
         }
 
     return run
+
+
+# Certificates
+
+SECURITY_PAGE = Path(__file__).parents[2] / "docs/security.md"
+
+
+def make_certificates(folder: Path) -> Path:
+    """Runs the page's own commands in a folder, for a learner on loopback: authority, learner and actor."""
+    blocks = re.findall(r"```bash\n(.*?)```", SECURITY_PAGE.read_text(), re.DOTALL)
+    script = "\n".join(block for block in blocks if "openssl req" in block).replace("192.0.2.10", "127.0.0.1")
+    folder.mkdir()
+    subprocess.run(["sh", "-e", "-c", script], cwd=folder, check=True, capture_output=True, timeout=60)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `authority`, `learner` and `actor`, each a `.pem` and a `.key`."""
+    return make_certificates(tmp_path_factory.mktemp("certificates") / "own")
+
+
+@pytest.fixture(scope="session")
+def strange_certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of an authority that nobody here knows."""
+    return make_certificates(tmp_path_factory.mktemp("certificates") / "strange")
 
 
 # Real processes

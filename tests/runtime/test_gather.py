@@ -30,7 +30,7 @@ class Room:
     """Stands in for the service: the same inboxes, with actors that come and go at a word."""
 
     def __init__(self) -> None:
-        self.decisions, self.interactions = Inbox(64), Inbox(64)
+        self.decisions, self.interactions = Inbox(64, 2**30), Inbox(64, 2**30)
         self.rejected: list[tuple[int, str, str]] = []
         self._here: dict[int, ActorInfo] = {}
         self._events: list[ActorEvent] = []
@@ -168,6 +168,15 @@ def test_a_malformed_message_is_rejected_and_counted(scene: Scene, case: str) ->
     assert (actor, reason) == (1, "malformed")
     assert detail
     assert "\n" not in detail
+
+
+def test_statistics_of_versions_that_nobody_asked_for_are_not_kept(scene: Scene) -> None:
+    scene.room.join(0)
+    for version in range(60):
+        scene.tell(0, version=VERSION + version)
+    scene.deliver(0)
+    assert len(gather(scene).collections) == 1
+    assert scene.gatherer._statistics == {}
 
 
 @pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])

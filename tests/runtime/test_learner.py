@@ -350,9 +350,11 @@ def test_a_stopped_run_has_a_checkpoint_and_sends_its_actors_home(
     silent = LearnerClient("127.0.0.1", free_port, 1, learner._service._settings)
     actor = Actor(as_actor(make_cfg(port, validate=False)), actor_stop)
     with ThreadPoolExecutor(2) as pool:
-        training, acting = pool.submit(learner.run), pool.submit(run_actor, actor)
+        training = pool.submit(learner.run)
         try:
+            # Before the first one, whose quota alone would otherwise complete an iteration.
             silent.connect(SOON)
+            acting = pool.submit(run_actor, actor)
             first = silent.wait_weights(-1, SOON)
             # Statistics and quota of the actor: it has delivered.
             assert eventually(lambda: learner._service.traffic().messages == 2)

@@ -1,5 +1,6 @@
 """The learner's service and the actor's client, over real gRPC on loopback."""
 
+import dataclasses
 import os
 import queue
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -27,6 +28,7 @@ from lerobot_policy_pi_rl.runtime.client import (
     LearnerUnreachable,
     LinkState,
 )
+from lerobot_policy_pi_rl.runtime.limits import Limits
 from lerobot_policy_pi_rl.runtime.service import LearnerServer, PIRLLearnerService, PortUnavailable
 from lerobot_policy_pi_rl.runtime.wire import (
     Handshake,
@@ -42,15 +44,20 @@ SOON = 10.0
 pytestmark = pytest.mark.timeout(120)
 
 
-def make_service(**changes: object) -> PIRLLearnerService:
+LIMITS = Limits(
+    message_bytes=8 * 2**20,
+    waiting_messages=4,
+    waiting_bytes=2**30,
+    messages_per_s=1000.0,
+    rejected_messages=20,
+)
+
+
+def make_service(
+    settings: Mapping[str, object] = SETTINGS, max_actors: int = 2, **limits: float
+) -> PIRLLearnerService:
     """A service for two actors, with small limits."""
-    values: dict = {
-        "settings": SETTINGS,
-        "max_actors": 2,
-        "max_message_bytes": 8 * 2**20,
-        "inbox_capacity": 4,
-    }
-    return PIRLLearnerService(**{**values, **changes})
+    return PIRLLearnerService(settings, max_actors, dataclasses.replace(LIMITS, **limits))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -183,7 +190,7 @@ def test_payloads_arrive_whole_in_order_with_their_actor() -> None:
 
 
 def test_a_full_inbox_holds_the_sender_back_and_close_still_returns() -> None:
-    service = make_service(inbox_capacity=2)
+    service = make_service(waiting_messages=2)
     with serving(service) as server, connected(server, outbox_capacity=1) as client:
         sender = threading.Thread(target=_send_until_lost, args=(client,), daemon=True)
         sender.start()
@@ -207,7 +214,10 @@ def _send_until_lost(client: LearnerClient) -> None:
 
 
 def test_close_sends_what_was_queued() -> None:
-    with serving(make_service(inbox_capacity=100)) as server, connected(server, outbox_capacity=50) as client:
+    with (
+        serving(make_service(waiting_messages=100)) as server,
+        connected(server, outbox_capacity=50) as client,
+    ):
         for number in range(50):
             client.send_decisions(b"%d" % number)
         client.close()
@@ -485,7 +495,7 @@ def test_stop_delivers_the_last_weights_ends_fast_and_leaves_no_thread() -> None
 
 
 def test_stop_ends_while_an_inbox_is_full() -> None:
-    with serving(make_service(inbox_capacity=1)) as server, connected(server) as client:
+    with serving(make_service(waiting_messages=1)) as server, connected(server) as client:
         for _ in range(6):
             client.send_decisions(bytes(2**20))
         assert server.service.decisions.get(SOON) is not None

@@ -6,6 +6,7 @@ from lerobot.rl.algorithms.configs import RLAlgorithmConfig
 
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import check, refuse_stock_command
+from .configuration_security import SecurityConfig
 
 LR_SCHEDULES = ("adaptive", "constant")
 ADVANTAGES = ("gae", "group")
@@ -79,6 +80,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
 
     # How decisions are collected.
     collection: CollectionConfig = field(default_factory=CollectionConfig)
+    # Who may use the learner's port.
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     # What an episode is compared with: `gae` (a critic's value) or `group` (other episodes from the same start; GRPO).
     # `group` has no critic, needs collection.group_size above 1 and collection.decisions for at least a whole episode.

@@ -8,6 +8,7 @@ from threading import Event
 
 import numpy as np
 
+from .access import read_actor_access
 from .client import LearnerClient, LearnerLost
 from .collector import Collector, make_eval_groups, make_groups
 from .evaluation import evaluate
@@ -69,10 +70,14 @@ class Actor:
         Args:
             cfg: Validated configuration.
             stop: Set from outside to leave at the next opportunity.
+
+        Raises:
+            ConfigError: If the token or a certificate cannot be used.
         """
         policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         self._stop, self._collection = stop, algorithm_cfg.collection
-        # First of all, because it forks: no thread of gRPC or torch may run yet.
+        access = read_actor_access(algorithm_cfg.security)
+        # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
         groups = make_groups(env_cfg, self._collection)
         own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
         # Where the policy is validated.
@@ -86,6 +91,7 @@ class Actor:
             link.learner_port,
             self._collection.actor_id,
             agreed_settings(cfg, self._player),
+            access=access,
         )
 
     def run(self) -> None:

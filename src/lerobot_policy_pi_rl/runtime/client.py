@@ -17,6 +17,7 @@ import grpc
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunks, send_bytes_in_chunks
 
+from .access import TOKEN_VARIABLE, Access, find_tls_fault
 from .wire import (
     PROTOCOL,
     Handshake,
@@ -127,7 +128,7 @@ class _Link:
     What `__init__` sets below `_changed` is guarded by it.
     """
 
-    def __init__(self, address: str, handshake: Handshake, outbox_capacity: int) -> None:
+    def __init__(self, address: str, handshake: Handshake, access: Access, outbox_capacity: int) -> None:
         self.weights: Weights | None = None
         self._changed = threading.Condition()
         self._payload: bytes | None = None
@@ -136,7 +137,8 @@ class _Link:
         self.decisions = Outbox(outbox_capacity)
         self.interactions = Outbox(outbox_capacity)
         self._handshake = handshake
-        self._channel = grpc.insecure_channel(address, _channel_options())
+        self._access = access
+        self._channel = access.open_channel(address, _channel_options())
         self._stub = services_pb2_grpc.LearnerServiceStub(self._channel)
         self._parameters: Any = None
         self._senders: list[threading.Thread] = []
@@ -151,7 +153,7 @@ class _Link:
         """
         hello = Handshake(self._handshake.actor, self._handshake.session, dict(settings))
         _, call = self._stub.Ready.with_call(
-            services_pb2.Empty(), timeout=CALL_SECONDS, metadata=hello.to_metadata()
+            services_pb2.Empty(), timeout=CALL_SECONDS, metadata=self._metadata(hello)
         )
         # LeRobot's own learner admits everybody, and would send pickled weights.
         if {pair[0]: pair[1] for pair in call.initial_metadata()}.get("pi-rl-protocol") != str(PROTOCOL):
@@ -163,7 +165,7 @@ class _Link:
         Raises:
             grpc.RpcError: The learner refuses, or is gone again.
         """
-        metadata = self._handshake.to_metadata()
+        metadata = self._metadata(self._handshake)
         self._parameters = self._stub.StreamParameters(services_pb2.Empty(), metadata=metadata)
         # The learner sends metadata of its own once it has listed this actor; a refusal comes without.
         if not self._parameters.initial_metadata():
@@ -173,6 +175,9 @@ class _Link:
         self._start_sender(
             "interactions", self._stub.SendInteractions, services_pb2.InteractionMessage, self.interactions
         )
+
+    def _metadata(self, hello: Handshake) -> list[Any]:
+        return [*hello.to_metadata(), *self._access.metadata()]
 
     def take(self, timeout: float | None) -> bytes | None:
         """The newest payload that was not taken yet; None when there is none in time, or the stream ended."""
@@ -235,7 +240,7 @@ class _Link:
         chunks = (chunk for payload in outbox for chunk in send_bytes_in_chunks(payload, message))
         reason = "the learner ended the connection"
         try:
-            call(chunks, metadata=self._handshake.to_metadata())
+            call(chunks, metadata=self._metadata(self._handshake))
         except grpc.RpcError as error:
             reason = _reason(error)
         if not outbox.finished:
@@ -256,6 +261,7 @@ class LearnerClient:
         settings: Mapping[str, Any],
         outbox_capacity: int = 8,
         command: str = "lerobot-pi-rl-learner --config_path=<the actor's config>",
+        access: Access | None = None,
     ) -> None:
         """Prepares a client; nothing of gRPC starts before `connect`.
 
@@ -266,13 +272,16 @@ class LearnerClient:
             settings: What must agree with the learner's, nested or by dotted name.
             outbox_capacity: Most payloads that wait in each direction before `send_decisions` blocks.
             command: How a learner is started, for the text of `LearnerUnreachable`.
+            access: Token and TLS; None has neither.
         """
+        self._host, self._port, self._access = host, port, access or Access()
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._settings = dict(settings)
         self._handshake = Handshake(actor, uuid.uuid4().hex)
         self._outbox_capacity = outbox_capacity
         self._command = command
         self._link: _Link | None = None
+        self._fault: str | None = None
         self._closing = threading.Event()
 
     @property
@@ -390,7 +399,7 @@ class LearnerClient:
 
     def _attempt(self) -> str | None:
         """One try; returns why it failed when trying again may help, or None when connected."""
-        link = _Link(self._address, self._handshake, self._outbox_capacity)
+        link = _Link(self._address, self._handshake, self._access, self._outbox_capacity)
         try:
             link.call_ready(self._settings)
             link.open()
@@ -411,8 +420,23 @@ class LearnerClient:
             raise ConfigMismatch(f"the learner at {self._address} has other settings:\n{details}") from None
         if code == grpc.StatusCode.UNIMPLEMENTED:
             raise ActorRefused(f"{self._address} answers, but it is not a learner") from None
-        if code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            raise ActorRefused(self._token_text()) from None
+        if code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.PERMISSION_DENIED):
             raise ActorRefused(f"the learner at {self._address} refuses: {details}") from None
+        before, self._fault = self._fault, find_tls_fault(self._host, self._port, self._access)
+        # Twice, because a learner that is just ending looks the same.
+        if self._fault is not None and self._fault == before:
+            raise ActorRefused(f"no connection to the learner at {self._address}: {self._fault}") from None
+
+    def _token_text(self) -> str:
+        fix = f"put the learner's into the environment variable {TOKEN_VARIABLE} or algorithm.security.token_file"
+        what = (
+            "wants an access token, and this actor has none"
+            if self._access.token is None
+            else "has another access token"
+        )
+        return f"the learner at {self._address} {what}; {fix}"
 
     def _connected_link(self) -> _Link:
         if self._link is None:

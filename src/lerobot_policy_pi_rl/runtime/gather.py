@@ -109,7 +109,8 @@ class Gatherer:
         self._seen: set[_Quota] = set()
         # Quotas for the iterations to come, by actor, in the order in which they came.
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
-        self._oldest = 0
+        # Range of the versions that are of use.
+        self._oldest = self._newest = 0
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         self.actors_left = 0
@@ -145,6 +146,7 @@ class Gatherer:
         began = self._last_arrival = time.monotonic()
         iteration = _Iteration(version)
         self._oldest = max(self._oldest, version - self._collection.max_staleness)
+        self._newest = version
         self._seen = {quota for quota in self._seen if quota.version >= self._oldest}
         self._take_waiting(iteration)
         while True:
@@ -165,7 +167,7 @@ class Gatherer:
             self._wait_for_statistics("evaluation", self._everybody(version), patience)
         collections = self._pop_statistics("collection", iteration.quotas)
         evaluations = self._pop_evaluations(version)
-        self._forget_statistics(version)
+        self._forget_statistics()
         return Gathered(iteration.decisions(), collections, evaluations, time.monotonic() - began)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
@@ -174,6 +176,7 @@ class Gatherer:
         Raises:
             Stopped: If the learner was asked to stop.
         """
+        self._newest = version
         self._wait_for_statistics("evaluation", self._everybody(version), timeout_s)
         return self._pop_evaluations(version)
 
@@ -320,7 +323,9 @@ class Gatherer:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
-        self._statistics[str(kind), _Quota(message.actor, version, part)] = values
+        # Of other versions nobody asks, and whoever sends can make up as many as it likes.
+        if self._oldest <= version <= self._newest and 0 <= part <= self._collection.max_staleness:
+            self._statistics[str(kind), _Quota(message.actor, version, part)] = values
 
     def _pop_statistics(self, kind: str, wanted: Iterable[_Quota]) -> list[dict[str, Scalar]]:
         """Takes what is there of some quotas, by actor."""
@@ -334,10 +339,10 @@ class Gatherer:
         ]
         return self._pop_statistics("evaluation", found)
 
-    def _forget_statistics(self, version: int) -> None:
-        """Forgets those that nobody will ask for after this version's iteration."""
-        useless = [key for key in self._statistics if not self._oldest <= key[1].version <= version]
-        for key in useless:
+    def _forget_statistics(self) -> None:
+        """Forgets those that nobody will ask for any more."""
+        old = [key for key in self._statistics if key[1].version < self._oldest]
+        for key in old:
             del self._statistics[key]
 
 

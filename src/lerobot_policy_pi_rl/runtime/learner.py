@@ -18,10 +18,12 @@ from lerobot.utils.random_utils import set_seed
 from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
+from .access import read_learner_access
 from .demonstrations import DemonstrationSource
 from .findings import FirstLook
 from .gather import Gathered, Gatherer, Stopped
 from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
+from .limits import Limits
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .service import LearnerServer, PIRLLearnerService
@@ -29,9 +31,10 @@ from .wire import Scalar, WeightsHeader, encode_weights
 
 logger = logging.getLogger(__name__)
 
-# Messages that may wait in each inbox; an actor sends one per iteration.
-INBOX_CAPACITY = 64
-MAX_MESSAGE_BYTES = 2**30
+# Messages of an actor that may wait in each inbox, if they are small; it sends one or two per iteration.
+WAITING_MESSAGES = 64
+# An actor with so many messages that had to be rejected is cut off: nothing that it sends can be used.
+REJECTED_MESSAGES = 100
 # Seconds that actors get for the evaluation of the final policy.
 FINAL_EVALUATION_S = 600.0
 
@@ -101,8 +104,13 @@ class Learner:
         Args:
             cfg: Validated configuration.
             stop: Set from outside to stop at the next opportunity, with a checkpoint.
+
+        Raises:
+            ConfigError: If the token or a certificate cannot be used, or the port would be open without a token.
         """
         policy_cfg, algorithm_cfg, _ = parts(cfg)
+        link = policy_cfg.actor_learner_config
+        access = read_learner_access(algorithm_cfg.security, link.learner_host)
         set_seed(cfg.seed or 0)
         self._threads = torch.get_num_threads()
         self._asynchronous = algorithm_cfg.collection.max_staleness > 0
@@ -121,15 +129,19 @@ class Learner:
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
-        link = policy_cfg.actor_learner_config
+        spec = wire_spec(cfg, self._player)
         self._service = PIRLLearnerService(
             agreed_settings(cfg, self._player),
             algorithm_cfg.collection.max_actors,
-            MAX_MESSAGE_BYTES,
-            INBOX_CAPACITY,
+            Limits(
+                message_bytes=spec.max_message_bytes(),
+                waiting_messages=WAITING_MESSAGES,
+                waiting_bytes=spec.max_message_bytes(),
+                messages_per_s=algorithm_cfg.security.max_messages_per_s,
+                rejected_messages=REJECTED_MESSAGES,
+            ),
         )
-        self._server = LearnerServer(self._service, link.learner_host, link.learner_port)
-        spec = wire_spec(cfg, self._player)
+        self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
         self._pushed_bytes = 0
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
@@ -370,7 +382,7 @@ class Learner:
         update_seconds: float,
         critic_seconds: float,
     ) -> None:
-        progress, decisions = self._progress, gathered.decisions
+        progress, decisions, traffic = self._progress, gathered.decisions, self._service.traffic()
         seconds = gathered.seconds + update_seconds + critic_seconds
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
@@ -391,6 +403,8 @@ class Learner:
             "push/latency_s": max((float(c["latency"]) for c in gathered.collections), default=0.0),
             "actors/connected": len(self._service.connected()),
             "actors/left": self._gatherer.actors_left,
+            "actors/slowed": traffic.slowed,
+            "actors/refused": sum(traffic.rejected.values()),
             **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
         }
         self._metrics.write(progress.version, row)

@@ -1,11 +1,12 @@
 """The learner's side of the wire: LeRobot's `LearnerService`, extended from one actor to many.
 
 Proto and rpc names are LeRobot's. What differs: an actor introduces itself (`wire.Handshake`) and is refused
-when its settings differ, every connected actor gets the newest weights whenever there are new ones, and what
-arrives goes to bounded inboxes as raw bytes, so that no network thread ever decodes and a slow learner slows
-its actors down.
+without the access token or with other settings, every connected actor gets the newest weights whenever there are
+new ones, and what arrives goes to bounded inboxes as raw bytes, so that no network thread ever decodes and a slow
+learner slows its actors down. An actor that sends too much is slowed, one that sends nonsense is cut off.
 """
 
+import contextlib
 import logging
 import queue
 import socket
@@ -22,9 +23,17 @@ import grpc
 from google.protobuf.message import DecodeError
 from lerobot.rl.learner_service import LearnerService
 from lerobot.transport import services_pb2, services_pb2_grpc
-from lerobot.transport.utils import receive_bytes_in_chunks, send_bytes_in_chunks
+from lerobot.transport.utils import (
+    CHUNK_SIZE,
+    MAX_MESSAGE_SIZE,
+    receive_bytes_in_chunks,
+    send_bytes_in_chunks,
+)
 
+from .access import Access, Gate
+from .limits import BURST_SECONDS, Bucket, Limits
 from .wire import (
+    MAX_INTERACTION_BYTES,
     PROTOCOL,
     Handshake,
     WireError,
@@ -35,6 +44,10 @@ from .wire import (
 logger = logging.getLogger(__name__)
 
 STREAMS_PER_ACTOR = 3
+REMEMBERED = 1024
+"""Most events that wait, and most sessions of each kind that are remembered: whoever calls makes new ones."""
+WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
+"""Lines about rejected messages and refused calls in the log; further ones are counted only."""
 DRAIN_SECONDS = 1.5
 """How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
 CUT_SECONDS = 1.0
@@ -46,6 +59,9 @@ OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
 GRPC_OPTIONS = [
     # With port sharing, gRPC's default, a second learner on the same port would get half of the actors.
     ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_SIZE),
+    # Calls at once on one connection; an actor has four.
+    ("grpc.max_concurrent_streams", 16),
     # The settings of `Ready` travel as metadata, whose default limit is 8 KiB.
     ("grpc.max_metadata_size", 2**20),
     # Notices an actor whose machine or network went away without closing the connection.
@@ -105,6 +121,7 @@ class Traffic:
         bytes: Their bytes.
         sent: Messages of weights sent, one per actor and version.
         sent_bytes: Their bytes.
+        slowed: Chunks that were read later, because their actor sent too many.
         rejected: Rejected messages and refused calls, by reason.
     """
 
@@ -112,19 +129,24 @@ class Traffic:
     bytes: int
     sent: int
     sent_bytes: int
+    slowed: int
     rejected: dict[str, int]
 
 
 class Inbox:
-    """A bounded queue of received messages; a full one blocks its senders."""
+    """A queue of received messages, bounded for each actor; one whose part is full blocks, and no other."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, messages: int, size: int) -> None:
         """Makes an empty inbox.
 
         Args:
-            capacity: Most messages that wait at once.
+            messages: Most messages of an actor that wait at once.
+            size: Most bytes of them; one message may always wait.
         """
-        self._capacity = capacity
+        self._limits = messages, size
+        # Messages and bytes that wait, by actor.
+        self._waiting: Counter[int] = Counter()
+        self._bytes: Counter[int] = Counter()
         self._items: deque[Received] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -140,10 +162,12 @@ class Inbox:
             False when the inbox closed or the sender left first.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or not wanted() or len(self._items) < self._capacity)
+            self._changed.wait_for(lambda: self._closed or not wanted() or self._has_room(item))
             if self._closed or not wanted():
                 return False
             self._items.append(item)
+            self._waiting[item.actor] += 1
+            self._bytes[item.actor] += len(item.payload)
             self._changed.notify_all()
             return True
 
@@ -160,17 +184,12 @@ class Inbox:
             self._changed.wait_for(lambda: self._closed or bool(self._items), timeout)
             if not self._items:
                 return None
-            item = self._items.popleft()
-            self._changed.notify_all()
-            return item
+            return self._take()
 
     def drain(self) -> list[Received]:
         """Takes all that is there, without waiting."""
         with self._changed:
-            items = list(self._items)
-            self._items.clear()
-            self._changed.notify_all()
-            return items
+            return [self._take() for _ in range(len(self._items))]
 
     def wake(self) -> None:
         """Lets waiting senders look again whether they are still wanted."""
@@ -182,6 +201,22 @@ class Inbox:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _has_room(self, item: Received) -> bool:
+        """Whether an actor's part has room for one more. Needs the lock."""
+        messages, size = self._limits
+        waiting, taken = self._waiting[item.actor], self._bytes[item.actor]
+        return waiting == 0 or (waiting < messages and taken + len(item.payload) <= size)
+
+    def _take(self) -> Received:
+        """Removes the oldest message. Needs the lock."""
+        item = self._items.popleft()
+        self._waiting[item.actor] -= 1
+        self._bytes[item.actor] -= len(item.payload)
+        if not self._waiting[item.actor]:
+            del self._waiting[item.actor], self._bytes[item.actor]
+        self._changed.notify_all()
+        return item
 
 
 @dataclass(frozen=True)
@@ -200,31 +235,28 @@ class _Link:
         self.info = info
         self.session = session
         self.open = True
+        self.rejected = 0
+        # The call with which it fills each inbox, and how fast it may.
+        self.calls: dict[Inbox, grpc.ServicerContext] = {}
+        self.buckets: dict[Inbox, Bucket] = {}
 
 
 class PIRLLearnerService(LearnerService):
     """LeRobot's learner service for many actors, with versions, settings and limits.
 
-    What `__init__` sets below `_changed` is guarded by it: newest weights, links, admissions, counters.
+    What `__init__` sets below `_changed` is guarded by it: newest weights, links, sessions, counters.
     """
 
-    def __init__(
-        self,
-        settings: Mapping[str, Any],
-        max_actors: int,
-        max_message_bytes: int,
-        inbox_capacity: int,
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Any], max_actors: int, limits: Limits) -> None:
         """Makes the service; `LearnerServer` puts it on a port.
 
         Args:
             settings: What actors must agree with, nested or by dotted name.
             max_actors: Most actors connected at once.
-            max_message_bytes: Most bytes of one message from an actor.
-            inbox_capacity: Most messages waiting in each inbox.
+            limits: What one actor may send.
         """
-        self.decisions = Inbox(inbox_capacity)
-        self.interactions = Inbox(inbox_capacity)
+        self.decisions = Inbox(limits.waiting_messages, limits.waiting_bytes)
+        self.interactions = Inbox(limits.waiting_messages, limits.waiting_bytes)
         super().__init__(
             shutdown_event=threading.Event(),
             parameters_queue=None,
@@ -234,14 +266,18 @@ class PIRLLearnerService(LearnerService):
         )
         self._settings = dict(settings)
         self.max_actors = max_actors
-        self._max_message_bytes = max_message_bytes
-        self._events: queue.SimpleQueue[ActorEvent] = queue.SimpleQueue()
+        self._limits = limits
+        self._events: queue.Queue[ActorEvent] = queue.Queue(REMEMBERED)
         self._changed = threading.Condition()
         self._newest: _Published | None = None
         self._links: dict[int, _Link] = {}
-        self._admitted: dict[int, str] = {}
+        # Actor and session of those whose settings agreed, and sessions that were cut off.
+        self._admitted: deque[tuple[int, str]] = deque(maxlen=REMEMBERED)
+        self._cut_off: deque[str] = deque(maxlen=REMEMBERED)
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
+        self._warnings = Bucket(WARNINGS_PER_S, WARNINGS_AT_ONCE)
+        self._unsaid = 0
 
     # For the learner
 
@@ -275,17 +311,30 @@ class PIRLLearnerService(LearnerService):
             return None
 
     def reject(self, actor: int, reason: str, detail: str = "") -> None:
-        """Counts and logs a message that was not taken, here or by whoever decodes it.
+        """Counts and logs a message that was not taken, here or by whoever decodes it; too many end its sender.
 
         Args:
             actor: Who sent it.
             reason: A few words, the same for all messages of a kind.
             detail: What exactly, one line.
         """
+        self._count_rejected(
+            reason, f"Rejected a message of actor {actor}: {f'{reason}: {detail}' if detail else reason}"
+        )
         with self._changed:
-            self._rejected[reason] += 1
-        logger.warning(
-            "Rejected a message of actor %d: %s", actor, f"{reason}: {detail}" if detail else reason
+            link = self._links.get(actor)
+            if link is None:
+                return
+            link.rejected += 1
+            if link.rejected < self._limits.rejected_messages:
+                return
+            self._cut_off.append(link.session)
+            calls = list(link.calls.values())
+        self._leave(link)
+        for call in calls:
+            call.cancel()
+        self._count_rejected(
+            "cut off", f"Cut off actor {actor}: {link.rejected} of its messages were rejected"
         )
 
     def traffic(self) -> Traffic:
@@ -293,7 +342,12 @@ class PIRLLearnerService(LearnerService):
         with self._changed:
             count = self._counts
             return Traffic(
-                count["messages"], count["bytes"], count["sent"], count["sent_bytes"], dict(self._rejected)
+                count["messages"],
+                count["bytes"],
+                count["sent"],
+                count["sent_bytes"],
+                count["slowed"],
+                dict(self._rejected),
             )
 
     def end(self, drain_s: float = DRAIN_SECONDS) -> None:
@@ -320,7 +374,7 @@ class PIRLLearnerService(LearnerService):
         with self._changed:
             refusal = self._occupied(hello)
             if refusal is None:
-                self._admitted[hello.actor] = hello.session
+                self._admitted.append((hello.actor, hello.session))
         if refusal is not None:
             self._refuse(context, *refusal)
         context.send_initial_metadata(OWN_METADATA)
@@ -342,11 +396,11 @@ class PIRLLearnerService(LearnerService):
 
     def SendTransitions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
         """Takes decisions into their inbox."""
-        return self._receive(request_iterator, context, self.decisions)
+        return self._receive(request_iterator, context, self.decisions, self._limits.message_bytes)
 
     def SendInteractions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
         """Takes interactions into their inbox."""
-        return self._receive(request_iterator, context, self.interactions)
+        return self._receive(request_iterator, context, self.interactions, MAX_INTERACTION_BYTES)
 
     # Behind the calls
 
@@ -359,13 +413,18 @@ class PIRLLearnerService(LearnerService):
 
     def _occupied(self, hello: Handshake) -> tuple[grpc.StatusCode, str, str] | None:
         """Why there is no place for this actor, or None. Needs the lock."""
+        if hello.session in self._cut_off:
+            text = (
+                f"{self._limits.rejected_messages} of its messages were rejected; the learner's log says why"
+            )
+            return grpc.StatusCode.PERMISSION_DENIED, "cut off before", text
         link = self._links.get(hello.actor)
         if link is not None and link.session != hello.session:
             text = f"actor {hello.actor} is already connected from {link.info.peer}; give each its own number"
             return grpc.StatusCode.ALREADY_EXISTS, "number taken", text
         if link is None and len(self._links) >= self.max_actors:
             text = f"all {self.max_actors} places are taken; raise the learner's number of actors"
-            return grpc.StatusCode.RESOURCE_EXHAUSTED, "no place", text
+            return grpc.StatusCode.PERMISSION_DENIED, "no place", text
         return None
 
     def _join(self, context: grpc.ServicerContext) -> _Link:
@@ -374,14 +433,14 @@ class PIRLLearnerService(LearnerService):
         link = _Link(ActorInfo(hello.actor, context.peer(), time.time()), hello.session)
         with self._changed:
             refusal = self._occupied(hello)
-            if refusal is None and self._admitted.get(hello.actor) != hello.session:
+            if refusal is None and (hello.actor, hello.session) not in self._admitted:
                 refusal = (grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "call Ready first")
             if refusal is None:
                 before = self._links.pop(hello.actor, None)
                 if before is not None:
                     self._close(before)
                 self._links[hello.actor] = link
-                self._events.put(ActorEvent("joined", link.info))
+                self._tell(ActorEvent("joined", link.info))
                 self._changed.notify_all()
         if refusal is not None:
             self._refuse(context, *refusal)
@@ -397,12 +456,19 @@ class PIRLLearnerService(LearnerService):
                 del self._links[link.info.actor]
             if link.open:
                 self._close(link)
+        for inbox in (self.decisions, self.interactions):
+            inbox.wake()
 
     def _close(self, link: _Link) -> None:
         """Marks a link closed and tells everybody who waits. Needs the lock."""
         link.open = False
-        self._events.put(ActorEvent("left", link.info))
+        self._tell(ActorEvent("left", link.info))
         self._changed.notify_all()
+
+    def _tell(self, event: ActorEvent) -> None:
+        """Queues an event; a learner that does not look loses the later ones."""
+        with contextlib.suppress(queue.Full):
+            self._events.put_nowait(event)
 
     def _wait_newer(self, link: _Link, sent: int) -> _Published | None:
         """The newest weights once they are newer than what was sent; None when the stream ends."""
@@ -416,7 +482,9 @@ class PIRLLearnerService(LearnerService):
         """Whether there are weights that a stream has not sent. Needs the lock."""
         return self._newest is not None and self._newest.sequence > sent
 
-    def _receive(self, chunks: Iterator[Any], context: grpc.ServicerContext, inbox: Inbox) -> Any:
+    def _receive(
+        self, chunks: Iterator[Any], context: grpc.ServicerContext, inbox: Inbox, max_bytes: int
+    ) -> Any:
         """Puts every whole message of a stream into an inbox until the stream ends."""
         hello = self._introduced(context)
         with self._changed:
@@ -428,13 +496,23 @@ class PIRLLearnerService(LearnerService):
                 context, grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "open StreamParameters first"
             )
         context.add_callback(inbox.wake)
+        with self._changed:
+            before, link.calls[inbox] = link.calls.get(inbox), context
+            bucket = link.buckets.setdefault(inbox, self._make_bucket())
+        if before is not None:
+            before.cancel()
+
+        def wanted() -> bool:
+            return link.open and context.is_active()
 
         def deliver(payload: bytes) -> None:
-            if inbox.put(Received(hello.actor, payload), context.is_active):
+            if inbox.put(Received(hello.actor, payload), wanted):
                 self._count("messages", "bytes", len(payload))
 
         whole = whole_messages(
-            chunks, self._max_message_bytes, lambda reason: self.reject(hello.actor, reason)
+            self._paced(chunks, hello.actor, bucket, wanted),
+            max_bytes,
+            lambda reason: self.reject(hello.actor, reason),
         )
         try:
             receive_bytes_in_chunks(whole, SimpleNamespace(put=deliver), self.shutdown_event)
@@ -442,19 +520,64 @@ class PIRLLearnerService(LearnerService):
             logger.debug("A stream of actor %d broke off", hello.actor)
         return services_pb2.Empty()
 
+    def _make_bucket(self) -> Bucket:
+        rate = self._limits.messages_per_s
+        return Bucket(rate, max(1.0, rate * BURST_SECONDS))
+
+    def _paced(
+        self, chunks: Iterator[Any], actor: int, bucket: Bucket, wanted: Callable[[], bool]
+    ) -> Iterator[Any]:
+        """The chunks of a stream, no more messages per second than an actor may send.
+
+        A message has one chunk that is not full, its last; any further one counts as a message.
+        """
+        for chunk in chunks:
+            pause = bucket.take() if len(chunk.data) < CHUNK_SIZE else 0.0
+            if pause:
+                self._slow(actor, pause)
+            if not wanted():
+                return
+            yield chunk
+
+    def _slow(self, actor: int, pause: float) -> None:
+        """Has a stream wait, and counts it."""
+        with self._changed:
+            self._counts["slowed"] += 1
+        self._warn(
+            f"Slowed actor {actor}: it sends more than {self._limits.messages_per_s:g} messages a second"
+        )
+        self.shutdown_event.wait(pause)
+
     def _count(self, messages: str, size: str, number: int) -> None:
         """Counts one message of `number` bytes."""
         with self._changed:
             self._counts[messages] += 1
             self._counts[size] += number
 
+    def _count_rejected(self, reason: str, text: str) -> None:
+        """Counts something that was not taken, and logs it."""
+        with self._changed:
+            self._rejected[reason] += 1
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        """Logs what a caller did, unless there is so much of it that the log would only grow."""
+        with self._changed:
+            if not self._warnings.take_now():
+                self._unsaid += 1
+                return
+            unsaid, self._unsaid = self._unsaid, 0
+        logger.warning("%s", f"{text} (and {unsaid} more that the log leaves out)" if unsaid else text)
+
+    def gate(self, access: Access) -> Gate:
+        """What lets only calls with the access token through to this service."""
+        return Gate(access, self._refuse)
+
     def _refuse(
         self, context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, text: str
     ) -> NoReturn:
         """Ends a call with a clear text; counted."""
-        with self._changed:
-            self._rejected[reason] += 1
-        logger.warning("Refused %s: %s", context.peer(), "; ".join(text.splitlines()))
+        self._count_rejected(reason, f"Refused {context.peer()}: {'; '.join(text.splitlines())}")
         context.abort(code, text)
         raise AssertionError("grpc's abort always raises")
 
@@ -486,14 +609,22 @@ def _parse_chunk(data: bytes) -> Any:
 class LearnerServer:
     """Owns the gRPC server around a service: its port, its threads, its end."""
 
-    def __init__(self, service: PIRLLearnerService, host: str = "127.0.0.1", port: int = 50051) -> None:
+    def __init__(
+        self,
+        service: PIRLLearnerService,
+        host: str = "127.0.0.1",
+        port: int = 50051,
+        access: Access | None = None,
+    ) -> None:
         """Prepares the server; `start` opens the port.
 
         Args:
             service: What it serves.
             host: Address to listen on; loopback means this machine only.
             port: Port, 0 for any free one.
+            access: Token and TLS; None has neither.
         """
+        self._access = access or Access()
         self.service = service
         self.host = host
         self.port = port
@@ -509,10 +640,11 @@ class LearnerServer:
         self._check_port()
         workers = STREAMS_PER_ACTOR * self.service.max_actors + 2
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pi-rl-service")
-        self._server = grpc.server(self._pool, [], [_Lenient()], GRPC_OPTIONS, workers)
+        interceptors = [self.service.gate(self._access), _Lenient()]
+        self._server = grpc.server(self._pool, [], interceptors, GRPC_OPTIONS, workers)
         services_pb2_grpc.add_LearnerServiceServicer_to_server(self.service, self._server)
         try:
-            self.port = self._server.add_insecure_port(_address(self.host, self.port))
+            self.port = self._access.open_port(self._server, _address(self.host, self.port))
         except RuntimeError as error:
             self._pool.shutdown()
             raise PortUnavailable(self._port_text("gRPC could not bind it")) from error

@@ -7,7 +7,7 @@ error; they make well-formed decisions that must not be learned from, and `finit
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -27,9 +27,15 @@ PROTOCOL = 1
 Scalar = bool | int | float | str
 
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_DECISIONS_HEADER_BYTES = 2**20
 MAX_INTERACTION_BYTES = 64 * 2**10
 MAX_TASK_CHARACTERS = 4096
+MAX_SESSION_CHARACTERS = 64
 MAX_DIFFERENCE_LINES = 20
+MAX_JSON_DEPTH = 16
+"""Levels of lists and objects inside each other; deeper ones could exhaust the stack of whoever walks them."""
+CHUNK_OVERHEAD = 1024
+"""Bytes that a chunk counts at least: those without data take memory, too."""
 
 TransferState = services_pb2.TransferState
 
@@ -145,6 +151,12 @@ class WireSpec:
             for name, field in part.items()
         }
 
+    def max_message_bytes(self) -> int:
+        """Most bytes of one message: every row, each with a next observation of its own."""
+        fields = self.layout(self.max_rows, self.max_rows).values()
+        tensors = sum(field.dtype.itemsize * math.prod(field.shape) for field in fields)
+        return tensors + MAX_DECISIONS_HEADER_BYTES
+
 
 # Decisions
 
@@ -235,7 +247,7 @@ def decode_decisions(data: bytes, spec: WireSpec) -> Rollout:
     Raises:
         WireError: Anything differs from `spec`: a name, type, shape, count or range.
     """
-    parts = _unpack("decisions", data)
+    parts = _unpack("decisions", data, MAX_DECISIONS_HEADER_BYTES, spec.layout(0, 0).keys())
     header = _record(RolloutHeader, parts.header)
     _check_layout(parts.tensors, spec)
     tasks = _checked_tasks(parts.metadata.get("tasks"), len(parts.tensors["reward"]))
@@ -295,14 +307,11 @@ def _unflatten(tensors: Mapping[str, Tensor]) -> Transition:
 
 
 def _check_layout(tensors: Mapping[str, Tensor], spec: WireSpec) -> None:
-    """Names, types and shapes are exactly the expected ones."""
+    """Types and shapes are exactly the expected ones."""
     rows = _length(tensors, "reward")
     if rows > spec.max_rows:
         raise WireError(f"{rows} decisions in one message, at most {spec.max_rows} are accepted")
     layout = spec.layout(rows, _length(tensors, "complementary_info.next_row"))
-    if tensors.keys() != layout.keys():
-        missing, extra = sorted(layout.keys() - tensors.keys()), sorted(tensors.keys() - layout.keys())
-        raise WireError(f"wrong set of tensors: missing {_short(missing)}, not expected {_short(extra)}")
     for name, field in layout.items():
         found = TensorField(tensors[name].dtype, tuple(tensors[name].shape))
         if found != field:
@@ -350,7 +359,7 @@ def _checked_tasks(text: str | None, rows: int) -> list[str]:
 
 def _length(tensors: Mapping[str, Tensor], name: str) -> int:
     """Rows of a one-dimensional tensor."""
-    if name not in tensors or tensors[name].ndim != 1:
+    if tensors[name].ndim != 1:
         raise WireError(f"{name}: expected a tensor with one dimension")
     return tensors[name].shape[0]
 
@@ -369,7 +378,7 @@ def decode_weights(data: bytes) -> Weights:
     Raises:
         WireError: The message is not a well-formed message of weights.
     """
-    parts = _unpack("weights", data)
+    parts = _unpack("weights", data, MAX_HEADER_BYTES)
     return Weights(_record(WeightsHeader, parts.header), parts.tensors)
 
 
@@ -457,6 +466,8 @@ class Handshake:
         actor, session = str(values.get("pi-rl-actor")), str(values.get("pi-rl-session"))
         if not (actor.isascii() and actor.isdecimal() and len(actor) <= 9):
             raise WireError(f"actor number {_short(actor)} is not a number from 0 to 999999999")
+        if not (session.isascii() and session.isprintable() and len(session) <= MAX_SESSION_CHARACTERS):
+            raise WireError(f"the session must be at most {MAX_SESSION_CHARACTERS} printable characters")
         settings = values.get("pi-rl-settings-bin")
         return cls(int(actor), session, None if settings is None else _checked_settings(settings))
 
@@ -507,7 +518,7 @@ def whole_messages(chunks: Iterable[Any], max_bytes: int, reject: Callable[[str]
     Args:
         chunks: Protobuf messages with `transfer_state` and `data`.
         max_bytes: Most bytes of one message.
-        reject: Called once per dropped message, with the reason in a few words.
+        reject: Called for each dropped message, with the reason in a few words.
 
     Yields:
         The chunks of each message, once its last one has come.
@@ -520,12 +531,15 @@ def whole_messages(chunks: Iterable[Any], max_bytes: int, reject: Callable[[str]
             if held:
                 reject("unfinished")
             held, size, skipping = [], 0, False
-        size += len(chunk.data)
-        fault = None if skipping else _fault(state, bool(held), size > max_bytes)
+        size += max(len(chunk.data), CHUNK_OVERHEAD)
+        fault = None if skipping else _fault(state, bool(held))
+        if size > max_bytes + CHUNK_OVERHEAD:
+            # What is dropped is counted, too: a message that never ends is rejected again and again.
+            fault = "too large"
         if fault:
             reject(fault)
             # An unknown chunk between two messages is dropped alone; its successor begins a message.
-            skipping = bool(held) or fault != "unknown state"
+            skipping = skipping or bool(held) or fault != "unknown state"
             held, size = [], 0
         elif not skipping:
             held.append(chunk)
@@ -536,13 +550,11 @@ def whole_messages(chunks: Iterable[Any], max_bytes: int, reject: Callable[[str]
         reject("unfinished")
 
 
-def _fault(state: int, begun: bool, too_large: bool) -> str | None:
-    """What is wrong with a chunk, or None."""
+def _fault(state: int, begun: bool) -> str | None:
+    """What is wrong with a chunk in its place, or None."""
     if state not in (TransferState.TRANSFER_BEGIN, TransferState.TRANSFER_MIDDLE, TransferState.TRANSFER_END):
         return "unknown state"
-    if state == TransferState.TRANSFER_MIDDLE and not begun:
-        return "no beginning"
-    return "too large" if too_large else None
+    return "no beginning" if state == TransferState.TRANSFER_MIDDLE and not begun else None
 
 
 # Safetensors with a header
@@ -565,15 +577,27 @@ def _pack(
     return save_safetensors(_independent(tensors), metadata=text)
 
 
-def _unpack(kind: str, data: bytes) -> _Parts:
+def _unpack(kind: str, data: bytes, max_header_bytes: int, names: Set[str] | None = None) -> _Parts:
     """Reads what `_pack` wrote.
+
+    Args:
+        kind: Kind of message that is expected.
+        data: The message.
+        max_header_bytes: Most bytes of its header.
+        names: The tensors that must be in it, looked at before one is made; None takes any.
 
     Raises:
         WireError: It is no safetensors payload of this kind.
     """
-    metadata = _metadata(data)
+    header = _read_header(data, max_header_bytes)
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WireError("the safetensors header has no metadata")
     if metadata.get("kind") != kind:
         raise WireError(f"a message of {_short(metadata.get('kind'))} where {kind} were expected")
+    if names is not None and header.keys() != names:
+        missing, extra = sorted(names - header.keys()), sorted(header.keys() - names)
+        raise WireError(f"wrong set of tensors: missing {_short(missing)}, not expected {_short(extra[:3])}")
     try:
         tensors = load_safetensors(data)
     except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
@@ -582,19 +606,18 @@ def _unpack(kind: str, data: bytes) -> _Parts:
     return _Parts(_json(metadata.get("header"), "the header"), metadata, tensors)
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors payload, which safetensors' own `load` does not return.
+def _read_header(data: bytes, max_bytes: int) -> dict[str, Any]:
+    """The header of a safetensors payload, whose metadata safetensors' own `load` does not return.
 
     The format is eight bytes of length, little-endian, then that many bytes of JSON.
     """
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
+    if len(data) < 8 or length > min(len(data) - 8, max_bytes):
         raise WireError(f"cut short or not safetensors: {len(data)} bytes")
     header = _json(data[8 : 8 + length], "the safetensors header")
-    metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WireError("the safetensors header has no metadata")
-    return metadata
+    if not isinstance(header, dict):
+        raise WireError("the safetensors header is no JSON object")
+    return header
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -623,14 +646,40 @@ def _record[T](kind: type[T], values: object) -> T:
 
 
 def _json(text: bytes | str | None, what: str) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity."""
+    """Strict JSON: UTF-8, no NaN or Infinity, no half characters, not deep."""
     if text is None:
         raise WireError(f"{what} is missing")
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(decoded, parse_constant=_refuse_constant)
+        value = json.loads(decoded, parse_constant=_refuse_constant)
+        _check_json(value)
     except (ValueError, RecursionError) as error:
         raise WireError(f"{what} is not JSON: {_short(error)}") from error
+    return value
+
+
+def _check_json(value: object) -> None:
+    """Every text can be written, and nothing is nested deeper than `MAX_JSON_DEPTH`.
+
+    Raises:
+        ValueError: If not.
+    """
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        texts = (item for item in level if isinstance(item, str))
+        # JSON can escape one half of a surrogate pair, which is no character and cannot be encoded.
+        "".join(texts).encode()
+        level = [inner for item in level for inner in _inside(item)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
+
+
+def _inside(value: object) -> Iterable[object]:
+    """What a JSON value holds, names included."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else ()
 
 
 def _refuse_constant(name: str) -> None:
