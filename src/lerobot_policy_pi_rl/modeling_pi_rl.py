@@ -107,8 +107,14 @@ class PIRLPolicy(PreTrainedPolicy):
         return self.base.loss(batch), {}
 
     def encode(self, batch: dict[str, Tensor]) -> Context:
-        """Encodes a preprocessed observation once; the context serves every denoising step."""
+        """Encodes a preprocessed observation once, without dropout; the context serves every denoising step."""
+        self._leave_training_mode()
         return self.base.encode(batch)
+
+    def _leave_training_mode(self) -> None:
+        """A density is that of one network, not of one that dropout or a random crop draws anew at every call."""
+        if self.training:
+            self.eval()
 
     def field(self, context: Context, x_t: Tensor, t: Tensor) -> FieldOutput:
         """Velocity, and the learned deviation if there is one, of states `[B, H, D]` at times `[B]`."""
@@ -133,11 +139,15 @@ class PIRLPolicy(PreTrainedPolicy):
         Returns:
             Normalised actions `[B, H, A]`.
         """
-        self.eval()
         context = self.encode(batch)
         noise = kwargs.get("noise")
         noise = self.initial_noise(context) if noise is None else noise
-        x = sample_ode(lambda x, t: self.field(context, x, t), noise, self.config.num_inference_steps)
+        x = sample_ode(
+            lambda x, t: self.field(context, x, t),
+            noise,
+            self.config.num_inference_steps,
+            self.base.step_lengths,
+        )
         return x[..., : self.base.real_action_dim]
 
     @torch.no_grad()
@@ -168,6 +178,7 @@ class PIRLPolicy(PreTrainedPolicy):
             self.noise,
             self.base.real_action_dim,
             generator,
+            self.base.step_lengths,
         )
 
     def score(self, context: Context, chain: Tensor, step: Tensor) -> Score:
@@ -181,6 +192,7 @@ class PIRLPolicy(PreTrainedPolicy):
         Returns:
             Log-probability and entropy `[B, H]`, and the Gaussians.
         """
+        self._leave_training_mode()
         return score(
             lambda x, t: self.field(context, x, t),
             chain,
@@ -188,6 +200,7 @@ class PIRLPolicy(PreTrainedPolicy):
             self.config.num_inference_steps,
             self.noise,
             self.base.real_action_dim,
+            self.base.step_lengths,
         )
 
     def recorded_steps(self) -> int:

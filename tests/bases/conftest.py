@@ -9,16 +9,20 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
+from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from torch import Tensor
+from torch import Tensor, nn
 
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
+BASES = ("smolvla", "pi0", "pi05", "multi_task_dit")
 CAMERA = "observation.images.top"
-STATE_DIM, ACTION_DIM, CHUNK, PIXELS = 5, 4, 6, 32
+STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
 SPECIAL = {
     "fake_image_token": "<fake_token_around_image>",
     "global_image_token": "<global-img>",
@@ -104,6 +108,23 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small CLIP, as multi-task DiT reads it from the hub."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(small_tokenizer()), "max_position_embeddings": 16, "eos_token_id": 3}
+    config = CLIPConfig(
+        text_config=common | text,
+        vision_config=common | {"image_size": CROP, "patch_size": 8},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pi0's and pi0.5's Gemma variants and their vision tower small."""
@@ -143,26 +164,65 @@ def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_stock(smolvlm: Path, small_gemma: None) -> MakeStock:
+def make_stock(smolvlm: Path, clip: Path, small_gemma: None) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
+    chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
+    padded = chunk | {"max_action_dim": 8, "max_state_dim": 8}
+    pi = padded | {"image_resolution": (PIXELS, PIXELS), "num_inference_steps": 3}
 
     def make(name: str, **settings: Any) -> Any:
-        common = {
-            "device": "cpu",
-            "chunk_size": CHUNK,
-            "n_action_steps": 3,
-            "max_action_dim": 8,
-            "max_state_dim": 8,
-            **features(),
-        }
+        if name == "multi_task_dit":
+            own = {key: value for key, value in chunk.items() if key != "chunk_size"}
+            own |= {"horizon": CHUNK, "n_obs_steps": 1, "num_integration_steps": 3}
+            own |= {"objective": "flow_matching", "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
+            own |= {"timestep_embed_dim": 8, "image_crop_shape": (CROP, CROP), "tokenizer_max_length": 8}
+            own |= {"vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
+            return MultiTaskDiTConfig(**own | settings)
         if name == "smolvla":
             own = {"vlm_model_name": str(smolvlm), "load_vlm_weights": False, "num_vlm_layers": 2}
             own |= {"resize_imgs_with_padding": (PIXELS, PIXELS), "num_steps": 3}
-            return SmolVLAConfig(**{**common, **own, **settings})
-        own = {"image_resolution": (PIXELS, PIXELS), "num_inference_steps": 3}
-        return {"pi0": PI0Config, "pi05": PI05Config}[name](**{**common, **own, **settings})
+            return SmolVLAConfig(**padded | own | settings)
+        return {"pi0": PI0Config, "pi05": PI05Config}[name](**pi | settings)
 
     return make
+
+
+def awaken(policy: nn.Module) -> None:
+    """Gives random weights to the layers that are zero in a new policy, and would hide what they modulate."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in policy.named_parameters():
+        if "adaLN_modulation" in name and not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+
+
+def stock_loss(policy: Any, batch: Batch, seed: int = 3) -> Tensor:
+    """The supervised loss of a stock policy, on a batch as its own data set gives it."""
+    if policy.name == "multi_task_dit":
+        # With an axis of observed steps.
+        batch = {key: v[:, None] if key in (CAMERA, OBS_STATE) else v for key, v in batch.items()}
+    torch.manual_seed(seed)
+    loss, _ = policy.forward(dict(batch))
+    return loss
+
+
+def stock_chunk(policy: Any, batch: Batch, seed: int = 7) -> Tensor:
+    """The chunk of a stock policy, whose initial noise is drawn from a seed."""
+    batch = {key: value for key, value in batch.items() if key != ACTION}
+    if policy.name == "multi_task_dit":
+        # It predicts from its queues of observations, which `select_action` fills.
+        policy.reset()
+        batch = policy._prepare_batch(batch)
+        policy._queues = populate_queues(policy._queues, batch)
+    torch.manual_seed(seed)
+    return policy.predict_action_chunk(batch)
+
+
+def own_chunk(policy: PIRLPolicy, batch: Batch, seed: int = 7) -> Tensor:
+    """The chunk of a `pi_rl` policy, from the same initial noise; as much of it as the stock policy gives."""
+    torch.manual_seed(seed)
+    chunk = policy.predict_action_chunk(dict(batch))
+    given = policy.config.n_action_steps if policy.config.base.type == "multi_task_dit" else None
+    return chunk[:, :given]
 
 
 @pytest.fixture
@@ -204,7 +264,9 @@ def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callab
     def save(name: str) -> Path:
         torch.manual_seed(0)
         config, folder = make_stock(name), tmp_path / name
-        get_policy_class(name)(config).save_pretrained(folder)
+        policy = get_policy_class(name)(config)
+        awaken(policy)
+        policy.save_pretrained(folder)
         stats = {
             key: {stat: torch.rand(size) + 0.5 for stat in ("mean", "std", "min", "max", "q01", "q99")}
             for key, size in ((OBS_STATE, 5), (ACTION, 4))

@@ -6,21 +6,20 @@ from typing import Any
 import pytest
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from torch import Tensor
 
 from lerobot_policy_pi_rl.bases.lora import is_adapter
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
+from .conftest import BASES, Batch, awaken, own_chunk, stock_chunk, stock_loss
+
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05")
 DTYPES = [(name, "float32") for name in BASES] + [("pi0", "bfloat16"), ("pi05", "bfloat16")]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
 EXPLORERS = ("flow_sde", "flow_noise")
 
-Batch = dict[str, Tensor]
 MakeConfig = Callable[..., PIRLConfig]
 
 
@@ -30,8 +29,10 @@ def make_policy(make_config: MakeConfig) -> Callable[..., PIRLPolicy]:
 
     def make(name: str, dtype: str = "float32", **settings: Any) -> PIRLPolicy:
         torch.manual_seed(0)
-        stock = {} if name == "smolvla" else {"dtype": dtype}
-        return PIRLPolicy(make_config(name, stock, **settings)).eval()
+        stock = {"dtype": dtype} if name in ("pi0", "pi05") else {}
+        policy = PIRLPolicy(make_config(name, stock, **settings)).eval()
+        awaken(policy)
+        return policy
 
     return make
 
@@ -45,18 +46,20 @@ def test_the_chunk_is_the_stock_policy_s_to_the_bit(
     make_policy: MakePolicy, batch: Batch, name: str, steps: int
 ) -> None:
     policy = make_policy(name, num_inference_steps=steps)
-    noise = torch.randn(2, policy.base.chunk_size, policy.base.action_dim)
-    expected = policy.base.policy.predict_action_chunk(dict(batch), noise=noise.clone())
-    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), expected)
+    expected = stock_chunk(policy.base.policy, batch)
+    assert expected.shape[-1] == policy.base.real_action_dim
+    assert torch.equal(own_chunk(policy, batch), expected)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_the_supervised_loss_is_the_stock_policy_s(make_policy: MakePolicy, batch: Batch, name: str) -> None:
     policy = make_policy(name)
-    torch.manual_seed(3)
-    expected, _ = policy.base.policy.forward(dict(batch))
-    torch.manual_seed(3)
-    assert torch.equal(policy.forward(dict(batch))[0], expected)
+    for mode in (True, False):
+        # With its dropout and random crops, as it is trained, and without.
+        policy.train(mode)
+        expected = stock_loss(policy.base.policy, batch)
+        torch.manual_seed(3)
+        assert torch.equal(policy.forward(dict(batch))[0], expected)
 
 
 @pytest.mark.parametrize("kind", EXPLORERS)
@@ -73,11 +76,21 @@ def test_a_recorded_chunk_scores_as_it_was_sampled(
 
 
 @pytest.mark.parametrize("name", BASES)
+def test_dropout_is_off_while_a_density_is_computed(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    policy = make_policy(name)
+    sample = policy.train().explore(dict(batch), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        context = policy.train().encode(dict(batch))
+        scored = policy.train().score(context, sample.chain, sample.step)
+    torch.testing.assert_close(scored.log_prob, sample.log_prob, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BASES)
 def test_padded_dimensions_have_no_density(make_policy: MakePolicy, batch: Batch, name: str) -> None:
     """They are part of the chain, because the network reads them, and of nothing else."""
     policy = make_policy(name)
     sample = policy.explore(dict(batch))
-    assert sample.chain.shape[-1] == 8
+    assert sample.chain.shape[-1] == policy.base.action_dim
     changed = sample.chain.clone()
     changed[:, 1:, :, policy.base.real_action_dim :] += 1.0
     context = policy.encode(dict(batch))
@@ -99,12 +112,13 @@ def test_a_context_has_a_row_for_each_observation(make_policy: MakePolicy, batch
             torch.testing.assert_close(alone, both[rows], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("source", ["expert", "vlm"])
+@pytest.mark.parametrize("source", ["expert", "encoder"])
 @pytest.mark.parametrize("name", BASES)
 def test_the_critic_reads_real_tokens_only(
     make_policy: MakePolicy, batch: Batch, name: str, source: str
 ) -> None:
     base = make_policy(name).base
+    source = base.encoder_source if source == "encoder" else source
     features = base.critic_features(base.encode(dict(batch)), source)
     assert features.shape == (2, base.critic_dims[source])
     assert not features.requires_grad
@@ -139,7 +153,13 @@ def test_gradients_reach_what_is_to_be_trained(
     expert = {name for name in names if policy.base._is_expert(name)}
     adapters = {name for name in names if is_adapter(name)}
     trained = {name for name, parameter in names.items() if parameter.requires_grad}
-    allowed = {"expert": expert, "expert_lora": expert | adapters, "lora": adapters, "all": set(names)}
+    frozen = {name for name in names if policy.base._is_one_of(policy.base.frozen_modules, name)}
+    allowed = {
+        "expert": expert,
+        "expert_lora": expert | adapters,
+        "lora": adapters,
+        "all": set(names) - frozen,
+    }
     assert reached <= trained == allowed[mode]
     assert bool(adapters - expert) is bool((reached & adapters) - expert) is ("lora" in mode)
     assert bool(adapters & expert) is bool(reached & adapters & expert) is (mode == "lora")
@@ -151,11 +171,7 @@ def test_gradients_reach_what_is_to_be_trained(
 @pytest.mark.parametrize("mode", ["expert_lora", "lora"])
 @pytest.mark.parametrize("name", BASES)
 def test_adapters_add_nothing_at_first(make_policy: MakePolicy, batch: Batch, name: str, mode: str) -> None:
-    noise = torch.randn(2, 6, 8)
-    with_adapters, without = (
-        make_policy(name, trainable=m).predict_action_chunk(dict(batch), noise=noise)
-        for m in (mode, "expert")
-    )
+    with_adapters, without = (own_chunk(make_policy(name, trainable=m), batch) for m in (mode, "expert"))
     assert torch.equal(with_adapters, without)
 
 

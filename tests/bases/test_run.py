@@ -20,6 +20,8 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from lerobot_policy_pi_rl.bases.registry import make_base
+from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.runtime.actor import Actor
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
@@ -143,7 +145,14 @@ def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Ca
 
 
 @pytest.mark.parametrize(
-    ("name", "trainable"), [("smolvla", "expert"), ("pi0", "expert_lora"), ("pi05", "lora")]
+    ("name", "trainable"),
+    [
+        ("smolvla", "expert"),
+        ("pi0", "expert_lora"),
+        ("pi05", "lora"),
+        ("multi_task_dit", "expert"),
+        ("multi_task_dit", "all"),
+    ],
 )
 def test_a_stock_policy_is_trained_from_pictures_and_exported(
     save_stock: Callable[[str], Path],
@@ -172,4 +181,5 @@ def test_a_stock_policy_is_trained_from_pictures_and_exported(
     assert moved
     assert after.config.n_action_steps == 3
     if trainable == "expert":
-        assert all("lm_expert" in key or ".action_" in key for key in moved)
+        expert = make_base(PIRLConfig(base_path=str(base), device="cpu"))
+        assert all(expert._is_expert(key) for key in moved)

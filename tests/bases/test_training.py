@@ -17,9 +17,10 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
+from .conftest import BASES, awaken
+
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05")
 COUNT = 12
 
 MakeAlgorithm = Callable[..., PIRLAlgorithm]
@@ -33,9 +34,9 @@ def make_algorithm(make_config: Callable[..., PIRLConfig]) -> MakeAlgorithm:
         torch.manual_seed(1)
         config = make_config(name, trainable=trainable)
         defaults = {"critic_warmup": 0, "critic_hidden_dims": [16], "minibatch_size": 6, "epochs": 2}
-        algorithm = PIRLAlgorithm(
-            PIRLPolicy(config), PIRLAlgorithmConfig(**defaults | settings, policy_config=config)
-        )
+        policy = PIRLPolicy(config)
+        awaken(policy)
+        algorithm = PIRLAlgorithm(policy, PIRLAlgorithmConfig(**defaults | settings, policy_config=config))
         algorithm.make_optimizers_and_scheduler()
         return algorithm
 
@@ -98,8 +99,8 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     for key, value in algorithm.policy.state_dict().items():
         if not key.startswith("base.policy.") or not base._is_expert(key.removeprefix("base.policy.")):
             assert torch.equal(value, before[key]), key
-    head = next(key for key in before if key.endswith("action_out_proj.weight"))
-    assert not torch.equal(algorithm.policy.state_dict()[head], before[head])
+    head = next(name for name, p in algorithm.policy.named_parameters() if p is base._head.weight)
+    assert not torch.equal(base._head.weight, before[head])
 
 
 @pytest.mark.parametrize("name", BASES)

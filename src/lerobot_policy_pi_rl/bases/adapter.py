@@ -33,6 +33,7 @@ class FlowBase(nn.Module, ABC):
         real_action_dim: Number of action dimensions A that are not padding.
         feature_dim: Width F of the velocity network's features.
         critic_dims: Width of the features that a critic may read, by their source; the first one is the default.
+        step_lengths: Lengths of the K denoising steps, if the policy's own sampler rounds them otherwise than `1 / K`.
     """
 
     chunk_size: int
@@ -40,6 +41,7 @@ class FlowBase(nn.Module, ABC):
     real_action_dim: int
     feature_dim: int
     critic_dims: dict[str, int]
+    step_lengths: tuple[float, ...] | None = None
 
     @abstractmethod
     def encode(self, batch: dict[str, Tensor]) -> Context:
