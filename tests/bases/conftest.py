@@ -1,5 +1,7 @@
 """LeRobot's own policies at small size: the real classes, small configurations, random weights, no download."""
 
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from torch import Tensor, nn
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-BASES = ("smolvla", "pi0", "pi05", "multi_task_dit")
+# `toy` is the third party's of docs/bases.md.
+BASES = ("smolvla", "pi0", "pi05", "multi_task_dit", "toy")
+ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
 SPECIAL = {
@@ -163,8 +167,19 @@ def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.fixture(scope="session")
+def toy() -> type:
+    """Runs the example of docs/bases.md; returns its policy's configuration."""
+    page = (ROOT / "docs/bases.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sys.path.insert(0, str(Path(__file__).parent / "third_party"))
+    made: dict[str, Any] = {}
+    exec(compile(example, "docs/bases.md", "exec"), made)
+    return made["ToyConfig"]
+
+
 @pytest.fixture
-def make_stock(smolvlm: Path, clip: Path, small_gemma: None) -> MakeStock:
+def make_stock(smolvlm: Path, clip: Path, small_gemma: None, toy: type) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
     chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
     padded = chunk | {"max_action_dim": 8, "max_state_dim": 8}
@@ -178,6 +193,8 @@ def make_stock(smolvlm: Path, clip: Path, small_gemma: None) -> MakeStock:
             own |= {"timestep_embed_dim": 8, "image_crop_shape": (CROP, CROP), "tokenizer_max_length": 8}
             own |= {"vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
             return MultiTaskDiTConfig(**own | settings)
+        if name == "toy":
+            return toy(**chunk | settings)
         if name == "smolvla":
             own = {"vlm_model_name": str(smolvlm), "load_vlm_weights": False, "num_vlm_layers": 2}
             own |= {"resize_imgs_with_padding": (PIXELS, PIXELS), "num_steps": 3}

@@ -40,8 +40,11 @@ def make_policy(make_config: MakeConfig) -> Callable[..., PIRLPolicy]:
 MakePolicy = Callable[..., PIRLPolicy]
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10])
-@pytest.mark.parametrize("name", BASES)
+# One minus a time is exact for the toy's.
+STEPS = [(name, steps) for name in BASES for steps in ((1, 4) if name == "toy" else (1, 3, 10))]
+
+
+@pytest.mark.parametrize(("name", "steps"), STEPS)
 def test_the_chunk_is_the_stock_policy_s_to_the_bit(
     make_policy: MakePolicy, batch: Batch, name: str, steps: int
 ) -> None:

@@ -152,6 +152,7 @@ def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Ca
         ("pi05", "lora"),
         ("multi_task_dit", "expert"),
         ("multi_task_dit", "all"),
+        ("toy", "expert"),
     ],
 )
 def test_a_stock_policy_is_trained_from_pictures_and_exported(
