@@ -123,10 +123,9 @@ class PIRLPolicy(PreTrainedPolicy):
         return FieldOutput(output.velocity, std)
 
     def initial_noise(self, context: Context, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal noise at `t = 1` for each row of a context, `[B, H, D]`."""
+        """Noise at `t = 1` for each row of a context, `[B, H, D]`."""
         some = next(iter(context.values()))
-        shape = (len(some), self.base.chunk_size, self.base.action_dim)
-        return torch.randn(shape, device=some.device, generator=generator)
+        return self.base.initial_noise(len(some), some.device, generator)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]
@@ -137,7 +136,7 @@ class PIRLPolicy(PreTrainedPolicy):
             **kwargs: `noise`, the initial noise `[B, H, D]`; drawn if not given.
 
         Returns:
-            Normalised actions `[B, H, A]`.
+            Normalised actions `[B, H, A]`, as the base's postprocessor takes them.
         """
         context = self.encode(batch)
         noise = kwargs.get("noise")
@@ -148,7 +147,7 @@ class PIRLPolicy(PreTrainedPolicy):
             self.config.num_inference_steps,
             self.base.step_lengths,
         )
-        return x[..., : self.base.real_action_dim]
+        return self.base.output(x)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]

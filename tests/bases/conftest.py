@@ -10,6 +10,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import make_pre_post_processors
+from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
@@ -19,11 +20,11 @@ from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 # `toy` is the third party's of docs/bases.md.
-BASES = ("smolvla", "pi0", "pi05", "multi_task_dit", "toy")
+BASES = ("smolvla", "pi0", "pi05", "multi_task_dit", "evo1", "toy")
 ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
@@ -32,9 +33,12 @@ SPECIAL = {
     "global_image_token": "<global-img>",
     "image_token": "<image>",
     "end_of_utterance_token": "<end_of_utterance>",
+    "img_context_token": "<IMG_CONTEXT>",
+    "img_start_token": "<img>",
+    "img_end_token": "</img>",
 }
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 MakeStock = Callable[..., Any]
 
 
@@ -129,6 +133,27 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small InternVL3 and its tokenizer, as EVO1 reads them from the hub."""
+    from transformers import InternVLConfig, InternVLModel
+
+    folder, tokenizer = tmp_path_factory.mktemp("internvl"), small_tokenizer()
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "qwen2", "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+    vision = {"image_size": [PIXELS, PIXELS], "patch_size": [8, 8]}
+    config = InternVLConfig(
+        text_config=common | text,
+        vision_config=common | vision,
+        image_seq_length=4,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+    torch.manual_seed(0)
+    InternVLModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pi0's and pi0.5's Gemma variants and their vision tower small."""
@@ -179,7 +204,7 @@ def toy() -> type:
 
 
 @pytest.fixture
-def make_stock(smolvlm: Path, clip: Path, small_gemma: None, toy: type) -> MakeStock:
+def make_stock(smolvlm: Path, clip: Path, internvl: Path, small_gemma: None, toy: type) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
     chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
     padded = chunk | {"max_action_dim": 8, "max_state_dim": 8}
@@ -193,6 +218,17 @@ def make_stock(smolvlm: Path, clip: Path, small_gemma: None, toy: type) -> MakeS
             own |= {"timestep_embed_dim": 8, "image_crop_shape": (CROP, CROP), "tokenizer_max_length": 8}
             own |= {"vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
             return MultiTaskDiTConfig(**own | settings)
+        if name == "evo1":
+            own = {"vlm_model_name": str(internvl), "vlm_num_layers": 2, "vlm_dtype": "float32"}
+            own |= {"image_resolution": (PIXELS, PIXELS), "max_views": 2, "num_inference_timesteps": 3}
+            own |= {
+                "embed_dim": 16,
+                "hidden_dim": 24,
+                "state_hidden_dim": 24,
+                "num_heads": 2,
+                "num_layers": 2,
+            }
+            return Evo1Config(**padded | own | {"dropout": 0.2} | settings)
         if name == "toy":
             return toy(**chunk | settings)
         if name == "smolvla":
@@ -204,12 +240,25 @@ def make_stock(smolvlm: Path, clip: Path, small_gemma: None, toy: type) -> MakeS
     return make
 
 
+def explorer(name: str) -> ExplorerConfig:
+    """An explorer that a base can do with."""
+    return ExplorerConfig("flow_noise" if name == "evo1" else "flow_sde")
+
+
 def awaken(policy: nn.Module) -> None:
     """Gives random weights to the layers that are zero in a new policy, and would hide what they modulate."""
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "adaLN_modulation" in name and not bool(parameter.any()):
             nn.init.normal_(parameter, std=0.3, generator=generator)
+
+
+def equal(name: str, one: Tensor, two: Tensor) -> bool:
+    """Whether chunks are the same to the bit, of policies that do not train the same weights.
+
+    EVO1 has torch's `MultiheadAttention`, which rounds otherwise where its weights are frozen.
+    """
+    return torch.allclose(one, two, rtol=1e-5, atol=1e-5) if name == "evo1" else torch.equal(one, two)
 
 
 def stock_loss(policy: Any, batch: Batch, seed: int = 3) -> Tensor:
@@ -253,6 +302,8 @@ def batch() -> Batch:
         OBS_LANGUAGE_ATTENTION_MASK: torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool(),
         ACTION: torch.randn(2, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(2, CHUNK, dtype=torch.bool),
+        # What of it EVO1 reads, the others have in their tokens.
+        "task": ["pick the cube up", "pick the"],
     }
 
 
@@ -261,7 +312,8 @@ def make_config(make_stock: MakeStock) -> Callable[..., PIRLConfig]:
     """Makes the configuration of a `pi_rl` policy around a small stock one."""
 
     def make(name: str, stock: dict[str, Any] | None = None, **settings: Any) -> PIRLConfig:
-        return PIRLConfig(base=make_stock(name, **(stock or {})), device="cpu", **settings)
+        settings = {"device": "cpu", "explorer": explorer(name)} | settings
+        return PIRLConfig(base=make_stock(name, **(stock or {})), **settings)
 
     return make
 

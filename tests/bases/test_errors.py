@@ -8,7 +8,7 @@ import pytest
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import OBS_STATE
 
-from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
@@ -62,6 +62,14 @@ def test_what_multi_task_dit_cannot_do_here_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=said) as error:
         make_config("multi_task_dit", stock)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "flow_cps"])
+def test_evo1_explores_by_flow_noise_only(make_config: MakeConfig, kind: str) -> None:
+    said = rf"policy.explorer.kind.*uniform noise.*'{kind}' does not hold; set it to 'flow_noise'"
+    with pytest.raises(ConfigError, match=said) as error:
+        make_config("evo1", explorer=ExplorerConfig(kind))
     assert "\n" not in str(error.value)
 
 

@@ -7,15 +7,20 @@ import pytest
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
+from lerobot_policy_pi_rl.bases.adapter import take
 from lerobot_policy_pi_rl.bases.lora import is_adapter
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, Batch, awaken, own_chunk, stock_chunk, stock_loss
+from .conftest import BASES, Batch, awaken, equal, own_chunk, stock_chunk, stock_loss
 
 pytest.importorskip("transformers")
 
-DTYPES = [(name, "float32") for name in BASES] + [("pi0", "bfloat16"), ("pi05", "bfloat16")]
+DTYPES = [(name, "float32") for name in BASES] + [
+    ("pi0", "bfloat16"),
+    ("pi05", "bfloat16"),
+    ("evo1", "bfloat16"),
+]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
 EXPLORERS = ("flow_sde", "flow_noise")
@@ -29,7 +34,8 @@ def make_policy(make_config: MakeConfig) -> Callable[..., PIRLPolicy]:
 
     def make(name: str, dtype: str = "float32", **settings: Any) -> PIRLPolicy:
         torch.manual_seed(0)
-        stock = {"dtype": dtype} if name in ("pi0", "pi05") else {}
+        field = {"pi0": "dtype", "pi05": "dtype", "evo1": "vlm_dtype"}.get(name)
+        stock = {} if field is None else {field: dtype}
         policy = PIRLPolicy(make_config(name, stock, **settings)).eval()
         awaken(policy)
         return policy
@@ -50,7 +56,6 @@ def test_the_chunk_is_the_stock_policy_s_to_the_bit(
 ) -> None:
     policy = make_policy(name, num_inference_steps=steps)
     expected = stock_chunk(policy.base.policy, batch)
-    assert expected.shape[-1] == policy.base.real_action_dim
     assert torch.equal(own_chunk(policy, batch), expected)
 
 
@@ -65,8 +70,10 @@ def test_the_supervised_loss_is_the_stock_policy_s(make_policy: MakePolicy, batc
         assert torch.equal(policy.forward(dict(batch))[0], expected)
 
 
-@pytest.mark.parametrize("kind", EXPLORERS)
-@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    [(*which, kind) for which in DTYPES for kind in EXPLORERS if which[0] != "evo1" or kind == "flow_noise"],
+)
 def test_a_recorded_chunk_scores_as_it_was_sampled(
     make_policy: MakePolicy, batch: Batch, name: str, dtype: str, kind: str
 ) -> None:
@@ -132,6 +139,9 @@ def test_the_critic_reads_real_tokens_only(
     torch.testing.assert_close(
         base.critic_features(base.encode(longer), source), features, rtol=1e-4, atol=1e-4
     )
+    # Beside a longer prompt, too, which EVO1 pads the shorter one to.
+    alone = base.critic_features(base.encode(take(batch, torch.tensor([1]))), source)
+    torch.testing.assert_close(alone, features[1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -169,13 +179,18 @@ def test_gradients_reach_what_is_to_be_trained(
     assert policy.base.context_is_fixed is (mode == "expert")
     if mode == "all":
         assert reached - expert
+    policy.zero_grad(set_to_none=True)
+    policy.forward(dict(batch))[0].backward()
+    supervised = {name for name, parameter in names.items() if parameter.grad is not None}
+    assert supervised <= trained
+    assert bool(supervised - expert) is bool(reached - expert)
 
 
 @pytest.mark.parametrize("mode", ["expert_lora", "lora"])
 @pytest.mark.parametrize("name", BASES)
 def test_adapters_add_nothing_at_first(make_policy: MakePolicy, batch: Batch, name: str, mode: str) -> None:
     with_adapters, without = (own_chunk(make_policy(name, trainable=m), batch) for m in (mode, "expert"))
-    assert torch.equal(with_adapters, without)
+    assert equal(name, with_adapters, without)
 
 
 def test_actions_beyond_the_real_ones_are_cut(make_policy: MakePolicy, batch: Batch) -> None:

@@ -27,6 +27,8 @@ from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.scripts.export import export
 
+from .conftest import explorer
+
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(240)
 
@@ -152,6 +154,7 @@ def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Ca
         ("pi05", "lora"),
         ("multi_task_dit", "expert"),
         ("multi_task_dit", "all"),
+        ("evo1", "expert_lora"),
         ("toy", "expert"),
     ],
 )
@@ -163,7 +166,7 @@ def test_a_stock_policy_is_trained_from_pictures_and_exported(
     trainable: str,
 ) -> None:
     base = save_stock(name)
-    rows = train(base, trainable=trainable, lora_rank=2)
+    rows = train(base, trainable=trainable, lora_rank=2, explorer={"kind": explorer(name).kind})
     iterations = [row for row in rows if "rollout/decisions" in row]
     assert [row["step"] for row in iterations] == [1, 2]
     assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in iterations)
@@ -182,5 +185,5 @@ def test_a_stock_policy_is_trained_from_pictures_and_exported(
     assert moved
     assert after.config.n_action_steps == 3
     if trainable == "expert":
-        expert = make_base(PIRLConfig(base_path=str(base), device="cpu"))
+        expert = make_base(PIRLConfig(base_path=str(base), device="cpu", explorer=explorer(name)))
         assert all(expert._is_expert(key) for key in moved)

@@ -2,11 +2,24 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # What an observation is encoded into: named tensors with B rows each, so that it can be cut, moved and kept.
 Context = dict[str, Tensor]
+
+
+def take(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The given rows (int64) of a preprocessed batch: of its tensors, and of its lists, such as the task texts."""
+    return {
+        key: value[rows.to(value.device)]
+        if isinstance(value, Tensor)
+        else [value[row] for row in rows.tolist()]
+        for key, value in batch.items()
+        if isinstance(value, (Tensor, list))
+    }
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,16 @@ class FlowBase(nn.Module, ABC):
             context: The observation.
             source: One of `critic_dims`.
         """
+
+    def initial_noise(
+        self, rows: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """What denoising starts from at `t = 1`, `[rows, H, D]`: standard normal, unless the policy knows another."""
+        return torch.randn(rows, self.chunk_size, self.action_dim, device=device, generator=generator)
+
+    def output(self, x: Tensor) -> Tensor:
+        """Normalised actions of a chunk `[B, H, D]` as the policy's own postprocessor takes them: the real ones."""
+        return x[..., : self.real_action_dim]
 
     @property
     @abstractmethod

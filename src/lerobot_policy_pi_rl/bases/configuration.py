@@ -6,6 +6,7 @@ from typing import Any
 
 import draccus
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -205,6 +206,15 @@ def _check_multi_task_dit(config: Any) -> None:
     )
 
 
+def _check_evo1(config: Any) -> None:
+    check(
+        config.explorer.kind == "flow_noise",
+        "policy.explorer.kind",
+        f"'evo1' starts from uniform noise, for which {config.explorer.kind!r} does not hold; set it to 'flow_noise'",
+    )
+
+
+register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1)
 register_base_config(
     MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
 )
@@ -215,7 +225,7 @@ register_base_config(SmolVLAConfig, "num_steps")
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("xvla",)
+WITHOUT_ADAPTER = ("eo1", "fastwam", "groot", "lingbot_va", "molmoact2", "vla_jepa", "wall_x", "xvla")
 
 
 def _register_refusal(name: str, reason: str) -> None:
@@ -235,4 +245,4 @@ def _register_refusal(name: str, reason: str) -> None:
 for _name in NOT_FLOW_MATCHING:
     _register_refusal(_name, "is not a flow-matching policy, so its steps have no Gaussian to score")
 for _name in WITHOUT_ADAPTER:
-    _register_refusal(_name, "has no adapter in this release")
+    _register_refusal(_name, "has no adapter in this release, docs/bases.md says why")

@@ -67,9 +67,8 @@ class MultiTaskDiTBase(StockBase):
         }
 
     def _velocity(self, context: Context, x_t: Tensor, t: Tensor, **more: Tensor) -> Tensor:
-        # The step's number, because one minus a rounded time is not the other grid's time to the bit.
-        step = ((1 - t) * len(self.times)).round().long()
-        return -self._model.noise_predictor(x_t, self.times[step], conditioning_vec=context["condition"])
+        times = self.times[self._step(t)]
+        return -self._model.noise_predictor(x_t, times, conditioning_vec=context["condition"])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The stock policy's own supervised loss."""

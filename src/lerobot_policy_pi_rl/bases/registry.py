@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 BaseFactory = Callable[["PIRLConfig"], FlowBase]
 _FACTORIES: dict[str, BaseFactory] = {}
 # Extra of this package that installs what a base needs.
-EXTRAS = {"multi_task_dit": "multi_task_dit", "pi0": "pi", "pi05": "pi", "smolvla": "smolvla"}
+EXTRAS = {"evo1": "evo1", "multi_task_dit": "multi_task_dit", "pi0": "pi", "pi05": "pi", "smolvla": "smolvla"}
 
 
 def register_base(name: str, factory: BaseFactory) -> None:
@@ -56,6 +56,7 @@ def _lazy(module: str, name: str) -> BaseFactory:
 
 
 register_base("compact", _lazy("compact", "CompactBase"))
+register_base("evo1", _lazy("evo1", "Evo1Base"))
 register_base("multi_task_dit", _lazy("multi_task_dit", "MultiTaskDiTBase"))
 register_base("pi0", _lazy("pi0", "PI0Base"))
 register_base("pi05", _lazy("pi0", "PI05Base"))

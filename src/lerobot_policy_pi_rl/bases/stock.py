@@ -69,8 +69,9 @@ class StockBase(FlowBase):
         self.real_action_dim = stock.action_feature.shape[0]
         # Not every policy pads its actions.
         self.action_dim = getattr(stock, "max_action_dim", self.real_action_dim)
+        self.num_steps = config.num_inference_steps
         self._insert_adapters(config)
-        self.feature_dim = self._head.in_features
+        self.feature_dim = self._feature_dim
         self.critic_dims = {"expert": self.feature_dim, self.encoder_source: self._encoder_dim}
         self._choose_trained(config.trainable)
 
@@ -125,9 +126,20 @@ class StockBase(FlowBase):
         return context["pooled"]
 
     @property
+    def _feature_dim(self) -> int:
+        return self._head.in_features
+
+    @property
     def _head(self) -> nn.Linear:
         """The layer that reads the velocity off the action expert's features."""
         return self._model.action_out_proj
+
+    def _step(self, t: Tensor) -> Tensor:
+        """Number of the denoising step at times `[B]`, from 0 to K - 1.
+
+        For samplers that run the other way: one minus a rounded time is not the time of their own grid to the bit.
+        """
+        return ((1 - t) * self.num_steps).round().long()
 
     def _encode_prefix(self, vlm: Any, embeddings: Tensor, real: Tensor, attention: Tensor) -> Context:
         """Runs the VLM over an embedded prefix once; the context is its cache.
@@ -208,7 +220,12 @@ def make_stock_policy(stock: Any, path: str | None) -> "PreTrainedPolicy":
         # The checkpoint has them; those on the hub would be loaded first, for nothing.
         stock.load_vlm_weights = False
     with redirect_stdout(io.StringIO()) as said:
-        policy = policy_class.from_pretrained(path, config=stock)
+        try:
+            policy = policy_class.from_pretrained(path, config=stock)
+        except RuntimeError as error:
+            # Of the loaders that are strict.
+            problem = f"{path} was not loaded as a {stock.type}: {' '.join(str(error).split())[:300]}"
+            raise config_error("policy.base_path", problem) from None
     logger.info("Loaded %s from %s: %s", stock.type, path, " ".join(said.getvalue().split()))
     _check_loaded(policy, path)
     return policy

@@ -263,7 +263,7 @@ class Collector:
     def to_environment(self, x: Tensor) -> Tensor:
         """Actions in the environment's units `[N, H, A]` from a normalised chunk `[N, H, D]`."""
         player = self._player
-        action = player.postprocessor(x[..., : player.policy.base.real_action_dim])
+        action = player.postprocessor(player.policy.base.output(x))
         return player.path.env_postprocessor({ACTION: action})[ACTION].float().cpu()
 
     def _join(self, group: Group, steps: list[_Step], version: int) -> DecisionBatch:
