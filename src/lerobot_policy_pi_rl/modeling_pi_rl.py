@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import processor_pi_rl  # noqa: F401  registers the processor steps that checkpoints name
 from .bases.adapter import Context, FlowBase
 from .bases.registry import make_base
+from .bases.stock import missing_from
 from .configuration_pi_rl import ExplorerConfig, PIRLConfig
 from .errors import config_error
 from .flow.sampler import Noise, Sample, Score, sample_hybrid, sample_joint, sample_ode, score
@@ -252,7 +253,9 @@ class PIRLPolicy(PreTrainedPolicy):
             ConfigError: If the checkpoint is not of this policy.
         """
         with safe_open(model_file, framework="pt") as file:
-            differing = set(file.keys()) ^ model.state_dict().keys()
+            names = set(file.keys())
+        own = model.state_dict()
+        differing = missing_from(names, own) | (names - own.keys())
         wrong = sorted(name for name in differing if not name.startswith("noise_network."))
         if wrong:
             raise config_error(

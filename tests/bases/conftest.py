@@ -17,6 +17,7 @@ from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.utils import populate_queues
+from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 # `toy` is the third party's of docs/bases.md.
-BASES = ("smolvla", "pi0", "pi05", "multi_task_dit", "evo1", "toy")
+BASES = ("smolvla", "pi0", "pi05", "multi_task_dit", "evo1", "vla_jepa", "toy")
 ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
@@ -36,6 +37,9 @@ SPECIAL = {
     "img_context_token": "<IMG_CONTEXT>",
     "img_start_token": "<img>",
     "img_end_token": "</img>",
+    "video_token": "<video>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
 }
 
 Batch = dict[str, Any]
@@ -154,6 +158,45 @@ def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small Qwen3-VL and its processor, as VLA-JEPA reads them from the hub."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    folder, tokenizer = tmp_path_factory.mktemp("qwen"), small_tokenizer()
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer)}
+    text |= {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default", "mrope_interleaved": True}}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+    vision |= {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    pixels = {"shortest_edge": PIXELS**2, "longest_edge": PIXELS**2}
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=8, size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(patch_size=8),
+        chat_template="{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
+        "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pi0's and pi0.5's Gemma variants and their vision tower small."""
@@ -204,7 +247,9 @@ def toy() -> type:
 
 
 @pytest.fixture
-def make_stock(smolvlm: Path, clip: Path, internvl: Path, small_gemma: None, toy: type) -> MakeStock:
+def make_stock(
+    smolvlm: Path, clip: Path, internvl: Path, qwen: Path, small_gemma: None, toy: type
+) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
     chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
     padded = chunk | {"max_action_dim": 8, "max_state_dim": 8}
@@ -229,6 +274,11 @@ def make_stock(smolvlm: Path, clip: Path, internvl: Path, small_gemma: None, toy
                 "num_layers": 2,
             }
             return Evo1Config(**padded | own | {"dropout": 0.2} | settings)
+        if name == "vla_jepa":
+            own = {"qwen_model_name": str(qwen), "torch_dtype": "float32", "num_inference_timesteps": 3}
+            own |= {"action_model_type": "DiT-test", "action_hidden_size": 16, "action_num_layers": 2}
+            own |= {"num_embodied_action_tokens_per_instruction": 4, "num_action_tokens_per_timestep": 2}
+            return VLAJEPAConfig(**chunk | own | {"enable_world_model": False} | settings)
         if name == "toy":
             return toy(**chunk | settings)
         if name == "smolvla":

@@ -19,7 +19,13 @@ MakeConfig = Callable[..., PIRLConfig]
 
 @pytest.mark.parametrize(
     ("name", "extra"),
-    [("pi0", "pi"), ("pi05", "pi"), ("smolvla", "smolvla"), ("multi_task_dit", "multi_task_dit")],
+    [
+        ("pi0", "pi"),
+        ("pi05", "pi"),
+        ("smolvla", "smolvla"),
+        ("multi_task_dit", "multi_task_dit"),
+        ("vla_jepa", "vla_jepa"),
+    ],
 )
 def test_a_missing_package_of_a_base_is_named_with_its_extra(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
@@ -71,6 +77,13 @@ def test_evo1_explores_by_flow_noise_only(make_config: MakeConfig, kind: str) ->
     with pytest.raises(ConfigError, match=said) as error:
         make_config("evo1", explorer=ExplorerConfig(kind))
     assert "\n" not in str(error.value)
+
+
+def test_vla_jepa_is_loaded_without_its_world_model(make_config: MakeConfig) -> None:
+    """Its encoder would be read from the hub, which is not there."""
+    policy = PIRLPolicy(make_config("vla_jepa", {"enable_world_model": True})).base.policy
+    assert policy.model.video_encoder is None
+    assert not policy.config.enable_world_model
 
 
 @pytest.mark.parametrize("mode", ["expert_lora", "lora"])

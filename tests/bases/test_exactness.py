@@ -139,9 +139,11 @@ def test_the_critic_reads_real_tokens_only(
     torch.testing.assert_close(
         base.critic_features(base.encode(longer), source), features, rtol=1e-4, atol=1e-4
     )
-    # Beside a longer prompt, too, which EVO1 pads the shorter one to.
+    # Beside a longer prompt, too, which some policies pad the shorter one to.
     alone = base.critic_features(base.encode(take(batch, torch.tensor([1]))), source)
-    torch.testing.assert_close(alone, features[1:], rtol=1e-4, atol=1e-4)
+    # VLA-JEPA runs its VLM in bfloat16 autocast, wherever it can.
+    tolerance = 2e-2 if name == "vla_jepa" else 1e-4
+    torch.testing.assert_close(alone, features[1:], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -155,6 +155,7 @@ def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Ca
         ("multi_task_dit", "expert"),
         ("multi_task_dit", "all"),
         ("evo1", "expert_lora"),
+        ("vla_jepa", "expert"),
         ("toy", "expert"),
     ],
 )

@@ -11,6 +11,7 @@ from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTa
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 
 from ..errors import check, config_error
 
@@ -221,11 +222,12 @@ register_base_config(
 register_base_config(PI0Config)
 register_base_config(PI05Config)
 register_base_config(SmolVLAConfig, "num_steps")
+register_base_config(VLAJEPAConfig, "num_inference_timesteps")
 
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("eo1", "fastwam", "groot", "lingbot_va", "molmoact2", "vla_jepa", "wall_x", "xvla")
+WITHOUT_ADAPTER = ("eo1", "fastwam", "groot", "lingbot_va", "molmoact2", "wall_x", "xvla")
 
 
 def _register_refusal(name: str, reason: str) -> None:

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 BaseFactory = Callable[["PIRLConfig"], FlowBase]
 _FACTORIES: dict[str, BaseFactory] = {}
 # Extra of this package that installs what a base needs.
-EXTRAS = {"evo1": "evo1", "multi_task_dit": "multi_task_dit", "pi0": "pi", "pi05": "pi", "smolvla": "smolvla"}
+EXTRAS = {
+    "evo1": "evo1",
+    "multi_task_dit": "multi_task_dit",
+    "pi0": "pi",
+    "pi05": "pi",
+    "smolvla": "smolvla",
+    "vla_jepa": "vla_jepa",
+}
 
 
 def register_base(name: str, factory: BaseFactory) -> None:
@@ -61,3 +68,4 @@ register_base("multi_task_dit", _lazy("multi_task_dit", "MultiTaskDiTBase"))
 register_base("pi0", _lazy("pi0", "PI0Base"))
 register_base("pi05", _lazy("pi0", "PI05Base"))
 register_base("smolvla", _lazy("smolvla", "SmolVLABase"))
+register_base("vla_jepa", _lazy("vla_jepa", "VLAJEPABase"))

@@ -4,7 +4,7 @@ import io
 import logging
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -231,6 +231,12 @@ def make_stock_policy(stock: Any, path: str | None) -> "PreTrainedPolicy":
     return policy
 
 
+def missing_from(names: Collection[str], own: dict[str, Tensor]) -> set[str]:
+    """Which of a policy's tensors a file lacks; of tensors that share their storage it holds one."""
+    here = {own[name].data_ptr() for name in own.keys() & set(names)}
+    return {name for name, tensor in own.items() if name not in names and tensor.data_ptr() not in here}
+
+
 def _check_loaded(policy: "PreTrainedPolicy", path: str) -> None:
     """Compares a policy with the file that it was loaded from."""
     file = Path(path) / SAFETENSORS_SINGLE_FILE
@@ -241,8 +247,7 @@ def _check_loaded(policy: "PreTrainedPolicy", path: str) -> None:
     own = policy.state_dict()
     with safe_open(file, framework="pt") as tensors:
         names = {name if name in own else f"model.{name}": name for name in tensors.keys()}  # noqa: SIM118
-        here = {own[name].data_ptr() for name in own.keys() & names.keys()}
-        missing = sorted(n for n, t in own.items() if n not in names and t.data_ptr() not in here)
+        missing = sorted(missing_from(names, own))
         found = sorted(own.keys() & names.keys())
         # A few of them tell a policy that was loaded from one that was not.
         some = found[:: max(1, len(found) // COMPARED_TENSORS)]
