@@ -20,6 +20,7 @@ DTYPES = [(name, "float32") for name in BASES] + [
     ("pi0", "bfloat16"),
     ("pi05", "bfloat16"),
     ("evo1", "bfloat16"),
+    ("vla_jepa", "bfloat16"),
 ]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
@@ -34,7 +35,7 @@ def make_policy(make_config: MakeConfig) -> Callable[..., PIRLPolicy]:
 
     def make(name: str, dtype: str = "float32", **settings: Any) -> PIRLPolicy:
         torch.manual_seed(0)
-        field = {"pi0": "dtype", "pi05": "dtype", "evo1": "vlm_dtype"}.get(name)
+        field = {"pi0": "dtype", "pi05": "dtype", "evo1": "vlm_dtype", "vla_jepa": "torch_dtype"}.get(name)
         stock = {} if field is None else {field: dtype}
         policy = PIRLPolicy(make_config(name, stock, **settings)).eval()
         awaken(policy)
