@@ -15,6 +15,7 @@ from .bases.configuration import (
     BaseConfig,
     CompactConfig,
     Sizes,
+    check_base,
     get_sizes,
     load_stock_config,
     set_sizes,
@@ -177,6 +178,7 @@ class PIRLConfig(PreTrainedConfig):
             "policy.num_inference_steps",
             "flow_cps needs at least 2 denoising steps, because its last one has no noise",
         )
+        check_base(self)
 
     def _resolve_base(self) -> None:
         """Finds the base, and agrees with it on what both have a setting for; this policy's own wins."""

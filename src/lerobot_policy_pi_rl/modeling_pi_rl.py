@@ -129,10 +129,14 @@ class PIRLPolicy(PreTrainedPolicy):
         return self.base.loss(batch), {}
 
     def encode(self, batch: dict[str, Tensor]) -> Context:
-        """Encodes a preprocessed observation once; the context serves every denoising step."""
-        # With dropout, whatever is computed from it would be another density at every call.
-        self.eval()
+        """Encodes a preprocessed observation once, without dropout; the context serves every denoising step."""
+        self._leave_training_mode()
         return self.base.encode(batch)
+
+    def _leave_training_mode(self) -> None:
+        """A density is that of one network, not of one that dropout or a random crop draws anew at every call."""
+        if self.training:
+            self.eval()
 
     def field(self, context: Context, x_t: Tensor, t: Tensor) -> FieldOutput:
         """Velocity, and deviations that are not the step's own, of states `[B, H, D]` at times `[B]`."""
@@ -141,10 +145,9 @@ class PIRLPolicy(PreTrainedPolicy):
         return FieldOutput(output.velocity, std, self.logit_std)
 
     def initial_noise(self, context: Context, generator: torch.Generator | None = None) -> Tensor:
-        """Standard normal noise at `t = 1` for each row of a context, `[B, H, D]`."""
+        """Noise at `t = 1` for each row of a context, `[B, H, D]`."""
         some = next(iter(context.values()))
-        shape = (len(some), self.base.chunk_size, self.base.action_dim)
-        return torch.randn(shape, device=some.device, generator=generator)
+        return self.base.initial_noise(len(some), some.device, generator)
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], **kwargs: Unpack[ActionSelectKwargs]) -> Tensor:  # type: ignore[misc]
@@ -155,7 +158,7 @@ class PIRLPolicy(PreTrainedPolicy):
             **kwargs: `noise`, the initial noise `[B, H, D]`; drawn if not given.
 
         Returns:
-            Normalised actions `[B, H, A]`.
+            Normalised actions `[B, H, A]`, as the base's postprocessor takes them.
         """
         context = self.encode(batch)
         noise = kwargs.get("noise")
@@ -190,6 +193,7 @@ class PIRLPolicy(PreTrainedPolicy):
             self.noise,
             self.base.real_action_dim,
             generator,
+            self.base.step_lengths,
         )
 
     def score(self, context: Context, chain: Tensor, step: Tensor) -> Score:
@@ -203,7 +207,7 @@ class PIRLPolicy(PreTrainedPolicy):
         Returns:
             Log-probability and entropy `[B, H]`, and the Gaussians.
         """
-        self.eval()
+        self._leave_training_mode()
         return score(
             lambda x, t: self.field(context, x, t),
             chain,
@@ -211,6 +215,7 @@ class PIRLPolicy(PreTrainedPolicy):
             self.config.num_inference_steps,
             self.noise,
             self.base.real_action_dim,
+            self.base.step_lengths,
         )
 
     def recorded_steps(self) -> int:

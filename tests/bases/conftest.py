@@ -1,5 +1,7 @@
 """LeRobot's own policies at small size: the real classes, small configurations, random weights, no download."""
 
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,23 +11,37 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import make_pre_post_processors
+from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.factory import get_policy_class
+from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.utils import populate_queues
+from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from torch import Tensor
+from torch import Tensor, nn
 
-from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
+# `toy` is the third party's of docs/bases.md.
+BASES = ("smolvla", "pi0", "pi05", "xvla", "multi_task_dit", "evo1", "vla_jepa", "toy")
+ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
-STATE_DIM, ACTION_DIM, CHUNK, PIXELS = 5, 4, 6, 32
+STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
 SPECIAL = {
     "fake_image_token": "<fake_token_around_image>",
     "global_image_token": "<global-img>",
     "image_token": "<image>",
     "end_of_utterance_token": "<end_of_utterance>",
+    "img_context_token": "<IMG_CONTEXT>",
+    "img_start_token": "<img>",
+    "img_end_token": "</img>",
+    "video_token": "<video>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
 }
 
 # Sizes of a small Florence-2, whose pictures of 32 pixels become two tokens.
@@ -70,10 +86,7 @@ SMALL_XVLA = {
     "num_denoising_steps": 3,
     "tokenizer_max_length": 16,
 }
-# Layers that give the velocity or, with X-VLA, the clean action.
-HEADS = dict.fromkeys(("smolvla", "pi0", "pi05"), "action_out_proj") | {"xvla": "action_decoder"}
-
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 MakeStock = Callable[..., Any]
 
 
@@ -151,6 +164,83 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small CLIP, as multi-task DiT reads it from the hub."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(small_tokenizer()), "max_position_embeddings": 16, "eos_token_id": 3}
+    config = CLIPConfig(
+        text_config=common | text,
+        vision_config=common | {"image_size": CROP, "patch_size": 8},
+        projection_dim=16,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small InternVL3 and its tokenizer, as EVO1 reads them from the hub."""
+    from transformers import InternVLConfig, InternVLModel
+
+    folder, tokenizer = tmp_path_factory.mktemp("internvl"), small_tokenizer()
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "qwen2", "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+    vision = {"image_size": [PIXELS, PIXELS], "patch_size": [8, 8]}
+    config = InternVLConfig(
+        text_config=common | text,
+        vision_config=common | vision,
+        image_seq_length=4,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+    torch.manual_seed(0)
+    InternVLModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small Qwen3-VL and its processor, as VLA-JEPA reads them from the hub."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    folder, tokenizer = tmp_path_factory.mktemp("qwen"), small_tokenizer()
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": len(tokenizer)}
+    text |= {"rope_scaling": {"mrope_section": [2, 1, 1], "rope_type": "default", "mrope_interleaved": True}}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+    vision |= {"out_hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    pixels = {"shortest_edge": PIXELS**2, "longest_edge": PIXELS**2}
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=8, size=pixels),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(patch_size=8),
+        chat_template="{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
+        "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
+    ).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pi0's and pi0.5's Gemma variants and their vision tower small."""
@@ -189,35 +279,118 @@ def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.fixture(scope="session")
+def toy() -> type:
+    """Runs the example of docs/bases.md; returns its policy's configuration."""
+    page = (ROOT / "docs/bases.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sys.path.insert(0, str(Path(__file__).parent / "third_party"))
+    made: dict[str, Any] = {}
+    exec(compile(example, "docs/bases.md", "exec"), made)
+    return made["ToyConfig"]
+
+
 @pytest.fixture
-def make_stock(smolvlm: Path, small_gemma: None) -> MakeStock:
+def make_stock(
+    smolvlm: Path, clip: Path, internvl: Path, qwen: Path, small_gemma: None, toy: type
+) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
+    chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
+    padded = chunk | {"max_action_dim": 8, "max_state_dim": 8}
+    pi = padded | {"image_resolution": (PIXELS, PIXELS), "num_inference_steps": 3}
 
     def make(name: str, **settings: Any) -> Any:
-        common = {
-            "device": "cpu",
-            "chunk_size": CHUNK,
-            "n_action_steps": 3,
-            "max_action_dim": 8,
-            "max_state_dim": 8,
-            **features(),
-        }
+        if name == "multi_task_dit":
+            own = {key: value for key, value in chunk.items() if key != "chunk_size"}
+            own |= {"horizon": CHUNK, "n_obs_steps": 1, "num_integration_steps": 3}
+            own |= {"objective": "flow_matching", "hidden_dim": 16, "num_layers": 2, "num_heads": 2}
+            own |= {"timestep_embed_dim": 8, "image_crop_shape": (CROP, CROP), "tokenizer_max_length": 8}
+            own |= {"vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
+            return MultiTaskDiTConfig(**own | settings)
+        if name == "evo1":
+            own = {"vlm_model_name": str(internvl), "vlm_num_layers": 2, "vlm_dtype": "float32"}
+            own |= {"image_resolution": (PIXELS, PIXELS), "max_views": 2, "num_inference_timesteps": 3}
+            own |= {
+                "embed_dim": 16,
+                "hidden_dim": 24,
+                "state_hidden_dim": 24,
+                "num_heads": 2,
+                "num_layers": 2,
+            }
+            return Evo1Config(**padded | own | {"dropout": 0.2} | settings)
+        if name == "vla_jepa":
+            own = {"qwen_model_name": str(qwen), "torch_dtype": "float32", "num_inference_timesteps": 3}
+            own |= {"action_model_type": "DiT-test", "action_hidden_size": 16, "action_num_layers": 2}
+            own |= {"num_embodied_action_tokens_per_instruction": 4, "num_action_tokens_per_timestep": 2}
+            return VLAJEPAConfig(**chunk | own | {"enable_world_model": False} | settings)
+        if name == "toy":
+            return toy(**chunk | settings)
         if name == "smolvla":
             own = {"vlm_model_name": str(smolvlm), "load_vlm_weights": False, "num_vlm_layers": 2}
             own |= {"resize_imgs_with_padding": (PIXELS, PIXELS), "num_steps": 3}
-            return SmolVLAConfig(**{**common, **own, **settings})
+            return SmolVLAConfig(**padded | own | settings)
         if name == "xvla":
-            return XVLAConfig(**{**common, **SMALL_XVLA, **settings})
-        own = {"image_resolution": (PIXELS, PIXELS), "num_inference_steps": 3}
-        return {"pi0": PI0Config, "pi05": PI05Config}[name](**{**common, **own, **settings})
+            return XVLAConfig(**padded | SMALL_XVLA | settings)
+        return {"pi0": PI0Config, "pi05": PI05Config}[name](**pi | settings)
 
     return make
 
 
-def stock_chunk(stock: Any, batch: Batch, noise: Tensor) -> Tensor:
+def stock_chunk_from(stock: Any, batch: Batch, noise: Tensor) -> Tensor:
     """A stock policy's own chunk from given noise, which X-VLA takes from nowhere but `torch.randn`."""
     with patch.object(torch, "randn", lambda *_, dtype=None, **__: noise.to(dtype, copy=True)):
         return stock.predict_action_chunk(dict(batch), noise=noise.clone())
+
+
+def explorer(name: str) -> ExplorerConfig:
+    """An explorer that a base can do with."""
+    return ExplorerConfig("flow_noise" if name == "evo1" else "flow_sde")
+
+
+def awaken(policy: nn.Module) -> None:
+    """Gives random weights to the layers that are zero in a new policy, and would hide what they modulate."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in policy.named_parameters():
+        if "adaLN_modulation" in name and not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+
+
+def equal(name: str, one: Tensor, two: Tensor) -> bool:
+    """Whether chunks are the same to the bit, of policies that do not train the same weights.
+
+    EVO1 has torch's `MultiheadAttention`, which rounds otherwise where its weights are frozen.
+    """
+    return torch.allclose(one, two, rtol=1e-5, atol=1e-5) if name == "evo1" else torch.equal(one, two)
+
+
+def stock_loss(policy: Any, batch: Batch, seed: int = 3) -> Tensor:
+    """The supervised loss of a stock policy, on a batch as its own data set gives it."""
+    if policy.name == "multi_task_dit":
+        # With an axis of observed steps.
+        batch = {key: v[:, None] if key in (CAMERA, OBS_STATE) else v for key, v in batch.items()}
+    torch.manual_seed(seed)
+    loss, _ = policy.forward(dict(batch))
+    return loss
+
+
+def stock_chunk(policy: Any, batch: Batch, seed: int = 7) -> Tensor:
+    """The chunk of a stock policy, whose initial noise is drawn from a seed."""
+    batch = {key: value for key, value in batch.items() if key != ACTION}
+    if policy.name == "multi_task_dit":
+        # It predicts from its queues of observations, which `select_action` fills.
+        policy.reset()
+        batch = policy._prepare_batch(batch)
+        policy._queues = populate_queues(policy._queues, batch)
+    torch.manual_seed(seed)
+    return policy.predict_action_chunk(batch)
+
+
+def own_chunk(policy: PIRLPolicy, batch: Batch, seed: int = 7) -> Tensor:
+    """The chunk of a `pi_rl` policy, from the same initial noise; as much of it as the stock policy gives."""
+    torch.manual_seed(seed)
+    chunk = policy.predict_action_chunk(dict(batch))
+    given = policy.config.n_action_steps if policy.config.base.type == "multi_task_dit" else None
+    return chunk[:, :given]
 
 
 @pytest.fixture
@@ -233,6 +406,8 @@ def batch() -> Batch:
         "domain_id": torch.tensor([0, 1]),
         ACTION: torch.randn(2, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(2, CHUNK, dtype=torch.bool),
+        # What of it EVO1 reads, the others have in their tokens.
+        "task": ["pick the cube up", "pick the"],
     }
 
 
@@ -241,7 +416,8 @@ def make_config(make_stock: MakeStock) -> Callable[..., PIRLConfig]:
     """Makes the configuration of a `pi_rl` policy around a small stock one."""
 
     def make(name: str, stock: dict[str, Any] | None = None, **settings: Any) -> PIRLConfig:
-        return PIRLConfig(base=make_stock(name, **(stock or {})), device="cpu", **settings)
+        settings = {"device": "cpu", "explorer": explorer(name)} | settings
+        return PIRLConfig(base=make_stock(name, **(stock or {})), **settings)
 
     return make
 
@@ -261,7 +437,9 @@ def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callab
     def save(name: str) -> Path:
         torch.manual_seed(0)
         config, folder = make_stock(name), tmp_path / name
-        get_policy_class(name)(config).save_pretrained(folder)
+        policy = get_policy_class(name)(config)
+        awaken(policy)
+        policy.save_pretrained(folder)
         stats = {
             key: {stat: torch.rand(size) + 0.5 for stat in ("mean", "std", "min", "max", "q01", "q99")}
             for key, size in ((OBS_STATE, 5), (ACTION, 4))

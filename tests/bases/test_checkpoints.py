@@ -1,6 +1,7 @@
 """A stock checkpoint on its way in, through a `pi_rl` checkpoint, and out again."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,11 @@ from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
 from lerobot_policy_pi_rl.scripts.export import export
 
-from .conftest import HEADS, features, stock_chunk
+from .conftest import BASES, equal, explorer, features, own_chunk, stock_chunk
 
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05", "xvla")
 WEIGHTS = "model.safetensors"
-
-Batch = dict[str, Tensor]
-MakeStock = Callable[..., Any]
 
 
 def raw_observation() -> dict[str, Any]:
@@ -44,17 +41,17 @@ def raw_observation() -> dict[str, Any]:
 def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str], Path], name: str) -> None:
     folder = save_stock(name)
     stock = get_policy_class(name).from_pretrained(folder)
-    config = PIRLConfig(base_path=str(folder), device="cpu")
-    assert (config.chunk_size, config.n_action_steps, config.num_inference_steps) == (6, 3, 3)
+    config = PIRLConfig(base_path=str(folder), device="cpu", explorer=explorer(name))
+    steps = 4 if name == "toy" else 3
+    assert (config.chunk_size, config.n_action_steps, config.num_inference_steps) == (6, 3, steps)
     assert config.input_features == stock.config.input_features
     policy = PIRLPolicy(config)
     theirs = make_pre_post_processors(stock.config, str(folder))
     ours = make_pi_rl_pre_post_processors(config)
     batch, expected = ours[0](raw_observation()), theirs[0](raw_observation())
     assert all(torch.equal(batch[key], value) for key, value in expected.items() if isinstance(value, Tensor))
-    noise = torch.randn(2, 6, 8)
-    chunk = stock_chunk(stock, expected, noise)
-    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=noise), chunk)
+    chunk = stock_chunk(stock, expected)
+    assert torch.equal(own_chunk(policy, batch), chunk)
     assert torch.equal(ours[1](chunk), theirs[1](chunk))
 
 
@@ -62,8 +59,10 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
 def test_a_checkpoint_is_exported_as_a_stock_one(
     save_stock: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    config = PIRLConfig(base_path=str(save_stock(name)), device="cpu", num_inference_steps=2)
-    policy, noise = PIRLPolicy(config), torch.randn(2, 6, 8)
+    config = PIRLConfig(
+        base_path=str(save_stock(name)), device="cpu", num_inference_steps=2, explorer=explorer(name)
+    )
+    policy = PIRLPolicy(config)
     with torch.no_grad():
         # As if trained.
         for parameter in policy.base._head.parameters():
@@ -78,53 +77,54 @@ def test_a_checkpoint_is_exported_as_a_stock_one(
     assert (stock_config.type, stock_config.n_action_steps) == (name, 3)
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock", config=stock_config)
     batch = make_pre_post_processors(stock_config, str(tmp_path / "stock"))[0](raw_observation())
-    expected = policy.predict_action_chunk(dict(batch), noise=noise)
-    assert torch.equal(stock_chunk(stock, batch, noise), expected)
-    again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl")
-    assert torch.equal(again.predict_action_chunk(dict(batch), noise=noise), expected)
+    expected = own_chunk(policy, batch)
+    assert torch.equal(stock_chunk(stock, batch), expected)
+    assert torch.equal(own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), expected)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_adapters_are_merged_into_what_is_exported(
     save_stock: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    config = PIRLConfig(base_path=str(save_stock(name)), device="cpu", trainable="lora", lora_rank=2)
-    policy, noise = PIRLPolicy(config), torch.randn(2, 6, 8)
+    config = PIRLConfig(
+        base_path=str(save_stock(name)), device="cpu", trainable="lora", lora_rank=2, explorer=explorer(name)
+    )
+    policy = PIRLPolicy(config)
     preprocessor, postprocessor = make_pi_rl_pre_post_processors(config)
     batch = preprocessor(raw_observation())
-    before = policy.predict_action_chunk(dict(batch), noise=noise)
+    before = own_chunk(policy, batch)
     with torch.no_grad():
         for key, parameter in policy.named_parameters():
             if ".lora_B." in key:
                 parameter.normal_(std=0.2)
-    changed = policy.predict_action_chunk(dict(batch), noise=noise)
+    changed = own_chunk(policy, batch)
     assert float((changed - before).abs().max()) > 1e-3
     policy.save_pretrained(tmp_path / "pi_rl")
     for processor in (preprocessor, postprocessor):
         processor.save_pretrained(tmp_path / "pi_rl")
-    again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl")
-    assert torch.equal(again.predict_action_chunk(dict(batch), noise=noise), changed)
+    assert torch.equal(own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), changed)
     export(tmp_path / "pi_rl", tmp_path / "stock")
     assert not any("lora" in key for key in load_file(tmp_path / "stock" / WEIGHTS))
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock")
-    exported = stock_chunk(stock, batch, noise)
+    exported = stock_chunk(stock, batch)
     # Merging rounds once more; what is merged is exported to the bit.
-    torch.testing.assert_close(exported, changed, rtol=0, atol=1e-3)
-    assert torch.equal(stock_chunk(policy.base.export(), batch, noise), exported)
+    rounding = 0.05 if name == "vla_jepa" else 1e-3  # its VLM runs in bfloat16 autocast
+    torch.testing.assert_close(exported, changed, rtol=1e-5, atol=rounding)
+    assert equal(name, stock_chunk(policy.base.export(), batch), exported)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_checkpoint_that_lacks_weights_is_refused(save_stock: Callable[[str], Path], name: str) -> None:
     folder = save_stock(name)
     tensors = load_file(folder / WEIGHTS)
-    del tensors[next(key for key in tensors if HEADS[name] in key)]
+    removed = next(name for name in tensors if re.search("action_out_proj|output_proj|head.*weight", name))
+    del tensors[removed]
     save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(ConfigError, match=r"policy.base_path.*was not loaded as a ") as error:
-        PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
-    said = str(error.value)
-    assert HEADS[name] in said
-    assert "missing" in said.lower()
-    assert "\n" not in said
+    said = rf"policy.base_path.*was not loaded as a {name}: .*{removed}"
+    with pytest.raises(ConfigError, match=said) as error:
+        PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu", explorer=explorer(name)))
+    assert re.search("[Mm]issing", str(error.value))
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:

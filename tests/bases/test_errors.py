@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import OBS_STATE
 
-from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
+from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
@@ -16,7 +18,15 @@ MakeConfig = Callable[..., PIRLConfig]
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"), [("pi0", "pi"), ("pi05", "pi"), ("smolvla", "smolvla"), ("xvla", "xvla")]
+    ("name", "extra"),
+    [
+        ("pi0", "pi"),
+        ("pi05", "pi"),
+        ("smolvla", "smolvla"),
+        ("xvla", "xvla"),
+        ("multi_task_dit", "multi_task_dit"),
+        ("vla_jepa", "vla_jepa"),
+    ],
 )
 def test_a_missing_package_of_a_base_is_named_with_its_extra(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
@@ -41,6 +51,47 @@ def test_missing_peft_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"policy.trainable.*pip install 'lerobot_policy_pi_rl\[peft\]'"):
         PIRLPolicy(config)
+
+
+@pytest.mark.parametrize(
+    ("stock", "said"),
+    [
+        (
+            {"objective": "diffusion"},
+            r"policy.base.objective.*'diffusion' has no flow.*objective=flow_matching",
+        ),
+        ({"integration_method": "rk4"}, r"policy.base.integration_method.*'rk4'.*set it to 'euler'"),
+        ({"n_obs_steps": 2}, r"policy.base.n_obs_steps.*reads 2; train it with n_obs_steps=1"),
+    ],
+)
+def test_what_multi_task_dit_cannot_do_here_is_one_line(
+    make_config: MakeConfig, stock: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        make_config("multi_task_dit", stock)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "flow_cps"])
+def test_evo1_explores_by_flow_noise_only(make_config: MakeConfig, kind: str) -> None:
+    said = rf"policy.explorer.kind.*uniform noise.*'{kind}' does not hold; set it to 'flow_noise'"
+    with pytest.raises(ConfigError, match=said) as error:
+        make_config("evo1", explorer=ExplorerConfig(kind))
+    assert "\n" not in str(error.value)
+
+
+def test_vla_jepa_is_loaded_without_its_world_model(make_config: MakeConfig) -> None:
+    """Its encoder would be read from the hub, which is not there."""
+    policy = PIRLPolicy(make_config("vla_jepa", {"enable_world_model": True})).base.policy
+    assert policy.model.video_encoder is None
+    assert not policy.config.enable_world_model
+
+
+@pytest.mark.parametrize("mode", ["expert_lora", "lora"])
+def test_a_mode_without_layers_to_adapt_is_one_line(make_config: MakeConfig, mode: str) -> None:
+    state_only = {"input_features": {OBS_STATE: PolicyFeature(FeatureType.STATE, (5,))}}
+    with pytest.raises(ConfigError, match=rf"policy.trainable.*'{mode}' puts adapters into layers.*'expert'"):
+        PIRLPolicy(make_config("multi_task_dit", state_only, trainable=mode))
 
 
 def test_a_camera_that_is_only_padding_is_not_asked_of_the_environment(make_config: MakeConfig) -> None:

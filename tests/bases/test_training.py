@@ -13,15 +13,15 @@ from lerobot_policy_pi_rl.algorithm.contexts import Contexts
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
+from lerobot_policy_pi_rl.bases.adapter import take
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import HEADS
+from .conftest import BASES, awaken
 
 pytest.importorskip("transformers")
 
-BASES = ("smolvla", "pi0", "pi05", "xvla")
 COUNT = 12
 
 MakeAlgorithm = Callable[..., PIRLAlgorithm]
@@ -35,16 +35,16 @@ def make_algorithm(make_config: Callable[..., PIRLConfig]) -> MakeAlgorithm:
         torch.manual_seed(1)
         config = make_config(name, trainable=trainable)
         defaults = {"critic_warmup": 0, "critic_hidden_dims": [16], "minibatch_size": 6, "epochs": 2}
-        algorithm = PIRLAlgorithm(
-            PIRLPolicy(config), PIRLAlgorithmConfig(**defaults | settings, policy_config=config)
-        )
+        policy = PIRLPolicy(config)
+        awaken(policy)
+        algorithm = PIRLAlgorithm(policy, PIRLAlgorithmConfig(**defaults | settings, policy_config=config))
         algorithm.make_optimizers_and_scheduler()
         return algorithm
 
     return make
 
 
-def observations() -> dict[str, Tensor]:
+def observations() -> dict[str, Any]:
     """Preprocessed observations with prompts of different lengths."""
     generator = torch.Generator().manual_seed(5)
     length = torch.randint(1, 5, (COUNT, 1), generator=generator)
@@ -53,6 +53,7 @@ def observations() -> dict[str, Tensor]:
         OBS_STATE: torch.randn(COUNT, 5, generator=generator),
         OBS_LANGUAGE_TOKENS: torch.randint(4, 8, (COUNT, 4), generator=generator),
         OBS_LANGUAGE_ATTENTION_MASK: torch.arange(4) < length,
+        "task": [" ".join(["cube"] * int(words)) for words in length],
     }
 
 
@@ -97,11 +98,12 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     stats = algorithm.update(iter([rollout]))
     assert stats.extra["ratio_first_error"] <= 1e-4
     base = algorithm.policy.base
-    for key, value in algorithm.policy.state_dict().items():
-        if not key.startswith("base.policy.") or not base._is_expert(key.removeprefix("base.policy.")):
-            assert torch.equal(value, before[key]), key
-    head = next(key for key in before if HEADS[name] in key and key.endswith("weight"))
-    assert not torch.equal(algorithm.policy.state_dict()[head], before[head])
+    for key, value in base.policy.state_dict().items():
+        if not base._is_expert(key):
+            assert torch.equal(value, before[f"base.policy.{key}"]), key
+    heads = {id(weight) for weight in base._head.parameters()}
+    moved = {key for key, p in algorithm.policy.named_parameters() if not torch.equal(p, before[key])}
+    assert heads <= {id(p) for key, p in algorithm.policy.named_parameters() if key in moved}
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -148,9 +150,28 @@ def test_contexts_are_kept_if_they_stay_and_fit(
     rows = torch.tensor([7, 2])
     context = contexts.rows(rows)
     assert sum(encoded) == (COUNT if expected else COUNT + 2)
-    direct = encode({key: value[rows] for key, value in observations().items()})
+    direct = encode(take(observations(), rows))
     for key, value in direct.items():
         torch.testing.assert_close(context[key].float(), value.float(), rtol=0, atol=1e-5)
+
+
+def test_kept_contexts_of_different_lengths_are_padded(make_algorithm: MakeAlgorithm) -> None:
+    """EVO1 pads its prompts to the longest of those that are encoded together."""
+    policy = make_algorithm("evo1").policy.eval()
+    seen = observations() | {"task": ["cube"] * 5 + ["pick the cube up"] * (COUNT - 5)}
+    contexts = Contexts(policy, seen, "vlm", 5, 1e9, torch.device("cpu"))
+    assert contexts.kept
+    rows, x = torch.tensor([7, 2]), torch.randn(2, 6, 8)
+    kept, direct = contexts.rows(rows), policy.encode(take(seen, rows[1:]))
+    assert kept["tokens"].shape[1] > direct["tokens"].shape[1]
+    velocities = (
+        policy.base.velocity(
+            context, x[-len(context["tokens"]) :], torch.ones(len(context["tokens"]))
+        ).velocity
+        for context in (kept, direct)
+    )
+    two, one = velocities
+    torch.testing.assert_close(two[1:], one, rtol=0, atol=1e-5)
 
 
 def test_nothing_is_encoded_for_a_critic_that_is_not_there(

@@ -21,7 +21,7 @@ from lerobot_policy_pi_rl.flow.sampler import sample_ode
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.runtime.pipeline import check_features
 
-from .conftest import CAMERA, CHUNK, PIXELS, STATE_DIM, stock_chunk
+from .conftest import CAMERA, CHUNK, PIXELS, STATE_DIM, stock_chunk_from
 
 pytest.importorskip("transformers")
 
@@ -84,14 +84,14 @@ def test_the_chunk_is_what_the_stock_policy_executes(
     policy, noise = make_policy(space, num_inference_steps=steps), torch.randn(2, CHUNK, width)
     chunk = policy.predict_action_chunk(dict(observation), noise=noise)
     assert chunk.shape == (2, CHUNK, real)
-    assert torch.equal(chunk, stock_chunk(policy.base.policy, observation, noise))
+    assert torch.equal(chunk, stock_chunk_from(policy.base.policy, observation, noise))
 
 
 def test_the_chunk_is_close_to_the_stock_policy_s_in_bfloat16(
     make_policy: MakePolicy, observation: Batch
 ) -> None:
     policy, noise = make_policy("ee6d", {"dtype": "bfloat16"}), torch.randn(2, CHUNK, 20)
-    expected = stock_chunk(policy.base.policy, observation, noise)
+    expected = stock_chunk_from(policy.base.policy, observation, noise)
     assert expected.dtype == torch.bfloat16
     chunk = policy.predict_action_chunk(dict(observation), noise=noise)
     # The sigmoid is taken in float32; everything else is the same.
@@ -112,7 +112,7 @@ def test_cameras_beyond_the_first_reach_every_step(
     seen = observation | {second: torch.rand(2, 3, PIXELS, PIXELS)}
     noise = torch.randn(2, CHUNK, 8)
     chunk = policy.predict_action_chunk(dict(seen), noise=noise)
-    assert torch.equal(chunk, stock_chunk(policy.base.policy, seen, noise))
+    assert torch.equal(chunk, stock_chunk_from(policy.base.policy, seen, noise))
     other = seen | {second: torch.rand(2, 3, PIXELS, PIXELS)}
     for source in ("vlm", "expert"):
         one, two = (policy.base.critic_features(policy.encode(dict(o)), source) for o in (seen, other))
@@ -160,7 +160,7 @@ def test_with_one_or_two_steps_euler_and_the_stock_sampler_are_one(
     with torch.no_grad():
         context = policy.encode(dict(observation))
         end = sample_ode(lambda x, t: policy.field(context, x, t), noise, steps)
-    expected = stock_chunk(policy.base.policy, observation, noise)
+    expected = stock_chunk_from(policy.base.policy, observation, noise)
     torch.testing.assert_close(policy.base.actions(end), expected, rtol=0, atol=1e-5)
 
 

@@ -52,6 +52,22 @@ def test_the_ode_is_lerobots_own_euler_loop_to_the_bit(num_steps: int) -> None:
 
 
 @pytest.mark.parametrize("recording", SAMPLERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_as_long_as_a_stock_sampler_rounds_them(kind: str, recording: str) -> None:
+    field, noise, how = make_field(), torch.randn(B, H, D), Noise(kind, 0.5)
+    lengths = (0.4, 0.3, 0.2, 0.1)
+    x = noise
+    for k, length in enumerate(lengths):
+        x = x - length * field(x, torch.full((B,), 1 - k / K)).velocity
+    assert torch.equal(sample_ode(field, noise, K, lengths), x)
+    sample = SAMPLERS[recording](field, noise, K, how, D, generator(), lengths)
+    scored = score(field, sample.chain, sample.step, K, how, D, lengths)
+    torch.testing.assert_close(scored.log_prob, sample.log_prob, rtol=0, atol=1e-4)
+    other = score(field, sample.chain, sample.step, K, how, D)
+    assert float((other.log_prob - sample.log_prob).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("recording", SAMPLERS)
 @pytest.mark.parametrize("kind", ["flow_sde", "flow_cps"])
 @pytest.mark.parametrize("correlation", [0.0, 0.5])
 def test_zero_noise_is_the_ode_to_the_bit(kind: str, recording: str, correlation: float) -> None:

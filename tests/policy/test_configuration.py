@@ -1,9 +1,12 @@
 """The policy's configuration: defaults that follow from others, and errors that say what would be right."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from lerobot.configs import PreTrainedConfig
 
 from lerobot_policy_pi_rl.bases.configuration import BaseConfig, CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
@@ -50,10 +53,21 @@ def test_policy_settings_that_cannot_work(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["act", "diffusion"])
+@pytest.mark.parametrize("name", ["act", "diffusion", "groot"])
 def test_a_policy_of_lerobot_that_cannot_be_a_base(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"policy.base.type.*{name!r} .*use 'compact'"):
         BaseConfig.get_choice_class(name)()
+
+
+def test_every_policy_of_lerobot_has_an_answer() -> None:
+    """It is a base, or naming it says why not; and docs/bases.md has a row for it."""
+    page = (Path(__file__).parents[2] / "docs/bases.md").read_text()
+    cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    classes = PreTrainedConfig.get_known_choices()
+    names = {name for name, config in classes.items() if config.__module__.startswith("lerobot.policies.")}
+    assert len(names) > 15
+    assert names <= BaseConfig.get_known_choices().keys()
+    assert names <= set(re.findall(r"`(\w+)`", cells))
 
 
 def test_a_base_nobody_knows() -> None:

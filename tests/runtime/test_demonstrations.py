@@ -46,7 +46,11 @@ def test_batches_are_what_supervised_training_reads(recorded: Path, monkeypatch:
     assert batch[OBS_STATE].shape == (16, 48)
     assert batch[ACTION].shape == (16, player.policy.config.chunk_size, 4)
     assert batch["action_is_pad"].shape == (16, player.policy.config.chunk_size)
-    assert all(torch.equal(batch[key], again[key]) for key in batch)
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(value, again[key]) for key, value in tensors.items())
+    # The texts go with their rows.
+    assert batch["task"] == again["task"]
+    assert len(batch["task"]) == 16
     assert torch.isfinite(player.policy.base.loss(batch))
 
 

@@ -1,9 +1,11 @@
 """The encoded observations of a rollout: computed once and kept, or computed again wherever they are read."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..bases.adapter import Context
+from ..bases.adapter import Context, take
 from ..modeling_pi_rl import PIRLPolicy
 
 
@@ -21,7 +23,7 @@ class Contexts:
     def __init__(
         self,
         policy: PIRLPolicy,
-        batch: dict[str, Tensor],
+        batch: dict[str, Any],
         critic_source: str | None,
         rows_at_once: int,
         budget_bytes: float,
@@ -38,7 +40,7 @@ class Contexts:
             storage: Where they are kept; on the CPU in pinned memory if the policy is on a GPU.
         """
         self._policy = policy
-        self._batch = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        self._batch = batch
         self._storage = storage
         self._device = next(policy.parameters()).device
         self.critic_features: Tensor | None = None
@@ -48,7 +50,8 @@ class Contexts:
 
     @torch.no_grad()
     def _encode_all(self, critic_source: str | None, rows_at_once: int, budget_bytes: float) -> None:
-        base, count = self._policy.base, len(next(iter(self._batch.values())))
+        base = self._policy.base
+        count = next(len(value) for value in self._batch.values() if isinstance(value, Tensor))
         keeps = base.context_is_fixed
         pieces: list[Context] = []
         features: list[Tensor] = []
@@ -64,7 +67,7 @@ class Contexts:
         if features:
             self.critic_features = torch.cat(features)
         if keeps:
-            self._kept = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            self._kept = {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
 
     @property
     def kept(self) -> bool:
@@ -78,13 +81,24 @@ class Contexts:
         rows = rows.to(self._storage)
         return {name: value[rows].to(self._device, non_blocking=True) for name, value in self._kept.items()}
 
-    def _part(self, rows: Tensor) -> dict[str, Tensor]:
-        return {key: value[rows.to(value.device)] for key, value in self._batch.items()}
+    def _part(self, rows: Tensor) -> dict[str, Any]:
+        return take(self._batch, rows)
 
     def _put_away(self, context: Context) -> Context:
         away = {name: value.to(self._storage) for name, value in context.items()}
         pins = self._storage.type == "cpu" and self._device.type == "cuda"
         return {name: value.pin_memory() for name, value in away.items()} if pins else away
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Joins rows; shorter sequences end in zeros, which their masks leave out."""
+    longest = max(piece.shape[1:2] for piece in pieces)
+    if all(piece.shape[1:2] == longest for piece in pieces):
+        return torch.cat(pieces)
+    length = longest[0]
+    return torch.cat(
+        [torch.cat([p, p.new_zeros(len(p), length - p.shape[1], *p.shape[2:])], 1) for p in pieces]
+    )
 
 
 def size_of(context: Context) -> int:

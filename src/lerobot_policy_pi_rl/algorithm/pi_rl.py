@@ -12,7 +12,7 @@ from lerobot.rl.algorithms.configs import TrainingStats
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from ..bases.adapter import Context
+from ..bases.adapter import Context, take
 from ..errors import config_error
 from ..flow.density import kl_divergence
 from ..flow.sampler import Score, executed_sum
@@ -362,7 +362,7 @@ class PIRLAlgorithm(RLAlgorithm):
             weight[here] = (proximal[here] - behaviour[here]).exp()
         return proximal, weight
 
-    def _encode(self, batch: dict[str, Tensor], memory_gb: float) -> Contexts:
+    def _encode(self, batch: dict[str, Any], memory_gb: float) -> Contexts:
         return Contexts(
             self.policy,
             batch,
@@ -429,14 +429,14 @@ class PIRLAlgorithm(RLAlgorithm):
     def _log_ratio(self, part: Batch, score: Score) -> Tensor:
         return self.reduce(score.log_prob, part.executed) - part.log_prob
 
-    def _reference_steps(self, batch: dict[str, Tensor], chain: Tensor, step: Tensor) -> Gaussian | None:
+    def _reference_steps(self, batch: dict[str, Any], chain: Tensor, step: Tensor) -> Gaussian | None:
         """The steps of the policy before reinforcement learning from the recorded states, `[N, S, H, D]`."""
         if self.reference is None:
             return None
         means, stds = [], []
         for rows in torch.arange(len(chain), device=chain.device).split(ROWS_AT_ONCE):
-            part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
-            steps = self.reference.score(self.reference.encode(part), chain[rows], step[rows]).steps
+            context = self.reference.encode(take(batch, rows))
+            steps = self.reference.score(context, chain[rows], step[rows]).steps
             means.append(steps.mean)
             stds.append(steps.std)
         return Gaussian(torch.cat(means), torch.cat(stds))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from .advantages import time_order, usable_rows
 from .decisions import DecisionBatch
 
 # Raw observation and task texts -> the batch the policy's base reads.
-Preprocess = Callable[[dict[str, Tensor], list[str]], dict[str, Tensor]]
+Preprocess = Callable[[dict[str, Tensor], list[str]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Rollout:
 
     decisions: DecisionBatch
     usable: Tensor
-    batch: dict[str, Tensor]
-    next_batch: dict[str, Tensor]
+    batch: dict[str, Any]
+    next_batch: dict[str, Any]
 
 
 def prepare(decisions: DecisionBatch, preprocess: Preprocess) -> Rollout:

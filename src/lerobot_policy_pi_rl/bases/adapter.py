@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..flow.sampler import sample_ode
@@ -11,6 +12,17 @@ from ..flow.transition import FieldOutput
 
 # What an observation is encoded into: named tensors with B rows each, so that it can be cut, moved and kept.
 Context = dict[str, Tensor]
+
+
+def take(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The given rows (int64) of a preprocessed batch: of its tensors, and of its lists, such as the task texts."""
+    return {
+        key: value[rows.to(value.device)]
+        if isinstance(value, Tensor)
+        else [value[row] for row in rows.tolist()]
+        for key, value in batch.items()
+        if isinstance(value, (Tensor, list))
+    }
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class FlowBase(nn.Module, ABC):
             as logits, and those of the last step are executed. Their velocity is zero before that.
         feature_dim: Width F of the velocity network's features.
         critic_dims: Width of the features that a critic may read, by their source; the first one is the default.
+        step_lengths: Lengths of the K denoising steps, if the policy's own sampler rounds them otherwise than `1 / K`.
     """
 
     chunk_size: int
@@ -47,6 +60,7 @@ class FlowBase(nn.Module, ABC):
     logit_dims: tuple[int, ...] = ()
     feature_dim: int
     critic_dims: dict[str, int]
+    step_lengths: tuple[float, ...] | None = None
 
     @abstractmethod
     def encode(self, batch: dict[str, Tensor]) -> Context:
@@ -64,6 +78,12 @@ class FlowBase(nn.Module, ABC):
             context: The observation.
             source: One of `critic_dims`.
         """
+
+    def initial_noise(
+        self, rows: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """What denoising starts from at `t = 1`, `[rows, H, D]`: standard normal, unless the policy knows another."""
+        return torch.randn(rows, self.chunk_size, self.action_dim, device=device, generator=generator)
 
     @property
     @abstractmethod
@@ -85,10 +105,15 @@ class FlowBase(nn.Module, ABC):
         Returns:
             The denoised state `[B, H, D]`.
         """
-        return sample_ode(lambda x, t: FieldOutput(self.velocity(context, x, t).velocity), noise, num_steps)
+        return sample_ode(
+            lambda x, t: FieldOutput(self.velocity(context, x, t).velocity),
+            noise,
+            num_steps,
+            self.step_lengths,
+        )
 
     def actions(self, x: Tensor) -> Tensor:
-        """Normalised actions `[B, H, A]` of denoised states `[B, H, D]`: their real dimensions."""
+        """Normalised actions of denoised states `[B, H, D]` as the policy's postprocessor takes them: the real ones."""
         return x[..., : self.real_action_dim]
 
     def optim_params(self) -> Any:

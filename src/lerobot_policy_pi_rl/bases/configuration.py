@@ -1,16 +1,20 @@
 """Which base policies exist: a registry of their configurations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import draccus
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.evo1.configuration_evo1 import Evo1Config
+from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 
-from ..errors import config_error
+from ..errors import check, config_error
 
 # Observation key under which the preprocessor puts the hashed task text.
 TASK_EMBEDDING = "observation.task_embedding"
@@ -82,8 +86,25 @@ class Sizes:
 
 # Of the compact base.
 COMPACT_SIZES = Sizes(chunk_size=5, n_action_steps=5, num_inference_steps=4)
-# Field of a stock policy's configuration with the number of denoising steps, by the policy's name.
-STEPS_FIELD: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class StockFields:
+    """Where the configuration of a stock policy has what a `pi_rl` policy shares with it.
+
+    Attributes:
+        steps: Field with the number of denoising steps K.
+        chunk: Field with the number of actions H of a chunk.
+        check: Raises a `ConfigError` for a `pi_rl` configuration with a base that PI-RL cannot train.
+    """
+
+    steps: str
+    chunk: str
+    check: Callable[[Any], None] | None
+
+
+# By the policy's name.
+STOCK: dict[str, StockFields] = {}
 
 
 def get_sizes(base: Any) -> Sizes:
@@ -94,35 +115,54 @@ def get_sizes(base: Any) -> Sizes:
     """
     if isinstance(base, CompactConfig):
         return COMPACT_SIZES
-    if base.type not in STEPS_FIELD:
-        raise config_error(
-            "policy.base.type", f"{base.type!r} has no adapter; have {['compact', *STEPS_FIELD]}"
-        )
-    return Sizes(base.chunk_size, base.n_action_steps, getattr(base, STEPS_FIELD[base.type]))
+    if base.type not in STOCK:
+        raise config_error("policy.base.type", f"{base.type!r} has no adapter; have {['compact', *STOCK]}")
+    fields = STOCK[base.type]
+    return Sizes(getattr(base, fields.chunk), base.n_action_steps, getattr(base, fields.steps))
 
 
 def set_sizes(base: Any, sizes: Sizes) -> None:
     """Writes sizes into a stock policy's configuration."""
     if isinstance(base, CompactConfig):
         return
-    base.chunk_size, base.n_action_steps = sizes.chunk_size, sizes.n_action_steps
-    setattr(base, STEPS_FIELD[base.type], sizes.num_inference_steps)
+    fields = STOCK[base.type]
+    setattr(base, fields.chunk, sizes.chunk_size)
+    base.n_action_steps = sizes.n_action_steps
+    setattr(base, fields.steps, sizes.num_inference_steps)
 
 
-def register_base_config(config_class: type, steps_field: str = "num_inference_steps") -> None:
+def check_base(config: Any) -> None:
+    """Checks a `pi_rl` configuration for what its base asks of it.
+
+    Raises:
+        ConfigError: If PI-RL cannot train this base, or not in this way.
+    """
+    fields = STOCK.get(config.base.type)
+    if fields is not None and fields.check is not None:
+        fields.check(config)
+
+
+def register_base_config(
+    config_class: type,
+    steps_field: str = "num_inference_steps",
+    chunk_field: str = "chunk_size",
+    check: Callable[[Any], None] | None = None,
+) -> None:
     """Makes the configuration of a stock policy one that `policy.base` can hold.
 
     It stays the class that it is, under the name that it has with LeRobot. Here it counts as a `BaseConfig`, so that
     its name is written along with its settings.
 
     Args:
-        config_class: The configuration, registered with LeRobot; it has `chunk_size` and `n_action_steps`.
+        config_class: The configuration, registered with LeRobot; it has `n_action_steps`.
         steps_field: Its field with the number of denoising steps.
+        chunk_field: Its field with the number of actions of a chunk.
+        check: Takes the `pi_rl` configuration around such a base; raises `errors.config_error` for what cannot work.
     """
     name = PreTrainedConfig.get_choice_name(config_class)
     BaseConfig.register_subclass(name, config_class)
     BaseConfig.register(config_class)
-    STEPS_FIELD[name] = steps_field
+    STOCK[name] = StockFields(steps_field, chunk_field, check)
 
 
 def load_stock_config(path: str) -> Any:
@@ -142,23 +182,57 @@ def load_stock_config(path: str) -> Any:
     if not isinstance(config, BaseConfig):
         raise config_error(
             "policy.base_path",
-            f"{path!r} holds a {config.type!r}, which is no base; the bases are {sorted(STEPS_FIELD)}, and a "
+            f"{path!r} holds a {config.type!r}, which is no base; the bases are {sorted(STOCK)}, and a "
             "pi_rl checkpoint is given as policy.path",
         )
     return config
 
 
+def _check_multi_task_dit(config: Any) -> None:
+    base = config.base
+    check(
+        base.is_flow_matching,
+        "policy.base.objective",
+        f"{base.objective!r} has no flow whose steps could be scored; take a policy that was trained with "
+        "objective=flow_matching",
+    )
+    check(
+        base.integration_method == "euler",
+        "policy.base.integration_method",
+        f"{base.integration_method!r} has no step that could be made a Gaussian; set it to 'euler'",
+    )
+    check(
+        base.n_obs_steps == 1,
+        "policy.base.n_obs_steps",
+        f"a decision has one observation, and this policy reads {base.n_obs_steps}; train it with n_obs_steps=1",
+    )
+
+
+def _check_evo1(config: Any) -> None:
+    check(
+        config.explorer.kind == "flow_noise",
+        "policy.explorer.kind",
+        f"'evo1' starts from uniform noise, for which {config.explorer.kind!r} does not hold; set it to 'flow_noise'",
+    )
+
+
+register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1)
+register_base_config(
+    MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
+)
 register_base_config(PI0Config)
 register_base_config(PI05Config)
 register_base_config(SmolVLAConfig, "num_steps")
 register_base_config(XVLAConfig, "num_denoising_steps")
+register_base_config(VLAJEPAConfig, "num_inference_timesteps")
 
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
+WITHOUT_ADAPTER = ("eo1", "fastwam", "groot", "lingbot_va", "molmoact2", "wall_x")
 
 
-def _register_refusal(name: str) -> None:
+def _register_refusal(name: str, reason: str) -> None:
     """Registers a base whose configuration cannot be made."""
 
     @dataclass
@@ -169,11 +243,13 @@ def _register_refusal(name: str) -> None:
             """Says why not."""
             raise config_error(
                 "policy.base.type",
-                f"{name!r} is not a flow-matching policy, so its steps have no Gaussian to score; use 'compact'",
+                f"{name!r} {reason}; use 'compact'",
             )
 
     BaseConfig.register_subclass(name, RefusedConfig)
 
 
 for _name in NOT_FLOW_MATCHING:
-    _register_refusal(_name)
+    _register_refusal(_name, "is not a flow-matching policy, so its steps have no Gaussian to score")
+for _name in WITHOUT_ADAPTER:
+    _register_refusal(_name, "has no adapter in this release, docs/bases.md says why")

@@ -26,7 +26,7 @@ class PI05Base(StockBase):
     )
 
     @property
-    def _vlm_dim(self) -> int:
+    def _encoder_dim(self) -> int:
         return self._model.paligemma_with_expert.paligemma.config.text_config.hidden_size
 
     def encode(self, batch: dict[str, Tensor]) -> Context:

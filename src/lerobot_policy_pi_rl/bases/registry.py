@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 BaseFactory = Callable[["PIRLConfig"], FlowBase]
 _FACTORIES: dict[str, BaseFactory] = {}
 # Extra of this package that installs what a base needs.
-EXTRAS = {"pi0": "pi", "pi05": "pi", "smolvla": "smolvla", "xvla": "xvla"}
+EXTRAS = {
+    "evo1": "evo1",
+    "multi_task_dit": "multi_task_dit",
+    "pi0": "pi",
+    "pi05": "pi",
+    "smolvla": "smolvla",
+    "vla_jepa": "vla_jepa",
+    "xvla": "xvla",
+}
 
 
 def register_base(name: str, factory: BaseFactory) -> None:
@@ -56,7 +64,10 @@ def _lazy(module: str, name: str) -> BaseFactory:
 
 
 register_base("compact", _lazy("compact", "CompactBase"))
+register_base("evo1", _lazy("evo1", "Evo1Base"))
+register_base("multi_task_dit", _lazy("multi_task_dit", "MultiTaskDiTBase"))
 register_base("pi0", _lazy("pi0", "PI0Base"))
 register_base("pi05", _lazy("pi0", "PI05Base"))
 register_base("smolvla", _lazy("smolvla", "SmolVLABase"))
 register_base("xvla", _lazy("xvla", "XVLABase"))
+register_base("vla_jepa", _lazy("vla_jepa", "VLAJEPABase"))

@@ -25,7 +25,7 @@ class SmolVLABase(StockBase):
     expert_lora = r".*\.lm_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|state).*(proj|mlp_in|mlp_out)"
 
     @property
-    def _vlm_dim(self) -> int:
+    def _encoder_dim(self) -> int:
         return self._model.vlm_with_expert.config.text_config.hidden_size
 
     def encode(self, batch: dict[str, Tensor]) -> Context:

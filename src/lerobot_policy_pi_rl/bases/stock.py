@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -36,12 +37,18 @@ class StockBase(FlowBase):
 
     Attributes:
         policy: The stock policy.
-        expert_modules: Modules of its `model` that only `velocity` uses; the others encode.
-        vlm_lora: Layers of the VLM that get an adapter, as a regular expression of their names.
+        root: What the policy's names of the modules below begin with.
+        expert_modules: Modules that only `velocity` uses; the others encode.
+        frozen_modules: Modules through which the stock policy lets no gradient; they are trained in no mode.
+        vlm_lora: Layers of the VLM, or of what else encodes, that get an adapter: a regular expression of their names.
         expert_lora: The same of the action expert.
+        encoder_source: The critic's name for what encodes.
     """
 
+    root: ClassVar[str] = "model."
     expert_modules: ClassVar[tuple[str, ...]]
+    frozen_modules: ClassVar[tuple[str, ...]] = ()
+    encoder_source: ClassVar[str] = "vlm"
     vlm_lora: ClassVar[str]
     expert_lora: ClassVar[str]
     policy: "PreTrainedPolicy"
@@ -61,25 +68,35 @@ class StockBase(FlowBase):
         stock.input_features = stock.input_features or dict(config.input_features or {})
         stock.output_features = stock.output_features or dict(config.output_features or {})
         self.policy = make_stock_policy(stock, config.base_path)
-        self.chunk_size = stock.chunk_size
-        self.action_dim = stock.max_action_dim
+        self.chunk_size = config.chunk_size
         self.real_action_dim = stock.action_feature.shape[0]
+        # Not every policy pads its actions.
+        self.action_dim = getattr(stock, "max_action_dim", self.real_action_dim)
+        self.num_steps = config.num_inference_steps
         self._insert_adapters(config)
         self.feature_dim = self._feature_dim
-        self.critic_dims = {"expert": self.feature_dim, "vlm": self._vlm_dim}
+        self.critic_dims = {"expert": self.feature_dim, self.encoder_source: self._encoder_dim}
         self._choose_trained(config.trainable)
 
     def _insert_adapters(self, config: "PIRLConfig") -> None:
         targets = {
             "expert_lora": [self.vlm_lora],
             "lora": [self.vlm_lora, self.expert_lora],
-        }.get(config.trainable)
+        }.get(config.trainable, [])
+        layers = [name for name, _ in self.policy.named_modules()]
+        if not all(any(re.fullmatch(target, name) for name in layers) for target in targets):
+            raise config_error(
+                "policy.trainable",
+                f"{config.trainable!r} puts adapters into layers that this {self.policy.name} does not have; "
+                "choose 'expert' or 'all'",
+            )
         if targets:
             insert_adapters(self.policy, targets, config.lora_rank, config.lora_alpha)
 
     def _choose_trained(self, mode: str) -> None:
         for name, parameter in self.policy.named_parameters():
             whole = mode == "all" or (mode in ("expert", "expert_lora") and self._is_expert(name))
+            whole = whole and not self._is_one_of(self.frozen_modules, name)
             parameter.requires_grad_(whole or is_adapter(name))
 
     def export(self) -> "PreTrainedPolicy":
@@ -88,7 +105,10 @@ class StockBase(FlowBase):
         return self.policy
 
     def _is_expert(self, name: str) -> bool:
-        return name.startswith(tuple(f"model.{module}." for module in self.expert_modules))
+        return self._is_one_of(self.expert_modules, name)
+
+    def _is_one_of(self, modules: tuple[str, ...], name: str) -> bool:
+        return name.startswith(tuple(f"{self.root}{module}." for module in modules))
 
     @property
     def context_is_fixed(self) -> bool:
@@ -101,17 +121,28 @@ class StockBase(FlowBase):
 
     @property
     @abstractmethod
-    def _vlm_dim(self) -> int:
-        """Width of the VLM's hidden states."""
+    def _encoder_dim(self) -> int:
+        """Width of `_encoded`."""
 
-    @property
-    def _head(self) -> nn.Module:
-        """The layer that reads the velocity off the action expert's features."""
-        return self._model.action_out_proj
+    def _encoded(self, context: Context) -> Tensor:
+        """What the encoder made of an observation, one vector for each row, `[B, F]`."""
+        return context["pooled"]
 
     @property
     def _feature_dim(self) -> int:
-        return self._model.action_out_proj.in_features
+        return self._head.in_features
+
+    @property
+    def _head(self) -> Any:
+        """The layer that reads the velocity off the action expert's features."""
+        return self._model.action_out_proj
+
+    def _step(self, t: Tensor) -> Tensor:
+        """Number of the denoising step at times `[B]`, from 0 to K - 1.
+
+        For samplers that run the other way: one minus a rounded time is not the time of their own grid to the bit.
+        """
+        return ((1 - t) * self.num_steps).round().long()
 
     def _encode_prefix(self, vlm: Any, embeddings: Tensor, real: Tensor, attention: Tensor) -> Context:
         """Runs the VLM over an embedded prefix once; the context is its cache.
@@ -153,15 +184,16 @@ class StockBase(FlowBase):
 
         Args:
             context: The observation.
-            source: `vlm`: what the VLM made of it, pooled over its real tokens. `expert`: what the action expert makes
-                of it at the start of denoising (`t = 1`, from zeros), pooled over the chunk; it knows the state, too.
+            source: `encoder_source` (`vlm`): what the VLM made of it, pooled over its real tokens. `expert`: what the
+                action expert makes of it at the start of denoising (`t = 1`, from zeros), pooled over the chunk; it
+                knows the state, too.
         """
-        if source == "vlm":
-            features = context["pooled"]
+        if source == self.encoder_source:
+            features = self._encoded(context)
         else:
-            count, device = len(context["pooled"]), context["pooled"].device
-            zeros = torch.zeros(count, self.chunk_size, self.action_dim, device=device)
-            features = self.velocity(context, zeros, torch.ones(count, device=device)).features
+            some = next(iter(context.values()))
+            zeros = torch.zeros(len(some), self.chunk_size, self.action_dim, device=some.device)
+            features = self.velocity(context, zeros, torch.ones(len(some), device=some.device)).features
             features = features[:, -self.chunk_size :].float().mean(1)
         return nn.functional.layer_norm(features, features.shape[-1:])
 

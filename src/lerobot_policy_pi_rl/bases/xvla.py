@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import check
 from .adapter import Context
@@ -47,7 +47,6 @@ class XVLABase(StockBase):
         super().__init__(config)
         space = self._model.action_space
         self.action_dim = self._model.dim_action
-        self._num_steps = config.num_inference_steps
         probe = torch.ones(1, 1, self.action_dim, device="cpu")
         _, seen = space.preprocess(probe[:, 0], probe)
         width = space.postprocess(probe.clone()).shape[-1]
@@ -61,11 +60,11 @@ class XVLABase(StockBase):
         self.logit_dims = tuple((seen[0, 0] == 0).nonzero()[:, 0].tolist())
 
     @property
-    def _vlm_dim(self) -> int:
+    def _encoder_dim(self) -> int:
         return self._model.vlm.config.vision_config.projection_dim
 
     @property
-    def _head(self) -> nn.Module:
+    def _head(self) -> Any:
         return self._model.transformer.action_decoder
 
     @property
@@ -110,7 +109,7 @@ class XVLABase(StockBase):
         if not self.logit_dims:
             return velocity
         # Times are multiples of 1 / K, up to rounding.
-        waits = self.is_logit & (t * self._num_steps > 1.5)[:, None, None]
+        waits = self.is_logit & (t * self.num_steps > 1.5)[:, None, None]
         return velocity.masked_fill(waits, 0.0)
 
     def sample(self, context: Context, noise: Tensor, num_steps: int) -> Tensor:

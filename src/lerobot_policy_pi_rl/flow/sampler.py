@@ -75,14 +75,24 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=16)
-def schedule(kind: StepKind, level: float, num_steps: int, device: torch.device) -> Schedule:
-    """The schedule of K steps of one kind on a device, computed once; it is not to be written to."""
+def schedule(
+    kind: StepKind,
+    level: float,
+    num_steps: int,
+    device: torch.device,
+    lengths: tuple[float, ...] | None = None,
+) -> Schedule:
+    """The schedule of K steps of one kind on a device, computed once; it is not to be written to.
+
+    All steps are equally long. The difference of two rounded times is not quite, so the length is `1 / K` unless a
+    stock sampler rounds it otherwise: then its K `lengths` are given.
+    """
     # A tensor made in inference mode could not be used in training later.
     with torch.inference_mode(False):
         grid = time_grid(num_steps, device)
         steps = coefficients(kind, grid[:-1], grid[1:], level)
-        # All steps are equally long; the difference of two rounded times is not quite, and stock samplers use this.
-        return Schedule(grid[:-1], replace(steps, delta=torch.full_like(steps.delta, 1 / num_steps)))
+        delta = steps.delta.new_tensor(lengths or [1 / num_steps] * num_steps)
+        return Schedule(grid[:-1], replace(steps, delta=delta))
 
 
 def at(steps: Coefficients, k: int) -> Coefficients:
@@ -90,19 +100,22 @@ def at(steps: Coefficients, k: int) -> Coefficients:
     return steps.map(lambda values: values[k])
 
 
-def sample_ode(field: Field, noise: Tensor, num_steps: int) -> Tensor:
+def sample_ode(
+    field: Field, noise: Tensor, num_steps: int, lengths: tuple[float, ...] | None = None
+) -> Tensor:
     """Integrates the ODE from noise to a chunk.
 
     Args:
         field: Velocity field.
         noise: `x` at `t = 1`, `[B, H, D]`.
         num_steps: Number of Euler steps K.
+        lengths: Their lengths, see `schedule`.
 
     Returns:
         The chunk `[B, H, D]`.
     """
     x, batch = noise, noise.shape[0]
-    plan = schedule("ode", 0.0, num_steps, noise.device)
+    plan = schedule("ode", 0.0, num_steps, noise.device, lengths)
     for k in range(num_steps):
         x = transition(x, field(x, plan.times[k].expand(batch)), at(plan.steps, k)).mean
     return x
@@ -115,6 +128,7 @@ def sample_hybrid(
     how: Noise,
     real_dims: int,
     generator: torch.Generator | None = None,
+    lengths: tuple[float, ...] | None = None,
 ) -> Sample:
     """Samples a chunk with one stochastic step per row; the other steps follow the ODE.
 
@@ -127,6 +141,7 @@ def sample_hybrid(
         how: The noise.
         real_dims: Number of action dimensions that are not padding.
         generator: Source of randomness.
+        lengths: Lengths of the steps, see `schedule`.
 
     Returns:
         The sample, with `S = 1` recorded transition per row.
@@ -134,7 +149,7 @@ def sample_hybrid(
     batch = noise.shape[0]
     chosen = _randint(how.stochastic_steps(num_steps), batch, noise, generator)
     push = colour(_randn_like(noise, generator), how.correlation)
-    plan = schedule(how.kind, how.level, num_steps, noise.device)
+    plan = schedule(how.kind, how.level, num_steps, noise.device, lengths)
     # Drift and deviation of every step and row, `[K, B, 1, 1]`: zero but at the row's own step, which leaves the ODE.
     here = (torch.arange(num_steps, device=noise.device)[:, None] == chosen)[..., None, None]
     steps = plan.steps
@@ -162,6 +177,7 @@ def sample_joint(
     how: Noise,
     real_dims: int,
     generator: torch.Generator | None = None,
+    lengths: tuple[float, ...] | None = None,
 ) -> Sample:
     """Samples a chunk with noise in every step and records the whole chain.
 
@@ -172,12 +188,13 @@ def sample_joint(
         how: The noise.
         real_dims: Number of action dimensions that are not padding.
         generator: Source of randomness.
+        lengths: Lengths of the steps, see `schedule`.
 
     Returns:
         The sample; S is the number of stochastic steps (K, or K - 1 for Flow-CPS).
     """
     batch, recorded = noise.shape[0], how.stochastic_steps(num_steps)
-    plan = schedule(how.kind, how.level, num_steps, noise.device)
+    plan = schedule(how.kind, how.level, num_steps, noise.device, lengths)
     chain, log_p, x = [noise], noise.new_zeros(noise.shape[:2]), noise
     for k in range(num_steps):
         step = transition(x, field(x, plan.times[k].expand(batch)), at(plan.steps, k), how.correlation)
@@ -192,7 +209,15 @@ def sample_joint(
     return Sample(x, torch.stack(chain, 1), steps, log_p)
 
 
-def score(field: Field, chain: Tensor, step: Tensor, num_steps: int, how: Noise, real_dims: int) -> Score:
+def score(
+    field: Field,
+    chain: Tensor,
+    step: Tensor,
+    num_steps: int,
+    how: Noise,
+    real_dims: int,
+    lengths: tuple[float, ...] | None = None,
+) -> Score:
     """Density of recorded transitions: the same `transition` that sampled them.
 
     Args:
@@ -202,11 +227,12 @@ def score(field: Field, chain: Tensor, step: Tensor, num_steps: int, how: Noise,
         num_steps: Number of denoising steps K.
         how: The noise that was used.
         real_dims: Number of action dimensions that are not padding.
+        lengths: Lengths of the steps, see `schedule`.
 
     Returns:
         Log-probability, entropy and the Gaussians of the recorded transitions.
     """
-    plan = schedule(how.kind, how.level, num_steps, chain.device)
+    plan = schedule(how.kind, how.level, num_steps, chain.device, lengths)
     log_p, spread, gaussians = [], [], []
     for s in range(step.shape[1]):
         k = step[:, s]

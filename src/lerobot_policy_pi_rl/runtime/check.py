@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import minibatches
+from ..bases.adapter import take
 from ..configuration_pi_rl import ExplorerConfig
 from ..errors import check
 from .collector import Collected, Collector, Group
@@ -168,12 +169,11 @@ def first_ratio_error(player: Player, algorithm: PIRLAlgorithm, collected: Colle
     for rows in minibatches(
         torch.arange(len(decisions)), algorithm.config.minibatch_size, torch.Generator().manual_seed(0)
     ):
-        part = {key: value[rows] for key, value in batch.items() if isinstance(value, Tensor)}
         chain, step, log_prob, executed = (
             value[rows].to(algorithm.device)
             for value in (decisions.chain, decisions.step, decisions.log_prob, decisions.executed)
         )
-        score = policy.score(policy.encode(part), chain, step)
+        score = policy.score(policy.encode(take(batch, rows)), chain, step)
         log_ratio = algorithm.reduce(score.log_prob - log_prob, executed)
         # `max` of Python would lose what is not a number.
         error = float(np.maximum(error, float((log_ratio.exp() - 1).abs().max())))

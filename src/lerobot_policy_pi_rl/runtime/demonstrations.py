@@ -7,6 +7,7 @@ from lerobot.datasets.factory import make_dataset
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..bases.adapter import take
 from ..errors import config_error
 from .pipeline import PIRLTrainConfig, Player
 
@@ -41,21 +42,25 @@ class DemonstrationSource:
                 "dataset.repo_id", f"{cfg.dataset.repo_id!r} has no {missing}, which the policy reads"
             )
         self._cameras = self._dataset.meta.camera_keys
-        self._all: dict[str, Tensor] | None = None
+        self._all: dict[str, Any] | None = None
         if not self._cameras:
             self._all = self._rows(range(len(self._dataset)))
 
-    def __call__(self, count: int) -> dict[str, Tensor]:
+    def __call__(self, count: int) -> dict[str, Any]:
         """A batch of `count` chunks, drawn with replacement."""
         rows = torch.randint(len(self._dataset), (count,))
         if self._all is None:
             return self._rows(rows.tolist())
-        return {key: value[rows.to(value.device)] for key, value in self._all.items()}
+        return take(self._all, rows)
 
-    def _rows(self, rows: Any) -> dict[str, Tensor]:
+    def _rows(self, rows: Any) -> dict[str, Any]:
         batch = default_collate([self._dataset[row] for row in rows])
         for key in self._cameras:
             if batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255
         prepared = self._preprocess(batch)
-        return {key: value for key, value in prepared.items() if isinstance(value, Tensor) and value.ndim}
+        return {
+            key: value
+            for key, value in prepared.items()
+            if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
+        }

@@ -114,8 +114,7 @@ def by_ode(player: Player) -> Choose:
     name = next(iter(policy.config.input_features))
 
     def choose(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        shape = (len(batch[name]), policy.base.chunk_size, policy.base.action_dim)
-        noise = torch.randn(shape, generator=generator, device=generator.device)
+        noise = policy.base.initial_noise(len(batch[name]), generator.device, generator)
         return policy.predict_action_chunk(batch, noise=noise)
 
     return choose

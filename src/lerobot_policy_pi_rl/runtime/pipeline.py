@@ -24,7 +24,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
-from ..bases.configuration import STEPS_FIELD
+from ..bases.configuration import STOCK
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -69,9 +69,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         self._validate_as_lerobot_does()
         if not isinstance(self.policy, PIRLConfig):
             kind = self.policy and self.policy.type
-            fix = (
-                "; begin with it by --policy.type=pi_rl --policy.base_path=..." if kind in STEPS_FIELD else ""
-            )
+            fix = "; begin with it by --policy.type=pi_rl --policy.base_path=..." if kind in STOCK else ""
             raise config_error("policy.type", f"is {kind!r}; this command trains 'pi_rl'{fix}")
         self.algorithm.policy_config = self.policy
         self._check_algorithm(self.algorithm, self.policy, self.env)

@@ -14,7 +14,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from tqdm import tqdm
 
 from ..algorithm.pi_rl import RatioError
-from ..bases.configuration import STEPS_FIELD
+from ..bases.configuration import STOCK
 from ..runtime.checkpoint import CheckpointError
 from ..runtime.environments import EnvironmentFailed
 from ..runtime.gather import NothingUsable
@@ -58,7 +58,7 @@ def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
     if path is None or not (Path(path) / CONFIG_NAME).is_file():
         # On the hub, too, is what `policy.base_path` is for.
         return list(arguments)
-    if json.loads((Path(path) / CONFIG_NAME).read_text()).get("type") not in STEPS_FIELD:
+    if json.loads((Path(path) / CONFIG_NAME).read_text()).get("type") not in STOCK:
         return list(arguments)
     kept = [a for a in arguments if not a.startswith(f"{POLICY_PATH}=")]
     return [*kept, "--policy.type=pi_rl", f"--policy.base_path={path}"]

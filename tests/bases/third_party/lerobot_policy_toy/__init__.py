@@ -1,0 +1,1 @@
+"""A flow policy of somebody else's: a LeRobot plugin that knows nothing of PI-RL."""
