@@ -239,6 +239,11 @@ def export() -> None:
     _run("export")
 
 
+def status() -> None:
+    """`lerobot-pi-rl-status`."""
+    _run("status")
+
+
 def _run(name: str) -> None:
     """Imports and runs one of the package's commands.
 

@@ -117,7 +117,9 @@ def test_adapters_are_merged_into_what_is_exported(
 def test_a_checkpoint_that_lacks_weights_is_refused(save_stock: Callable[[str], Path], name: str) -> None:
     folder = save_stock(name)
     tensors = load_file(folder / WEIGHTS)
-    removed = next(name for name in tensors if re.search("action_out_proj|output_proj|head.*weight", name))
+    removed = next(
+        name for name in tensors if re.search("action_out_proj|action_decoder|output_proj|head.*weight", name)
+    )
     del tensors[removed]
     save_file(tensors, folder / WEIGHTS)
     said = rf"policy.base_path.*was not loaded as a {name}: .*{removed}"

@@ -1,5 +1,6 @@
 """What goes wrong between processes: each case with the real commands."""
 
+import re
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -195,6 +196,16 @@ def test_two_actors_work_together_and_one_may_die_and_come_back(alive: Any) -> N
     alive.commands["impatient"] = alive.actor(1, "--algorithm.collection.connect_timeout_s=3")
     goes_on(alive, "the actor that came back delivers", 2 * QUOTA)
     assert newest(alive)["actors/left"] == left
+
+
+def test_a_command_tells_how_the_learner_stands(alive: Any) -> None:
+    """The two actors of the test before are at work."""
+    asked = alive.start("lerobot-pi-rl-status", f"--learner=127.0.0.1:{alive.port}", alone=True)
+    assert asked.wait() == 0, asked.shown
+    shown = "\n".join(asked.shown)
+    assert re.search(r"^training, version \d+ of ", shown, re.MULTILINE), shown
+    assert "actors             2 of at most 32" in shown
+    assert len(re.findall(r"joined .* ago, last sent \d+ s ago with version \d+, [\d,]+ steps/s", shown)) == 2
 
 
 def test_actors_find_a_resumed_learner_or_give_up(alive: Any) -> None:

@@ -108,7 +108,9 @@ STATISTICS: dict[str, Any] = {
     "kind": "collection",
     "version": VERSION,
     "part": 0,
-    **dict.fromkeys(("episodes", "successes", "return_sum", "length_sum", "seconds", "latency"), 1.5),
+    **dict.fromkeys(
+        ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"), 1.5
+    ),
 }
 INTERACTION = encode_interaction(STATISTICS)
 SETTINGS = {"policy": {"steps": 4, "shape": [1, 2]}, "seed": 3}

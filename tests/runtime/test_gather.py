@@ -21,7 +21,15 @@ from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo, Inbox, R
 from lerobot_policy_pi_rl.runtime.wire import RolloutHeader, WireSpec, encode_decisions, encode_interaction
 
 VERSION, QUOTA, SOON = 7, 16, 20.0
-PLAIN = {"episodes": 2, "successes": 1, "return_sum": 3.5, "length_sum": 40, "seconds": 0.5, "latency": 0.01}
+PLAIN = {
+    "episodes": 2,
+    "successes": 1,
+    "return_sum": 3.5,
+    "length_sum": 40,
+    "env_steps": 50,
+    "seconds": 0.5,
+    "latency": 0.01,
+}
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -3,7 +3,9 @@
 gRPC's core starts with the first `connect`, not with the import: whatever the actor forks, it forks before.
 """
 
+import json
 import logging
+import queue
 import threading
 import time
 import uuid
@@ -18,6 +20,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunks, send_bytes_in_chunks
 
 from .access import TOKEN_VARIABLE, Access, find_tls_fault
+from .service import STATUS_METADATA
 from .wire import (
     PROTOCOL,
     Handshake,
@@ -31,6 +34,7 @@ from .wire import (
 logger = logging.getLogger(__name__)
 
 MAX_WEIGHTS_BYTES = 16 * 2**30
+MAX_STATUS_BYTES = 2**20
 CALL_SECONDS = 5.0
 """How long one attempt to reach the learner may take."""
 RETRY_SECONDS = 0.5
@@ -445,6 +449,45 @@ class LearnerClient:
 
     def _lost_text(self, link: _Link) -> str:
         return f"lost the learner at {self._address}: {link.broken}"
+
+
+def ask_status(host: str, port: int, access: Access, timeout_s: float = 10.0) -> dict[str, Any]:
+    """Asks a learner how it stands, without being one of its actors.
+
+    Args:
+        host: Where the learner listens.
+        port: Its port.
+        access: Token and TLS.
+        timeout_s: Longest wait.
+
+    Returns:
+        `PIRLLearnerService.status`.
+
+    Raises:
+        LearnerUnreachable: Nobody answered.
+        ActorRefused: Who answered refuses, or is no learner of this package.
+    """
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    parts: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    with access.open_channel(address, _channel_options()) as channel:
+        stub = services_pb2_grpc.LearnerServiceStub(channel)
+        call = stub.StreamParameters(
+            services_pb2.Empty(), metadata=[STATUS_METADATA, *access.metadata()], timeout=timeout_s
+        )
+        try:
+            whole = whole_messages(call, MAX_STATUS_BYTES, lambda _: None)
+            receive_bytes_in_chunks(whole, SimpleNamespace(put=parts.put), threading.Event())
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise LearnerUnreachable(f"no learner answers at {address}: {_reason(error)}") from None
+            raise ActorRefused(f"the learner at {address} refuses: {_reason(error)}") from None
+    try:
+        answer = json.loads(parts.get_nowait())
+    except (queue.Empty, ValueError):
+        raise ActorRefused(f"{address} answers, but it is not a learner of this package") from None
+    if not isinstance(answer, dict) or "progress" not in answer:
+        raise ActorRefused(f"the learner at {address} is still starting; ask again in a moment")
+    return answer
 
 
 def _channel_options() -> list[tuple[str, Any]]:

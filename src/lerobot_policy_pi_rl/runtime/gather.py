@@ -27,7 +27,7 @@ EVALUATION_S = 600.0
 DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "malformed_messages")
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
-    "collection": ("episodes", "successes", "return_sum", "length_sum", "seconds", "latency"),
+    "collection": ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
     "evaluation": ("episodes", "successes"),
 }
 
@@ -46,7 +46,7 @@ class Gathered:
 
     Attributes:
         decisions: Of all actors, made by the wanted version or by one that is not too old.
-        collections: Statistics of each actor's collection.
+        collections: Statistics of each actor's collection, with its number as `actor`.
         evaluations: Statistics of each actor's share of an evaluation of this version.
         seconds: How long the learner waited for all this.
     """
@@ -113,6 +113,8 @@ class Gatherer:
         self._oldest = self._newest = 0
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
+        # The newest quota of each actor: its version, and when it came, in seconds since the epoch.
+        self.newest: dict[int, tuple[int, float]] = {}
         self.actors_left = 0
 
     def wait_for_actors(self) -> None:
@@ -247,6 +249,7 @@ class Gatherer:
             self.dropped["repeated_decisions"] += len(rollout.decisions)
             return
         self._seen.add(quota)
+        self.newest[quota.actor] = (quota.version, time.time())
         decisions = self._keep(rollout.decisions, quota.version)
         if message.actor in iteration.delivered:
             self._waiting[message.actor].append((quota, decisions))
@@ -330,7 +333,9 @@ class Gatherer:
     def _pop_statistics(self, kind: str, wanted: Iterable[_Quota]) -> list[dict[str, Scalar]]:
         """Takes what is there of some quotas, by actor."""
         keys = [(kind, quota) for quota in sorted(wanted, key=lambda quota: quota.actor)]
-        return [self._statistics.pop(key) for key in keys if key in self._statistics]
+        return [
+            self._statistics.pop(key) | {"actor": key[1].actor} for key in keys if key in self._statistics
+        ]
 
     def _pop_evaluations(self, version: int) -> list[dict[str, Scalar]]:
         """Takes every evaluation of a version, also of actors that have left."""

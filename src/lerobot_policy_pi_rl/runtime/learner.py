@@ -3,8 +3,9 @@
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import version as package_version
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from lerobot.rl.algorithms.configs import TrainingStats
 from lerobot.rl.algorithms.factory import make_algorithm
 from lerobot.rl.trainer import RLTrainer
+from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 
 from ..algorithm.pi_rl import PIRLAlgorithm
@@ -144,6 +146,10 @@ class Learner:
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
         self._pushed_bytes = 0
+        self._started_at = time.time()
+        # What the newest iteration and evaluation said, for `lerobot-pi-rl-status`.
+        self._rates: dict[int, float] = {}
+        self._validation: float | None = None
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
         self._stopped_by: str | None = None
@@ -158,6 +164,7 @@ class Learner:
         # The file of metrics after the port: a learner that is already running must not lose its lines to a second one.
         with self._server, self._open_metrics() as self._metrics:
             logger.info("Listening on %s:%d", self._server.host, self._server.port)
+            self._report()
             try:
                 self._train()
             except Stopped:
@@ -334,6 +341,7 @@ class Learner:
             "progress/env_steps": progress.env_steps,
         }
         self._metrics.write(version, row)
+        self._validation = success
         return has_collapsed(success, progress.best_success, self._config.rollback_drop)
 
     def _publish_next(self, restart: bool) -> None:
@@ -383,6 +391,10 @@ class Learner:
         critic_seconds: float,
     ) -> None:
         progress, decisions, traffic = self._progress, gathered.decisions, self._service.traffic()
+        self._rates = {
+            int(c["actor"]): float(c["env_steps"]) / max(float(c["seconds"]), 1e-9)
+            for c in gathered.collections
+        }
         seconds = gathered.seconds + update_seconds + critic_seconds
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
@@ -408,6 +420,51 @@ class Learner:
             **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
         }
         self._metrics.write(progress.version, row)
+        self._report(row)
+
+    def _report(self, row: Mapping[str, Any] | None = None) -> None:
+        """Tells the service how the run stands, for whoever asks.
+
+        Args:
+            row: Metrics of the newest iteration, if there is one.
+        """
+        row, progress = row or {}, self._progress
+        last = self._output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
+        rates = {actor: rate for actor, rate in self._rates.items() if actor in self._gatherer.newest}
+        sent = {
+            str(actor): {"version": version, "sent_at": at, "env_steps_per_s": rates.get(actor, 0.0)}
+            for actor, (version, at) in self._gatherer.newest.items()
+        }
+        self._service.report(
+            {
+                "package": package_version(checkpoint.PACKAGE),
+                "state": "training" if row else "waiting for actors",
+                "started_at": self._started_at,
+                "progress": {
+                    **{
+                        name: getattr(progress, name)
+                        for name in ("version", "env_steps", "decisions", "episodes")
+                    },
+                    "steps": self._cfg.steps,
+                    "online_steps": self._online_steps,
+                    "env_steps_per_s": row.get("speed/env_steps_per_s", 0.0),
+                },
+                "success": {
+                    "exploring": row.get("rollout/success"),
+                    "validation": self._validation,
+                    "best": progress.best_success,
+                    "best_version": progress.best_version,
+                },
+                "staleness": {
+                    "mean": row.get("rollout/staleness", 0.0),
+                    "max": row.get("rollout/staleness_max", 0.0),
+                },
+                "last_checkpoint": str(last.resolve()) if last.exists() else None,
+                "sent": sent,
+                "actors_left": self._gatherer.actors_left,
+                "dropped": dict(self._gatherer.dropped),
+            }
+        )
 
 
 def total(rows: list[dict[str, Scalar]], name: str) -> float:

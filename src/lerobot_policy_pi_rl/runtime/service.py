@@ -7,6 +7,7 @@ learner slows its actors down. An actor that sends too much is slowed, one that 
 """
 
 import contextlib
+import json
 import logging
 import queue
 import socket
@@ -15,7 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, NoReturn
 
@@ -55,6 +56,9 @@ CUT_SECONDS = 1.0
 
 OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
 """What an actor knows a learner of this package by."""
+
+STATUS_METADATA = ("pi-rl-status", "1")
+"""With it a call of `StreamParameters` asks for the learner's status instead of weights."""
 
 GRPC_OPTIONS = [
     # With port sharing, gRPC's default, a second learner on the same port would get half of the actors.
@@ -191,6 +195,11 @@ class Inbox:
         with self._changed:
             return [self._take() for _ in range(len(self._items))]
 
+    def __len__(self) -> int:
+        """How many messages wait."""
+        with self._changed:
+            return len(self._items)
+
     def wake(self) -> None:
         """Lets waiting senders look again whether they are still wanted."""
         with self._changed:
@@ -270,6 +279,7 @@ class PIRLLearnerService(LearnerService):
         self._events: queue.Queue[ActorEvent] = queue.Queue(REMEMBERED)
         self._changed = threading.Condition()
         self._newest: _Published | None = None
+        self._report: dict[str, Any] = {}
         self._links: dict[int, _Link] = {}
         # Actor and session of those whose settings agreed, and sessions that were cut off.
         self._admitted: deque[tuple[int, str]] = deque(maxlen=REMEMBERED)
@@ -292,6 +302,28 @@ class PIRLLearnerService(LearnerService):
             sequence = self._newest.sequence + 1 if self._newest else 1
             self._newest = _Published(sequence, version, payload)
             self._changed.notify_all()
+
+    def report(self, values: Mapping[str, Any]) -> None:
+        """Takes what the learner says of itself, for whoever asks (`lerobot-pi-rl-status`).
+
+        Args:
+            values: What JSON can hold.
+        """
+        with self._changed:
+            self._report = dict(values)
+
+    def status(self) -> dict[str, Any]:
+        """The newest report, with what the service knows itself; as JSON can hold it."""
+        with self._changed:
+            report = dict(self._report)
+            links = [self._links[actor] for actor in sorted(self._links)]
+            rejected = dict(self._rejected)
+        sent = report.pop("sent", {})
+        nothing = {"version": None, "sent_at": None, "env_steps_per_s": 0.0}
+        actors = [asdict(link.info) | nothing | sent.get(str(link.info.actor), {}) for link in links]
+        waiting = {"decisions": len(self.decisions), "interactions": len(self.interactions)}
+        known = {"actors": actors, "max_actors": self.max_actors, "waiting": waiting, "refused": rejected}
+        return report | known
 
     def connected(self) -> list[ActorInfo]:
         """The connected actors, by number."""
@@ -381,7 +413,13 @@ class PIRLLearnerService(LearnerService):
         return services_pb2.Empty()
 
     def StreamParameters(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        """Sends the newest weights whenever there are new ones, until either side ends."""
+        """Sends the newest weights whenever there are new ones, until either side ends.
+
+        To a caller that asks for the status it sends that, once.
+        """
+        if STATUS_METADATA in [tuple(pair) for pair in context.invocation_metadata()]:
+            yield from send_bytes_in_chunks(json.dumps(self.status()).encode(), services_pb2.Parameters)
+            return
         link = self._join(context)
         # Sent before any weights exist: tells the actor that it is connected.
         context.send_initial_metadata(OWN_METADATA)
