@@ -9,6 +9,7 @@ from ..errors import check, refuse_stock_command
 
 LR_SCHEDULES = ("adaptive", "constant")
 ADVANTAGES = ("gae", "group")
+REWARDS = ("environment", "success")
 LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean")
 
 
@@ -22,6 +23,9 @@ class CollectionConfig:
     num_workers: int = 2
     # Decisions per environment and iteration.
     decisions: int = 16
+    # What a step is worth: `environment` (its own reward) or `success` (1 for a step that reports success, else 0), for
+    # environments whose own reward is shaped, such as LeRobot's `metaworld`.
+    reward: str = "environment"
     # Environments that begin their episodes from the same starts, so that their returns can be compared; 1 is off.
     # Every iteration then begins with fresh episodes.
     group_size: int = 1
@@ -57,6 +61,11 @@ class CollectionConfig:
         ):
             value = getattr(self, key)
             check(value >= least, f"{name}.{key}", f"must be at least {least}, got {value}")
+        check(
+            self.reward in REWARDS,
+            f"{name}.reward",
+            f"{self.reward!r} is unknown; choose one of {list(REWARDS)}",
+        )
         check(
             self.num_envs % self.group_size == 0,
             f"{name}.group_size",
