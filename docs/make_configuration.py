@@ -47,7 +47,8 @@ SECTIONS = (
         PIRLConfig,
         "`--policy.type=pi_rl`. With `--policy.path=` these come from the checkpoint, and what is given beside it "
         "overrides them. LeRobot's own policy fields are there as well; the ones to know are `policy.device` (`cpu` in "
-        "all recipes) and `policy.push_to_hub` (true by default in LeRobot, false in all recipes).",
+        "the recipes from state, `cuda` in those of the VLAs) and `policy.push_to_hub` (true by default in LeRobot, "
+        "false in all recipes).",
     ),
     Section(
         "Explorer",

@@ -1,13 +1,17 @@
 """What every test runs under: no network, no user folders, one thread, fixed seeds, no process left."""
 
+import json
 import os
 import random
 import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 # Set before anything imports LeRobot, which reads them once, and inherited by every process a test starts.
 SESSION = uuid.uuid4().hex
@@ -59,6 +63,32 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture
+def run_both() -> Callable[[Callable[[bool], Any]], list[dict[str, Any]]]:
+    """Runs a learner and an actor over loopback to the end; returns the metrics.
+
+    It is given what makes the configuration of the actor (true) or of the learner (false).
+    """
+    from lerobot_policy_pi_rl.runtime.actor import Actor
+    from lerobot_policy_pi_rl.runtime.learner import Learner
+
+    def run(configure: Callable[[bool], Any]) -> list[dict[str, Any]]:
+        stop, cfg = Event(), configure(False)
+        # The actor first: it forks its environments' workers, which must happen before the learner's threads start.
+        actor, learner = Actor(configure(True), stop), Learner(cfg, stop)
+        with ThreadPoolExecutor(1) as pool:
+            acting = pool.submit(actor.run)
+            try:
+                learner.run()
+            finally:
+                stop.set()
+            acting.result(60)
+        actor.close()
+        return [json.loads(line) for line in (cfg.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -51,6 +51,16 @@ def test_fresh_decisions_have_weight_1(make_algorithm: MakeAlgorithm, collect: C
     assert torch.equal(material.batch.log_prob, rollout.decisions.log_prob.sum(1))
 
 
+def test_fresh_decisions_are_not_scored_again(
+    make_algorithm: MakeAlgorithm, collect: Collect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = make_algorithm()
+    rollout = collect(algorithm)
+    # Not even none of them: pi0's attention refuses a batch of no rows.
+    monkeypatch.setattr(algorithm.policy, "score", lambda *_: pytest.fail("scored"))
+    algorithm.evaluate(rollout)
+
+
 def test_older_and_fresh_decisions_may_be_mixed(
     moved: Callable[..., tuple[PIRLAlgorithm, Rollout]], log_ratio: LogRatio
 ) -> None:

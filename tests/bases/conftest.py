@@ -86,6 +86,8 @@ SMALL_XVLA = {
     "num_denoising_steps": 3,
     "tokenizer_max_length": 16,
 }
+STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
+
 Batch = dict[str, Any]
 MakeStock = Callable[..., Any]
 
@@ -431,18 +433,19 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callable[[str], Path]:
+def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callable[..., Path]:
     """Saves a small stock policy with its processors, as `lerobot-train` does."""
 
-    def save(name: str) -> Path:
+    def save(name: str, **settings: Any) -> Path:
         torch.manual_seed(0)
-        config, folder = make_stock(name), tmp_path / name
+        config, folder = make_stock(name, **settings), tmp_path / name
         policy = get_policy_class(name)(config)
         awaken(policy)
         policy.save_pretrained(folder)
         stats = {
-            key: {stat: torch.rand(size) + 0.5 for stat in ("mean", "std", "min", "max", "q01", "q99")}
-            for key, size in ((OBS_STATE, 5), (ACTION, 4))
+            key: {stat: torch.rand(*feature.shape) + 0.5 for stat in STATISTICS}
+            for key, feature in {**config.input_features, **config.output_features}.items()
+            if feature.type is not FeatureType.VISUAL
         }
         for processor in make_pre_post_processors(config, dataset_stats=stats):
             processor.save_pretrained(folder)

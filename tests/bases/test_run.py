@@ -1,12 +1,9 @@
 """A run with a camera and a small stock policy: learner and actor over loopback, resumed, and exported."""
 
-import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import draccus
@@ -22,8 +19,6 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.bases.registry import make_base
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
-from lerobot_policy_pi_rl.runtime.actor import Actor
-from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.scripts.export import export
 
@@ -90,7 +85,9 @@ class WindowConfig(EnvConfig):
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Callable[..., Any]:
+def train(
+    monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path, run_both: Callable[..., Any]
+) -> Callable[..., Any]:
     """Runs a learner and an actor to the end; returns the metrics."""
 
     def configure(given: dict[str, Any], is_actor: bool) -> PIRLTrainConfig:
@@ -130,18 +127,7 @@ def train(monkeypatch: pytest.MonkeyPatch, free_port: int, tmp_path: Path) -> Ca
             "eval": {"n_episodes": 2, "batch_size": 1},
             "seed": 0,
         }
-        stop = Event()
-        learner = Learner(configure(given, is_actor=False), stop)
-        actor = Actor(configure(given, is_actor=True), stop)
-        with ThreadPoolExecutor(1) as pool:
-            acting = pool.submit(actor.run)
-            try:
-                learner.run()
-            finally:
-                stop.set()
-            acting.result(60)
-        actor.close()
-        return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        return run_both(lambda is_actor: configure(given, is_actor))
 
     return run
 

@@ -60,6 +60,7 @@ class Counter(gym.Env):
 class CounterConfig(EnvConfig):
     limit: int = 5
     cut: int = 100
+    episode_length: int | None = None
 
     @property
     def gym_kwargs(self) -> dict:
@@ -67,6 +68,36 @@ class CounterConfig(EnvConfig):
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
         return {"count": {0: gym.vector.SyncVectorEnv([lambda: Counter(self.limit, self.cut)] * n_envs)}}
+
+
+class Named(Counter):
+    """A counter of one task, whose time limit is only stated, and whose start is a number beside the seed."""
+
+    def __init__(self, task: str) -> None:
+        super().__init__(limit=6, cut=100)
+        self.task_description, self._max_episode_steps = task, 4
+        self.init_state_id = -1
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        start = self.init_state_id
+        self.init_state_id += 1
+        return super().reset(seed=start)
+
+
+@EnvConfig.register_subclass("test_suites")
+@dataclass
+class SuitesConfig(CounterConfig):
+    """Two suites of two tasks and of one, as LeRobot's benchmarks give them."""
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        suites = {"one": ("open", "close"), "two": ("push",)}
+        return {
+            suite: {
+                number: gym.vector.SyncVectorEnv([lambda task=task: Named(task)] * n_envs)
+                for number, task in enumerate(tasks)
+            }
+            for suite, tasks in suites.items()
+        }
 
 
 def chunk(length: int, num_envs: int = 3, command: float = 0.0) -> np.ndarray:
@@ -123,6 +154,54 @@ def test_an_episode_is_cut_on_demand_after_its_chunk(workers: int) -> None:
         # One that ends by itself in that chunk was not cut.
         step = vector.step(chunk(2), np.array([700, 800, 900]), np.array([True, False, False]))
         assert (step.terminated.tolist(), step.truncated.any()) == ([True, False, True], False)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_tasks_of_all_suites_are_dealt_in_turn(workers: int) -> None:
+    with ChunkedVectorEnv(SuitesConfig(), 5, workers) as vector:
+        assert vector.tasks == ["open", "close", "push", "open", "close"]
+    # The second of several vectors, two neighbours for each task.
+    with ChunkedVectorEnv(SuitesConfig(), 5, workers, first=3, per_task=2) as vector:
+        assert vector.tasks == ["close", "push", "push", "open", "open"]
+        # Neighbours of one task are not one environment.
+        first = vector.reset(np.array([10, 20, 30, 40, 50]))
+        np.testing.assert_array_equal(first["pixels/top"].ravel(), [10, 20, 30, 40, 50])
+        step = vector.step(chunk(2, num_envs=5), np.arange(5))
+        np.testing.assert_array_equal(step.observation["pixels/top"].ravel(), [12, 22, 32, 42, 52])
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_limit_that_an_environment_only_states_is_kept(workers: int) -> None:
+    with ChunkedVectorEnv(SuitesConfig(), 2, workers) as vector:
+        assert vector.time_limits.tolist() == [4, 4]
+        vector.reset(np.array([10, 20]))
+        for start in (10, 30):
+            step = vector.step(chunk(3, num_envs=2), np.array([0, 0]))
+            assert not step.done.any()
+            step = vector.step(chunk(3, num_envs=2), np.array([30, 40]))
+            assert step.executed.tolist() == [1, 1]
+            assert step.truncated.all()
+            assert not step.terminated.any()
+            assert step.final_observation["pixels/top"][0] == start + 4
+            # LIBERO's starts are numbered and follow one another; here the seed says which.
+            np.testing.assert_array_equal(step.observation["pixels/top"].ravel(), [30, 40])
+
+
+def test_the_smaller_limit_counts() -> None:
+    for configured, limit in ((3, 3), (9, 4)):
+        with ChunkedVectorEnv(SuitesConfig(episode_length=configured), 1, 0) as vector:
+            assert vector.time_limits.tolist() == [limit]
+            vector.reset(np.array([10]))
+            assert vector.step(chunk(5, num_envs=1), np.array([0])).executed.tolist() == [limit]
+    with ChunkedVectorEnv(CounterConfig(), 1, 0) as vector:
+        assert vector.time_limits.tolist() == [0]
+
+
+def test_success_can_be_the_reward() -> None:
+    with ChunkedVectorEnv(CounterConfig(limit=4), 3, 0, reward="success") as vector:
+        vector.reset(np.arange(3))
+        assert vector.step(chunk(3), np.arange(3)).reward.tolist() == [0, 0, 0]
+        assert vector.step(chunk(3), np.arange(3)).reward.tolist() == [1, 1, 1]
 
 
 def test_types_and_shapes() -> None:

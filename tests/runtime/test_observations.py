@@ -7,6 +7,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs import preprocess_observation
 from lerobot.envs.configs import AlohaEnv
 
+from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.observations import ObservationPath
 
 TOP, STATE = "observation.images.top", "observation.state"
@@ -76,6 +77,15 @@ def test_what_the_environment_calls_otherwise_gets_the_policy_s_name() -> None:
 def test_what_the_policy_does_not_read_is_left_out(path: ObservationPath) -> None:
     found = path.from_environment({**raw(), "environment_state": np.zeros((2, 7))}, ["a", "b"])
     assert found.keys() == FEATURES.keys()
+
+
+def test_a_picture_of_another_size_than_stated_is_refused() -> None:
+    path = ObservationPath(FEATURES, AlohaEnv(observation_height=32, observation_width=32), None)
+    with pytest.raises(
+        ConfigError, match=r"says .*top' is \(3, 32, 32\), but .* gives \(3, 16, 32\)"
+    ) as error:
+        path.from_environment(raw(), ["a", "b"])
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_feature_is_named(path: ObservationPath) -> None:

@@ -252,6 +252,7 @@ def test_a_checkpoint_agrees_with_the_run_that_saved_it(
         ("--env.limit=13", "env.limit"),
         ("--seed=4", "seed"),
         ("--algorithm.collection.decisions=5", "algorithm.collection.decisions"),
+        ("--algorithm.collection.reward=success", "algorithm.collection.reward"),
         ("--algorithm.collection.num_envs=5", "algorithm.collection.num_envs"),
     ],
 )

@@ -10,6 +10,7 @@ from .configuration_security import SecurityConfig
 
 LR_SCHEDULES = ("adaptive", "constant")
 ADVANTAGES = ("gae", "group")
+REWARDS = ("environment", "success")
 LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean")
 
 
@@ -23,6 +24,9 @@ class CollectionConfig:
     num_workers: int = 2
     # Decisions per environment and iteration.
     decisions: int = 16
+    # What a step is worth: `environment` (its own reward) or `success` (1 for a step that reports success, else 0), for
+    # environments whose own reward is shaped, such as LeRobot's `metaworld`.
+    reward: str = "environment"
     # Environments that begin their episodes from the same starts, so that their returns can be compared; 1 is off.
     # Every iteration then begins with fresh episodes.
     group_size: int = 1
@@ -58,6 +62,11 @@ class CollectionConfig:
         ):
             value = getattr(self, key)
             check(value >= least, f"{name}.{key}", f"must be at least {least}, got {value}")
+        check(
+            self.reward in REWARDS,
+            f"{name}.reward",
+            f"{self.reward!r} is unknown; choose one of {list(REWARDS)}",
+        )
         check(
             self.num_envs % self.group_size == 0,
             f"{name}.group_size",

@@ -354,8 +354,9 @@ class PIRLAlgorithm(RLAlgorithm):
         behaviour = self.reduce(decisions.log_prob.to(self.device), executed)
         proximal, weight = behaviour.clone(), torch.ones_like(behaviour)
         older = (decisions.version < self.optimization_step).nonzero()[:, 0]
-        # Of nothing, torch splits off one empty part.
-        for rows in older.split(self.config.micro_batch_size or ROWS_AT_ONCE) if len(older) else ():
+        # Split, no rows would be one part of no rows, which pi0's attention does not take.
+        parts = older.split(self.config.micro_batch_size or ROWS_AT_ONCE) if len(older) else ()
+        for rows in parts:
             chain, step = decisions.chain[rows].to(self.device), decisions.step[rows].to(self.device)
             score = self.policy.score(contexts.rows(rows), chain, step)
             here = rows.to(self.device)

@@ -78,7 +78,14 @@ class Group:
     """
 
     def __init__(
-        self, env_cfg: EnvConfig, number: int, first: int, num_envs: int, num_workers: int, same_start: int
+        self,
+        env_cfg: EnvConfig,
+        number: int,
+        first: int,
+        num_envs: int,
+        num_workers: int,
+        same_start: int,
+        reward: str,
     ) -> None:
         """Starts the environments.
 
@@ -89,13 +96,15 @@ class Group:
             num_envs: How many.
             num_workers: Processes for them.
             same_start: How many neighbouring environments begin their episodes from the same starts.
+            reward: As in `ChunkedVectorEnv`.
         """
         self.number, self.first, self._same_start = number, first, same_start
         self._starts: list[np.random.Generator] = []
         # Seed of each environment's next episode.
         self.next_start = np.zeros(num_envs, dtype=np.int64)
-        self.envs = ChunkedVectorEnv(env_cfg, num_envs, num_workers, first=first, per_task=same_start)
-        self._time_limit: int | None = getattr(env_cfg, "episode_length", None)
+        self.envs = ChunkedVectorEnv(
+            env_cfg, num_envs, num_workers, first=first, per_task=same_start, reward=reward
+        )
         # Decisions after which a running episode is cut on demand, counted down; 0 is never.
         self._cut_after = np.zeros(num_envs, dtype=np.int64)
         self.raw: Observation = {}
@@ -120,10 +129,10 @@ class Group:
         self.raw = self.envs.reset(self.next_start)
         self._draw_starts(everywhere)
         self._cut_after[:] = 0
-        if self._time_limit is not None and self._same_start == 1:
+        if self._same_start == 1:
             # Multiples of the golden ratio, modulo 1, are spread evenly, however many there are.
             parts = np.array(numbers) * GOLDEN_RATIO % 1
-            self._cut_after[:] = parts * (self._time_limit // steps)
+            self._cut_after[:] = parts * (self.envs.time_limits // steps)
         self.episode_return[:] = 0
         self.episode_length[:] = 0
 
@@ -168,7 +177,7 @@ def _split(env_cfg: EnvConfig, collection: CollectionConfig, num_envs: int, same
     bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, number, first + start, stop - start, workers, same_start)
+        Group(env_cfg, number, first + start, stop - start, workers, same_start, collection.reward)
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 

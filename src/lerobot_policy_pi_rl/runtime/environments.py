@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -30,6 +31,8 @@ START_TIMEOUT = 300.0
 STEP_TIMEOUT = 300.0
 CLOSE_TIMEOUT = 5.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# What environments call a success: LeRobot's own, and gym_hil's.
+SUCCESS = ("is_success", "succeed")
 # prctl(PR_SET_PDEATHSIG, signal): Linux sends it to a process when its parent dies.
 PR_SET_PDEATHSIG = 1
 
@@ -93,50 +96,72 @@ def _stack(observations: list[Observation]) -> Observation:
     return {key: np.stack([observation[key] for observation in observations]) for key in observations[0]}
 
 
-def _single_env(env_cfg: EnvConfig, task: str | None) -> gym.Env:
-    """Makes one environment.
-
-    Args:
-        env_cfg: LeRobot's environment configuration.
-        task: The task to make, for a configuration that can make a single one; None for any other.
-    """
-    if task is not None:
-        return env_cfg.make_env(task)
-    by_task = next(iter(env_cfg.create_envs(n_envs=1, use_async_envs=False).values()))
-    vector = next(iter(by_task.values()))
-    if not hasattr(vector, "envs"):
+def _one_of_each_task(env_cfg: EnvConfig) -> list[gym.Env]:
+    """Makes one environment of every task, in LeRobot's order."""
+    suites = env_cfg.create_envs(n_envs=1, use_async_envs=False)
+    vectors = [vector for by_task in suites.values() for vector in by_task.values()]
+    if not all(hasattr(vector, "envs") for vector in vectors):
         raise ValueError(
             f"environment {env_cfg.type!r} does not give a vector of environments in this process"
         )
-    return vector.envs[0]
+    return [vector.envs[0] for vector in vectors]
 
 
-def _dealt_tasks(env_cfg: EnvConfig, first: int, num_envs: int, per_task: int) -> list[str | None]:
-    """Which task each environment runs, dealt in turn to neighbours; None for a configuration with one of its own."""
-    if not hasattr(env_cfg, "make_env"):
-        return [None] * num_envs
-    tasks: list[str] = env_cfg.tasks
-    return [tasks[number // per_task % len(tasks)] for number in range(first, first + num_envs)]
+def _make_envs(env_cfg: EnvConfig, places: list[int]) -> list[gym.Env]:
+    """Makes environments, each of the task at its place among all, modulo their number.
+
+    LeRobot's multi-task environments load their simulator at the first reset, so those that are left over cost little.
+    """
+    if hasattr(env_cfg, "make_env"):
+        return [env_cfg.make_env(env_cfg.tasks[place % len(env_cfg.tasks)]) for place in places]
+    sets = [_one_of_each_task(env_cfg)]
+    envs, used = [], Counter[int]()
+    for place in places:
+        task = place % len(sets[0])
+        if used[task] == len(sets):
+            sets.append(_one_of_each_task(env_cfg))
+        envs.append(sets[used[task]][task])
+        used[task] += 1
+    return envs
+
+
+def _attribute(env: gym.Env, *names: str) -> Any:
+    """The first of these attributes that the environment or a wrapper has, or None."""
+    for name in names:
+        try:
+            return env.get_wrapper_attr(name)
+        except AttributeError:
+            continue
+    return None
 
 
 class _Slot:
     """One environment and how it executes a chunk."""
 
-    def __init__(self, env_cfg: EnvConfig, task: str | None) -> None:
-        self._env = _single_env(env_cfg, task)
+    def __init__(self, env: gym.Env, time_limit: int | None, reward: str) -> None:
+        """Takes an environment over.
+
+        Args:
+            env: As LeRobot makes it.
+            time_limit: Steps after which the configuration wants an episode cut.
+            reward: As in `ChunkedVectorEnv`.
+        """
+        self._env, self._success_is_reward, self._steps = env, reward == "success", 0
+        # LIBERO's own limit is only a number: `lerobot-eval` reads it and stops by itself.
+        limits = [time_limit, _attribute(env, "_max_episode_steps")]
+        self.time_limit = min((int(limit) for limit in limits if limit), default=0)
 
     @property
     def task(self) -> str:
         """The task text, or the task's name where there is no text, or nothing."""
-        for name in ("task_description", "task"):
-            try:
-                return str(self._env.get_wrapper_attr(name))
-            except AttributeError:
-                continue
-        return ""
+        return str(_attribute(self._env, "task_description", "task") or "")
 
     def reset(self, seed: int) -> Observation:
         """Starts the episode of a seed."""
+        self._steps = 0
+        if hasattr(self._env.unwrapped, "init_state_id"):
+            # LIBERO takes the next of its recorded starts at every reset, whatever the seed.
+            self._env.unwrapped.init_state_id = int(seed)
         return _flat(self._env.reset(seed=int(seed))[0])
 
     def step(
@@ -155,9 +180,11 @@ class _Slot:
         total, executed, success = 0.0, 0, False
         for action in chunk:
             observation, reward, terminated, truncated, info = self._env.step(action)
-            total += float(reward)
-            executed += 1
-            success = success or bool(info.get("is_success", False))
+            solved = any(bool(info.get(name, False)) for name in SUCCESS)
+            total += float(solved if self._success_is_reward else reward)
+            executed, self._steps = executed + 1, self._steps + 1
+            success = success or solved
+            truncated = truncated or self._steps == self.time_limit
             if terminated or truncated:
                 break
         truncated = truncated or cut
@@ -173,12 +200,13 @@ class _Slot:
 class _Pool:
     """The environments of one process, served in order."""
 
-    def __init__(self, env_cfg: EnvConfig, tasks: list[str | None]) -> None:
-        self._slots = [_Slot(env_cfg, task) for task in tasks]
+    def __init__(self, env_cfg: EnvConfig, places: list[int], reward: str) -> None:
+        limit = getattr(env_cfg, "episode_length", None)
+        self._slots = [_Slot(env, limit, reward) for env in _make_envs(env_cfg, places)]
 
-    def tasks(self) -> list[str]:
-        """Task texts."""
-        return [slot.task for slot in self._slots]
+    def described(self) -> list[tuple[str, int]]:
+        """Task text and time limit of each (0: none)."""
+        return [(slot.task, slot.time_limit) for slot in self._slots]
 
     def reset(self, seeds: np.ndarray) -> Observation:
         """Resets all, `[n]` seeds -> stacked observations."""
@@ -233,14 +261,13 @@ def _become_worker() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
-def _worker(pipe: Connection, others: list[Connection], env_cfg: EnvConfig, tasks: list[str | None]) -> None:
+def _worker(pipe: Connection, others: list[Connection], *made_of: Any) -> None:
     """A worker's life: answer every request with `(result, None)` or `(None, message)` until the pipe closes.
 
     Args:
         pipe: This worker's end.
         others: Ends that a fork copied and that must not keep other pipes open.
-        env_cfg: Which environments to make.
-        tasks: One entry for each environment of this worker.
+        made_of: Arguments of its `_Pool`.
     """
     for other in others:
         other.close()
@@ -252,7 +279,7 @@ def _worker(pipe: Connection, others: list[Connection], env_cfg: EnvConfig, task
             if name == "close":
                 break
             try:
-                pool = pool or _Pool(env_cfg, tasks)
+                pool = pool or _Pool(*made_of)
                 pipe.send((getattr(pool, name)(*arguments), None))
             except Exception as error:
                 pipe.send((None, f"{type(error).__name__}: {error}"))
@@ -339,6 +366,12 @@ class ChunkedVectorEnv:
         step_timeout: Seconds a chunk may take before the worker counts as stuck.
         first: Number of the first environment where several vectors share the tasks: they are dealt from there on.
         per_task: How many neighbouring environments get the same task.
+        reward: `environment`, or `success`: 1 for a step that reports success, else 0.
+
+    Attributes:
+        tasks: Task text of each environment.
+        time_limits: Steps after which its episodes are truncated, `[N]` int64: the smaller one of the configuration's
+            (`episode_length`) and the environment's own; 0 is never.
 
     Raises:
         ValueError: N < 1 or W < 0.
@@ -353,6 +386,7 @@ class ChunkedVectorEnv:
         step_timeout: float = STEP_TIMEOUT,
         first: int = 0,
         per_task: int = 1,
+        reward: str = "environment",
     ) -> None:
         if num_envs < 1 or num_workers < 0:
             raise ValueError(
@@ -363,15 +397,17 @@ class ChunkedVectorEnv:
         self._workers: list[_Worker] = []
         self._local: _Pool | None = None
         self._pending: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        dealt = _dealt_tasks(env_cfg, first, num_envs, per_task)
+        places = [number // per_task for number in range(first, first + num_envs)]
         if num_workers == 0:
-            self._local = _Pool(env_cfg, dealt)
-            self.tasks = self._local.tasks()
-            return
-        self._start(env_cfg, dealt, min(num_workers, num_envs))
-        self.tasks = [text for part in self._gather("tasks", START_TIMEOUT) for text in part]
+            self._local = _Pool(env_cfg, places, reward)
+            described = self._local.described()
+        else:
+            self._start(env_cfg, places, reward, min(num_workers, num_envs))
+            described = [one for part in self._gather("described", START_TIMEOUT) for one in part]
+        self.tasks = [task for task, _ in described]
+        self.time_limits = np.array([limit for _, limit in described], dtype=np.int64)
 
-    def _start(self, env_cfg: EnvConfig, dealt: list[str | None], num_workers: int) -> None:
+    def _start(self, env_cfg: EnvConfig, places: list[int], reward: str, num_workers: int) -> None:
         forks = sys.platform == "linux"
         context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
         bounds = np.linspace(0, self.num_envs, num_workers + 1).astype(int)
@@ -379,7 +415,7 @@ class ChunkedVectorEnv:
             here, there = context.Pipe()
             inherited = [here, *(worker.pipe for worker in self._workers)] if forks else []
             process = context.Process(
-                target=_worker, args=(there, inherited, env_cfg, dealt[start:stop]), daemon=True
+                target=_worker, args=(there, inherited, env_cfg, places[start:stop], reward), daemon=True
             )
             process.start()
             there.close()

@@ -4,19 +4,46 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.envs import (
     EnvConfig,
     env_to_policy_features,
     make_env_pre_post_processors,
     preprocess_observation,
 )
+from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
+from ..errors import config_error
 from .environments import Observation, nested
 from .wire import TensorField
 
 Processor = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def offered_features(
+    env_cfg: EnvConfig, policy_cfg: Any, renamed: Mapping[str, str]
+) -> dict[str, PolicyFeature]:
+    """What an environment gives and takes, behind its own processors, under the policy's names.
+
+    Args:
+        env_cfg: The environment.
+        policy_cfg: The policy's configuration, by which LeRobot chooses the processors.
+        renamed: The policy's names of the environment's features, where they differ.
+    """
+    own = env_to_policy_features(env_cfg)
+    action = {key: feature for key, feature in own.items() if feature.type is FeatureType.ACTION}
+    kinds = {
+        PipelineFeatureType.ACTION: action,
+        PipelineFeatureType.OBSERVATION: {k: f for k, f in own.items() if k not in action},
+    }
+    preprocessor, _ = make_env_pre_post_processors(env_cfg, policy_cfg)
+    # LIBERO's step files the state under a kind of its own, so all kinds are taken.
+    processed = {k: f for kind in preprocessor.transform_features(kinds).values() for k, f in kind.items()}
+    if OBS_STATE in processed:
+        # It also leaves the parts there that it has joined to that state.
+        processed = {k: f for k, f in processed.items() if not k.startswith(f"{OBS_STATE}.")}
+    return {renamed.get(key, key): feature for key, feature in processed.items()}
 
 
 class ObservationPath:
@@ -42,9 +69,7 @@ class ObservationPath:
             renamed: The policy's names of the environment's features, where they differ.
         """
         self._features, self._renamed = features, renamed or {}
-        self._offered = {
-            self._renamed.get(key, key): feature for key, feature in env_to_policy_features(env_cfg).items()
-        }
+        self._offered = offered_features(env_cfg, policy_cfg, self._renamed)
         self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
 
     def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
@@ -52,6 +77,7 @@ class ObservationPath:
 
         Raises:
             KeyError: If the environment lacks one of the policy's input features.
+            ConfigError: If its pictures are not of the size that its configuration says.
         """
         observation: dict[str, Any] = preprocess_observation(nested(raw))
         observation = self._env_preprocessor(observation | {"task": tasks})
@@ -59,7 +85,19 @@ class ObservationPath:
         missing = sorted(self._features.keys() - observation.keys())
         if missing:
             raise KeyError(f"the environment does not give {missing}, which the policy reads")
-        return {key: observation[key] for key in self._features}
+        found = {key: observation[key] for key in self._features}
+        for key, field in self.wire_fields().items():
+            self._check_size(key, tuple(found[key].shape[1:]), field.shape)
+        return found
+
+    def _check_size(self, key: str, given: tuple[int, ...], stated: tuple[int, ...]) -> None:
+        """Compares a picture with the configuration, by which the learner knows its size."""
+        if self._is_image(key) and given != stated:
+            raise config_error(
+                "env.features",
+                f"says {key!r} is {stated}, but the environment gives {given}; set env.observation_height and "
+                f"env.observation_width, or env.features, to what it gives",
+            )
 
     def pack(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images `[0, 1]` to uint8, everything else to float32, on the CPU."""

@@ -14,7 +14,7 @@ import torch
 from lerobot.configs import FeatureType, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.utils import INFO_PATH
-from lerobot.envs import EnvConfig, env_to_policy_features
+from lerobot.envs import EnvConfig
 from lerobot.envs.configs import LiberoEnv
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
@@ -29,7 +29,7 @@ from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .checkpoint import find_last, verify
-from .observations import ObservationPath
+from .observations import ObservationPath, offered_features
 from .wire import WireSpec
 
 # Settings of an environment that do not change what it does.
@@ -206,6 +206,9 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     """
     policy_cfg, _, env_cfg = parts(cfg)
     check_checkpoint(policy_cfg.pretrained_path)
+    if not policy_cfg.input_features:
+        offered = offered_features(env_cfg, policy_cfg, cfg.rename_map)
+        policy_cfg.input_features = {k: f for k, f in offered.items() if f.type != FeatureType.ACTION}
     check_features(policy_cfg, env_cfg, cfg.rename_map)
     torch.manual_seed(cfg.seed or 0)
     # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
@@ -255,7 +258,7 @@ def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: Mapping[
             "LeRobot's processors between LIBERO and X-VLA normalise pictures before they can cross the wire, and are "
             "not supported; take another environment, or another base",
         )
-    offered = {renamed.get(key, key): value for key, value in env_to_policy_features(env_cfg).items()}
+    offered = offered_features(env_cfg, policy_cfg, renamed)
     wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
     for key, feature in wanted.items():
         if key not in offered:
@@ -302,6 +305,7 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
             "collection": {
                 "num_envs": algorithm.collection.num_envs,
                 "decisions": algorithm.collection.decisions,
+                "reward": algorithm.collection.reward,
                 "group_size": algorithm.collection.group_size,
                 "max_staleness": algorithm.collection.max_staleness,
             }
