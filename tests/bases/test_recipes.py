@@ -5,7 +5,7 @@ environment, its configuration and its processors included, is the real thing.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -125,7 +125,7 @@ class Suite:
 
 
 @pytest.fixture
-def libero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def libero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Puts the small simulator where LeRobot imports LIBERO from."""
     starts = np.zeros((50, 3))
     starts[:, 0] = np.arange(50) / 100
