@@ -73,7 +73,7 @@ class Actor:
         policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         self._stop, self._collection = stop, algorithm_cfg.collection
         # First of all, because it forks: no thread of gRPC or torch may run yet.
-        groups = make_groups(env_cfg, self._collection)
+        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu")
         own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
         # Where the policy is validated.
         self._eval_groups = own or groups
@@ -159,7 +159,10 @@ class Actor:
         if self._collection.group_size > 1:
             self._collector.restart(version, part)
         collected = self._collector.collect(version, part)
-        told: dict[str, Scalar] = {"kind": "collection", "version": version, "part": part, "latency": latency}
+        quota: dict[str, Scalar] = {"version": version, "part": part}
+        if collected.control is not None:
+            self._client.send_interaction({"kind": "control", **quota, **asdict(collected.control)})
+        told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency}
         self._client.send_interaction({**told, **asdict(collected.statistics)})
         header = RolloutHeader(self._collection.actor_id, version, part)
         self._client.send_decisions(encode_decisions(collected.decisions, header))

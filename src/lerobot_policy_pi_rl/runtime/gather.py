@@ -4,13 +4,14 @@ import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from threading import Event
 
 import torch
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
+from .control import ControlStatistics
 from .service import ActorEvent, PIRLLearnerService, Received
 from .wire import Scalar, WireError, WireSpec, decode_decisions, decode_interaction, finite_rows
 
@@ -29,6 +30,7 @@ DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "mal
 STATISTICS = {
     "collection": ("episodes", "successes", "return_sum", "length_sum", "seconds", "latency"),
     "evaluation": ("episodes", "successes"),
+    "control": tuple(field.name for field in fields(ControlStatistics)),
 }
 
 
@@ -48,12 +50,14 @@ class Gathered:
         decisions: Of all actors, made by the wanted version or by one that is not too old.
         collections: Statistics of each actor's collection.
         evaluations: Statistics of each actor's share of an evaluation of this version.
+        control: Statistics of how each actor's robot was controlled; none in plain simulation.
         seconds: How long the learner waited for all this.
     """
 
     decisions: DecisionBatch
     collections: list[dict[str, Scalar]]
     evaluations: list[dict[str, Scalar]]
+    control: list[dict[str, Scalar]]
     seconds: float
 
 
@@ -160,10 +164,12 @@ class Gatherer:
             patience = EVALUATION_S if self._collection.max_staleness else STATISTICS_S
             self._wait_for_statistics("evaluation", self._everybody(version), patience)
         collections = self._pop_statistics("collection", iteration.quotas)
+        # Sent before those of the collection, so they are there by now.
+        control = self._pop_statistics("control", iteration.quotas)
         evaluations = self._pop_evaluations(version)
         self._forget_statistics(version)
         decisions = DecisionBatch.concatenate(iteration.batches)
-        return Gathered(decisions, collections, evaluations, time.monotonic() - began)
+        return Gathered(decisions, collections, evaluations, control, time.monotonic() - began)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.

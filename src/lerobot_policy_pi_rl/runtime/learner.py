@@ -20,7 +20,7 @@ from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .demonstrations import DemonstrationSource
 from .findings import FirstLook
-from .gather import Gathered, Gatherer, Stopped
+from .gather import STATISTICS, Gathered, Gatherer, Stopped
 from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
@@ -372,6 +372,7 @@ class Learner:
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
             **rollout_metrics(gathered, progress.version - 1),
+            **control_metrics(gathered.control),
             **learning_metrics(stats),
             "progress/env_steps": progress.env_steps,
             "progress/decisions": progress.decisions,
@@ -412,6 +413,22 @@ def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
         metrics["rollout/return"] = total(gathered.collections, "return_sum") / episodes
         metrics["rollout/episode_length"] = total(gathered.collections, "length_sum") / episodes
     return metrics
+
+
+def control_metrics(control: list[dict[str, Scalar]]) -> dict[str, float]:
+    """How robots were controlled during a collection; nothing without robots."""
+    if not control:
+        return {}
+    sums = {name: total(control, name) for name in STATISTICS["control"]}
+    steps = sums["steps"] + sums["person_steps"]
+    return {
+        "control/step_hz": sums["intervals"] / max(sums["seconds"], 1e-9),
+        "control/policy_hz": sums["decisions"] / max(sums["thinking_seconds"], 1e-9),
+        "control/overruns": sums["overruns"] / max(sums["intervals"], 1),
+        "control/dropped_frames": sums["dropped_frames"],
+        "control/interventions": sums["interventions"],
+        "control/intervention_rate": sums["person_steps"] / max(steps, 1),
+    }
 
 
 def learning_metrics(stats: TrainingStats) -> dict[str, Any]:

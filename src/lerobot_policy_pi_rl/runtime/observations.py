@@ -14,6 +14,7 @@ from lerobot.envs import (
 from torch import Tensor
 
 from .environments import Observation, nested
+from .robots import is_robot
 from .wire import TensorField
 
 Processor = Callable[[dict[str, Any]], dict[str, Any]]
@@ -23,7 +24,7 @@ class ObservationPath:
     """The path of an observation, the same for actor and learner.
 
     Raw observations become LeRobot's keys exactly as in `lerobot-eval`; images are packed to uint8 for the wire and
-    unpacked to the same floats on the other side.
+    unpacked to the same floats on the other side. A robot's environment gives LeRobot's keys by itself, packed already.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ObservationPath:
             self._renamed.get(key, key): feature for key, feature in env_to_policy_features(env_cfg).items()
         }
         self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
+        self._packed = is_robot(env_cfg)
 
     def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
         """Converts raw observations of N environments to LeRobot's keys, floats, `[N, ...]`.
@@ -53,13 +55,18 @@ class ObservationPath:
         Raises:
             KeyError: If the environment lacks one of the policy's input features.
         """
-        observation: dict[str, Any] = preprocess_observation(nested(raw))
-        observation = self._env_preprocessor(observation | {"task": tasks})
+        observation: dict[str, Any]
+        if self._packed:
+            observation = {key: torch.from_numpy(value) for key, value in raw.items()}
+        else:
+            observation = preprocess_observation(nested(raw))
+            observation = self._env_preprocessor(observation | {"task": tasks})
         observation = {self._renamed.get(key, key): value for key, value in observation.items()}
         missing = sorted(self._features.keys() - observation.keys())
         if missing:
             raise KeyError(f"the environment does not give {missing}, which the policy reads")
-        return {key: observation[key] for key in self._features}
+        observation = {key: observation[key] for key in self._features}
+        return self.unpack(observation) if self._packed else observation
 
     def pack(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images `[0, 1]` to uint8, everything else to float32, on the CPU."""
