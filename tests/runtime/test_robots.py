@@ -22,14 +22,17 @@ from lerobot.envs.configs import (
     RewardClassifierConfig,
 )
 from lerobot.rl import gym_manipulator
+from lerobot.robots.so_follower import SOFollowerRobotConfig
 
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.environments import ChunkStep, EnvironmentFailed
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 
 STAND_IN = Path(__file__).parent / "stand_in"
+RECIPE = Path(__file__).parents[2] / "recipes/so101_gym_manipulator.json"
 CAMERA = "observation.images.front"
 FEATURES = {
     "action": PolicyFeature(FeatureType.ACTION, (4,)),
@@ -338,7 +341,7 @@ def robot_arguments(script: str, *more: str) -> list[str]:
 
 
 def test_a_collection_holds_only_what_the_policy_did(make_collector: Callable[..., Collector]) -> None:
-    collector = make_collector(*robot_arguments("......ii......." + "i" + "." * 20))
+    collector = make_collector(*robot_arguments("......ii......." + "i" + "." * 200))
     collector.restart(0)
     collected = collector.collect(0)
     batch = collected.decisions
@@ -350,6 +353,12 @@ def test_a_collection_holds_only_what_the_policy_did(make_collector: Callable[..
     assert collected.control is not None
     assert collected.control.steps == batch.steps
     assert collected.control.interventions == 2
+    assert collected.demonstrations is not None
+    # Two steps and one, as the person's numbers say.
+    torch.testing.assert_close(collected.demonstrations.action[:, 0], torch.tensor([0.006, 0.007, 0.015]))
+    assert collected.demonstrations.last.tolist() == [False, True, True]
+    assert collected.demonstrations.observation[CAMERA].dtype == torch.uint8
+    assert collector.collect(1).demonstrations is None
 
 
 def test_a_decision_that_was_never_begun_is_not_sent(make_collector: Callable[..., Collector]) -> None:
@@ -418,6 +427,60 @@ def test_episodes_of_the_simulation_begin_where_their_seed_says(
     assert not torch.equal(starts[0][0], starts[0][1])
 
 
+class Kinematics:
+    """Stands in for the solver: the first three joints are the place of the gripper's frame, in centimetres."""
+
+    def __init__(self, **settings: Any) -> None:
+        pass
+
+    def forward_kinematics(self, joints: np.ndarray) -> np.ndarray:
+        pose = np.eye(4)
+        pose[:3, 3] = joints[:3] / 100
+        return pose
+
+    def inverse_kinematics(self, joints: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        return np.concatenate([pose[:3, 3] * 100, joints[3:]])
+
+
+def test_the_recipe_for_an_so101_drives_a_robot_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the devices, the solver and the pose for a reset, which needs a motor bus."""
+    plugin = importlib.import_module("lerobot_robot_scripted")
+    monkeypatch.setattr(gym_manipulator, "RobotKinematics", Kinematics)
+    recipe = json.loads(RECIPE.read_text())
+    del recipe["policy"]["path"]
+    cfg = draccus.decode(PIRLTrainConfig, recipe | {"policy": recipe["policy"] | {"type": "pi_rl"}})
+    assert isinstance(cfg.env.robot, SOFollowerRobotConfig)
+    assert cfg.env.teleop.type == "gamepad"
+    PIRLTrainConfig._check_robot(cfg.algorithm, cfg.env)
+    bus = cfg.env.robot
+    motors = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+    cfg.env.robot = plugin.ScriptedConfig(motors=motors, views=tuple(bus.cameras))
+    cfg.env.teleop = plugin.ScriptedTeleopConfig(script="..i.")
+    cfg.env.processor.reset.fixed_reset_joint_positions = None
+    cfg.env.fps = FPS
+    robot = RobotVector(cfg.env)
+    try:
+        seen = robot.reset(np.zeros(1))
+        assert {key: value.shape[1:] for key, value in seen.items()} == {
+            key: tuple(feature.shape) for key, feature in cfg.env.features.items() if key != "action"
+        }
+        # From a place within the bounds, along x, with a gripper that stays; nine is far out of the range.
+        robot._env.robot.place.update(shoulder_pan=20.0, shoulder_lift=0.0, elbow_flex=10.0)
+        robot._env._get_observation()
+        robot._env._raw_joint_positions = {
+            f"{name}.pos": place for name, place in robot._env.robot.place.items()
+        }
+        chunk = np.tile(np.array([9.0, 0, 0, 1], np.float32), (1, 3, 1))
+        robot.send(chunk, np.ones(1, dtype=np.int64))
+        outcome = robot.receive()
+        assert outcome.executed.tolist() == [2]
+        # Two steps of two centimetres, then the person's, and one without any.
+        np.testing.assert_allclose(commands(robot)[:2], [22, 24], atol=1e-4)
+        assert len(commands(robot)) == 4
+    finally:
+        robot.close()
+
+
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
@@ -449,14 +512,25 @@ def test_the_settings_of_a_robot_can_be_saved(make_cfg: Callable[..., Any]) -> N
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["robot", "simulation"])
-def test_a_run_trains(make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_run_trains_and_learns_from_the_person(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With no data set: there is nothing to imitate but what the person does."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
     arguments = {
         "robot": robot_arguments("......ii....s", "--env.processor.reset.control_time_s=60"),
         "simulation": SIMULATION,
     }[kind]
-    run = make_run(*arguments, "--steps=2", "--save_freq=0", "--algorithm.collection.decisions=8")
-    command = run.train(without=("--env.episode_length", "--env.reward"))
+    run = make_run(
+        *arguments,
+        "--steps=2",
+        "--save_freq=0",
+        "--algorithm.collection.decisions=8",
+        "--algorithm.critic_warmup=0",
+        "--algorithm.demonstration_weight=0.1",
+    )
+    without = ("--env.episode_length", "--env.reward")
+    command = run.train(without=without)
     assert command.wait(200) == 0, command.shown
     assert command.errors() == []
     rows = run.rows()
@@ -467,4 +541,9 @@ def test_a_run_trains(make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPa
         assert 0 < row["control/intervention_rate"] < 1
         assert 0 < row["control/step_hz"] <= FPS
         assert row["control/policy_hz"] > 0
-    assert (run.checkpoint() / "pretrained_model/model.safetensors").is_file()
+        assert row["loss/supervised"] > 0
+    assert 0 < rows[0]["control/demonstrations"] < rows[1]["control/demonstrations"]
+    again = run.train("--steps=3", "--resume=true", without=without)
+    assert again.wait(200) == 0, again.shown
+    assert f"Found {int(rows[1]['control/demonstrations'])} steps of interventions" in run.log("learner")
+    assert run.rows()[2]["control/demonstrations"] > rows[1]["control/demonstrations"]

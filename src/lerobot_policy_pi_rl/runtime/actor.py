@@ -13,7 +13,15 @@ from .collector import Collector, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
-from .wire import RolloutHeader, Scalar, Weights, WeightsHeader, encode_decisions
+from .wire import (
+    MAX_DEMONSTRATION_ROWS,
+    RolloutHeader,
+    Scalar,
+    Weights,
+    WeightsHeader,
+    encode_decisions,
+    encode_demonstrations,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +172,10 @@ class Actor:
             self._client.send_interaction({"kind": "control", **quota, **asdict(collected.control)})
         told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency}
         self._client.send_interaction({**told, **asdict(collected.statistics)})
+        if collected.demonstrations is not None:
+            # Before the decisions, so that the learner has them for the same iteration.
+            for some in collected.demonstrations.split(MAX_DEMONSTRATION_ROWS):
+                self._client.send_decisions(encode_demonstrations(some))
         header = RolloutHeader(self._collection.actor_id, version, part)
         self._client.send_decisions(encode_decisions(collected.decisions, header))
 

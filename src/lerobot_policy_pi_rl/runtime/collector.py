@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
+from ..algorithm.demonstrations import DemonstrationBatch
 from ..flow.sampler import Sample
 from .control import ControlStatistics
 from .environments import ChunkedVectorEnv, ChunkStep, Observation, Vector, first_ready
@@ -54,11 +55,13 @@ class Collected:
         decisions: The policy's.
         statistics: Of the episodes.
         control: How a robot was controlled; None in plain simulation.
+        demonstrations: What people did since the quota before, validation included; None if they did nothing.
     """
 
     decisions: DecisionBatch
     statistics: EpisodeStatistics
     control: ControlStatistics | None
+    demonstrations: DemonstrationBatch | None
 
 
 @dataclass(frozen=True)
@@ -280,12 +283,22 @@ class Collector:
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,
         )
-        return Collected(decisions, statistics, self._take_control())
-
-    def _take_control(self) -> ControlStatistics | None:
-        """How the robot was controlled, if there is one: it is the only environment then."""
+        # A robot is the only environment of its actor.
         envs = self._groups[0].envs
-        return envs.take_statistics() if isinstance(envs, RobotVector) else None
+        if not isinstance(envs, RobotVector):
+            return Collected(decisions, statistics, None, None)
+        return Collected(decisions, statistics, envs.take_statistics(), self._demonstrations(envs))
+
+    def _demonstrations(self, robot: RobotVector) -> DemonstrationBatch | None:
+        """What people did, as it crosses the wire."""
+        path, parts = self._player.path, []
+        for intervention in robot.take_interventions():
+            count = len(intervention.action)
+            last, tasks = torch.zeros(count, dtype=torch.bool), robot.tasks * count
+            last[-1] = True
+            observation = path.pack(path.from_environment(intervention.observation, tasks))
+            parts.append(DemonstrationBatch(observation, tasks, torch.from_numpy(intervention.action), last))
+        return DemonstrationBatch.concatenate(parts) if parts else None
 
     def _steps(self) -> Iterator[tuple[int, _Step]]:
         """Yields every decision of every group, thinking for one while the other ones' workers act."""

@@ -11,9 +11,21 @@ import torch
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
+from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .service import ActorEvent, PIRLLearnerService, Received
-from .wire import Scalar, WireError, WireSpec, decode_decisions, decode_interaction, finite_rows
+from .wire import (
+    DEMONSTRATIONS,
+    Rollout,
+    Scalar,
+    WireError,
+    WireSpec,
+    decode_decisions,
+    decode_demonstrations,
+    decode_interaction,
+    finite_rows,
+    kind_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +64,7 @@ class Gathered:
         evaluations: Statistics of each actor's share of an evaluation of this version.
         control: Statistics of how each actor's robot was controlled; none in plain simulation.
         seconds: How long the learner waited for all this.
+        demonstrations: What people did meanwhile, in the order in which it came.
     """
 
     decisions: DecisionBatch
@@ -59,6 +72,7 @@ class Gathered:
     evaluations: list[dict[str, Scalar]]
     control: list[dict[str, Scalar]]
     seconds: float
+    demonstrations: list[DemonstrationBatch]
 
 
 @dataclass(frozen=True)
@@ -109,6 +123,7 @@ class Gatherer:
         self._seen: set[_Quota] = set()
         # Quotas for the iterations to come, by actor, in the order in which they came.
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
+        self._demonstrations: list[DemonstrationBatch] = []
         self._oldest = 0
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
@@ -169,7 +184,9 @@ class Gatherer:
         evaluations = self._pop_evaluations(version)
         self._forget_statistics(version)
         decisions = DecisionBatch.concatenate(iteration.batches)
-        return Gathered(decisions, collections, evaluations, control, time.monotonic() - began)
+        demonstrations, self._demonstrations = self._demonstrations, []
+        seconds = time.monotonic() - began
+        return Gathered(decisions, collections, evaluations, control, seconds, demonstrations)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -230,14 +247,21 @@ class Gatherer:
         )
 
     def _take(self, message: Received, iteration: _Iteration) -> None:
-        """Decodes a message of decisions and keeps what can be learned from."""
+        """Decodes a message of decisions, or of demonstrations, and keeps what can be learned from."""
         try:
+            if kind_of(message.payload) == DEMONSTRATIONS:
+                self._demonstrations.append(decode_demonstrations(message.payload, self._spec))
+                return
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
         except WireError as error:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
+        self._take_quota(message, rollout, iteration)
+
+    def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
+        """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
         quota = _Quota(message.actor, rollout.header.version, rollout.header.part)
         if not self._oldest <= quota.version <= iteration.version:
             self.dropped["stale_decisions"] += len(rollout.decisions)

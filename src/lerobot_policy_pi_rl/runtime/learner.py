@@ -14,18 +14,21 @@ from lerobot.rl.algorithms.configs import TrainingStats
 from lerobot.rl.algorithms.factory import make_algorithm
 from lerobot.rl.trainer import RLTrainer
 from lerobot.utils.random_utils import set_seed
+from torch import Tensor
 
-from ..algorithm.pi_rl import PIRLAlgorithm
+from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .demonstrations import DemonstrationSource
 from .findings import FirstLook
 from .gather import STATISTICS, Gathered, Gatherer, Stopped
 from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
+from .interventions import InterventionStore, either
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
+from .robots import is_robot
 from .service import LearnerServer, PIRLLearnerService
-from .wire import Scalar, WeightsHeader, encode_weights
+from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ class Learner:
             cfg: Validated configuration.
             stop: Set from outside to stop at the next opportunity, with a checkpoint.
         """
-        policy_cfg, algorithm_cfg, _ = parts(cfg)
+        policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         set_seed(cfg.seed or 0)
         self._threads = torch.get_num_threads()
         self._asynchronous = algorithm_cfg.collection.max_staleness > 0
@@ -114,8 +117,10 @@ class Learner:
         assert isinstance(algorithm, PIRLAlgorithm)
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
+        spec = wire_spec(cfg, self._player)
+        self._interventions = self._open_interventions(spec) if is_robot(env_cfg) else None
         if algorithm_cfg.demonstration_weight > 0:
-            self._algorithm.demonstrations = DemonstrationSource(cfg, self._player)
+            self._algorithm.demonstrations = self._sources()
         self._rollouts = Rollouts()
         checkpoint.remove_unfinished(self._output_dir)
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
@@ -129,12 +134,28 @@ class Learner:
             INBOX_CAPACITY,
         )
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port)
-        spec = wire_spec(cfg, self._player)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
         self._pushed_bytes = 0
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
         self._stopped_by: str | None = None
+
+    def _open_interventions(self, spec: WireSpec) -> InterventionStore:
+        """What people do on the robots."""
+        player = self._player
+
+        def prepare(
+            observation: dict[str, Tensor], task: list[str], actions: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
+            batch = player.preprocessor({**player.path.unpack(observation), **actions, "task": task})
+            return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+
+        return InterventionStore(self._output_dir, spec, self._config.intervention_capacity, prepare)
+
+    def _sources(self) -> Demonstrations:
+        """Where demonstrations come from: the data set and what people do, each as often where both are there."""
+        dataset = DemonstrationSource(self._cfg, self._player) if self._cfg.dataset is not None else None
+        return either([source for source in (dataset, self._interventions) if source is not None])
 
     def run(self) -> None:
         """Trains until the step budget is used up, the policy is good enough, or `stop` is set.
@@ -179,6 +200,9 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
+        if self._interventions is not None:
+            for shown in gathered.demonstrations:
+                self._interventions.add(shown)
         if self._consider_best(version, gathered.evaluations):
             self._roll_back(gathered)
             return
@@ -391,6 +415,8 @@ class Learner:
             "actors/left": self._gatherer.actors_left,
             **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
         }
+        if self._interventions is not None:
+            row["control/demonstrations"] = len(self._interventions)
         self._metrics.write(progress.version, row)
 
 

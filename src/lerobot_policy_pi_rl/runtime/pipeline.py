@@ -90,9 +90,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
         """Checks what the algorithm needs of the rest."""
-        if isinstance(env, HILSerlRobotEnvConfig):
+        robot = isinstance(env, HILSerlRobotEnvConfig)
+        if robot:
             self._check_robot(algorithm, env)
-        if algorithm.demonstration_weight > 0 and self.dataset is None:
+        # On a robot, people may show what to do while it learns.
+        if algorithm.demonstration_weight > 0 and self.dataset is None and not robot:
             raise config_error(
                 "dataset.repo_id",
                 "is missing; algorithm.demonstration_weight needs demonstrations to train on",

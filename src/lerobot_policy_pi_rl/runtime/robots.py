@@ -227,16 +227,26 @@ class RobotVector:
     def _hold(self, last: np.ndarray) -> Tensor:
         """The action `[A]` that is executed when a person lets go: nothing has been decided yet, so do not move.
 
-        LeRobot's robots with inverse kinematics and its simulation take displacements, with a gripper that 1 leaves as
-        it is. Others take positions, of which the last one is repeated.
+        Of positions the last one is repeated; a displacement is none, with a gripper that 1 leaves as it is.
         """
-        processor = self._cfg.processor
-        if self._cfg.name != SIMULATION and processor.inverse_kinematics is None:
+        if not self._displaces:
             return torch.from_numpy(last.copy())
-        action = torch.zeros(len(last))
-        if processor.gripper is None or processor.gripper.use_gripper:
+        action, gripper = torch.zeros(len(last)), self._cfg.processor.gripper
+        if gripper is None or gripper.use_gripper:
             action[-1] = 1.0
         return action
+
+    @property
+    def _displaces(self) -> bool:
+        """Actions are displacements (in LeRobot's simulation, and with inverse kinematics), not positions."""
+        return self._cfg.name == SIMULATION or self._cfg.processor.inverse_kinematics is not None
+
+    def _bounded(self, action: Tensor) -> Tensor:
+        """Displacements within their range: a policy that explores has no bounds, and a jump ends LeRobot's control."""
+        space = self._env.action_space
+        if not self._displaces or space.shape != tuple(action.shape):
+            return action
+        return action.clamp(torch.as_tensor(space.low), torch.as_tensor(space.high))
 
     def _step(self, action: Tensor) -> _Moment:
         """One step at its time."""
@@ -244,6 +254,7 @@ class RobotVector:
 
         self._clock.wait()
         with _failing("failed"):
+            action = self._bounded(action)
             self._transition = step_env_and_process_transition(
                 self._env, self._transition, action, self._env_processor, self._action_processor
             )

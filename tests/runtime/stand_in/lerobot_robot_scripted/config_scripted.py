@@ -9,8 +9,10 @@ from lerobot.teleoperators import TeleoperatorConfig
 @RobotConfig.register_subclass("scripted")
 @dataclass
 class ScriptedConfig(RobotConfig):
-    """Four motors that are at once where they are sent, and a camera that shows the first one's place."""
+    """Motors that are at once where they are sent, and cameras that show the first one's place."""
 
+    motors: tuple[str, ...] = ("x", "y", "z", "gripper")
+    views: tuple[str, ...] = ("front",)
     # The bus breaks down at this step; 0 is never.
     fails_at: int = 0
     # Seconds each command takes, in turn.

@@ -11,7 +11,6 @@ from lerobot.teleoperators.utils import TeleopEvents
 
 from .config_scripted import ScriptedConfig, ScriptedTeleopConfig
 
-MOTORS = ("x", "y", "z", "gripper")
 SIZE = 16
 
 
@@ -46,31 +45,34 @@ class Scripted(_Device, Robot):
 
     def __init__(self, config: ScriptedConfig) -> None:
         self.config, self.steps = config, 0
-        self.bus = SimpleNamespace(motors=dict.fromkeys(MOTORS))
-        self.cameras = {"front": None}
-        self.place = dict.fromkeys(MOTORS, 0.0)
+        self.bus = SimpleNamespace(motors=dict.fromkeys(config.motors))
+        self.cameras = dict.fromkeys(config.views)
+        self.place = dict.fromkeys(config.motors, 0.0)
         # Every command, in order.
         self.commands: list[list[float]] = []
 
     @property
     def observation_features(self) -> dict[str, Any]:
-        return {f"{name}.pos": float for name in MOTORS} | {"front": (SIZE, SIZE, 3)}
+        return {f"{name}.pos": float for name in self.place} | dict.fromkeys(self.cameras, (SIZE, SIZE, 3))
 
     @property
     def action_features(self) -> dict[str, Any]:
-        return {f"{name}.pos": float for name in MOTORS}
+        return {f"{name}.pos": float for name in self.place}
 
     def get_observation(self) -> dict[str, Any]:
-        picture = np.full((SIZE, SIZE, 3), np.clip(self.place["x"] * 100 + 100, 0, 255), np.uint8)
+        first = next(iter(self.place.values()))
+        picture = np.full((SIZE, SIZE, 3), np.clip(first * 100 + 100, 0, 255), np.uint8)
         picture[:, ::2] = 0
-        return {f"{name}.pos": place for name, place in self.place.items()} | {"front": picture}
+        return {f"{name}.pos": place for name, place in self.place.items()} | dict.fromkeys(
+            self.cameras, picture
+        )
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
         time.sleep(self.config.latency[self.steps % len(self.config.latency)])
         self.steps += 1
         if self.steps == self.config.fails_at:
             raise ConnectionError("the bus does not answer")
-        self.place = {name: float(action[f"{name}.pos"]) for name in MOTORS}
+        self.place = {name: float(action[f"{name}.pos"]) for name in self.place}
         self.commands.append(list(self.place.values()))
         return action
 
