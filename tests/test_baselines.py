@@ -72,7 +72,9 @@ class CountingEnvs:
         self._left = np.where(done, reset_seeds, self._left)
         now = {"agent_pos": self._left[:, None].astype(np.float32)}
         ones = np.ones(self.num_envs, dtype=np.int64)
-        return ChunkStep(success.astype(np.float32), ones, success, done & ~success, success, now, now)
+        return ChunkStep(
+            success.astype(np.float32), ones, success, done & ~success, success, now, now, np.zeros_like(done)
+        )
 
 
 def test_demonstrations_as_arrays(demonstrations):

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from threading import Event
 
 import pytest
@@ -14,11 +14,19 @@ from lerobot.utils.constants import OBS_STATE
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.control import ControlStatistics
 from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, Gathered, Gatherer, NothingUsable, Stopped
 from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
 from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo, Inbox, Received
-from lerobot_policy_pi_rl.runtime.wire import RolloutHeader, WireSpec, encode_decisions, encode_interaction
+from lerobot_policy_pi_rl.runtime.wire import (
+    RolloutHeader,
+    WireSpec,
+    encode_decisions,
+    encode_demonstrations,
+    encode_interaction,
+)
 
 VERSION, QUOTA, SOON = 7, 16, 20.0
 PLAIN = {
@@ -457,3 +465,34 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
     scene.deliver(0)
     gather(scene)
     assert not scene.gatherer._statistics
+
+
+# Robots
+
+
+def test_what_people_did_is_gathered_with_the_iteration_it_came_in(scene: Scene) -> None:
+    shown = DemonstrationBatch(
+        observation={OBS_STATE: torch.zeros(3, 2)},
+        task=["move right"] * 3,
+        action=torch.zeros(3, 2),
+        last=torch.tensor([False, False, True]),
+    )
+    scene.room.join(0)
+    scene.send_bytes(0, encode_demonstrations(shown))
+    scene.send_bytes(0, encode_demonstrations(replace(shown, action=torch.zeros(3, 5))))
+    scene.tell(0, "control", **asdict(ControlStatistics(steps=80)))
+    scene.deliver(0)
+    gathered = gather(scene)
+    assert [len(part) for part in gathered.demonstrations] == [3]
+    assert [values["steps"] for values in gathered.control] == [80]
+    assert len(gathered.decisions) == QUOTA
+    # The second one has actions of another robot.
+    assert scene.gatherer.dropped["malformed_messages"] == 1
+
+
+def test_statistics_of_control_are_numbers(scene: Scene) -> None:
+    scene.room.join(0)
+    scene.tell(0, "control", **asdict(ControlStatistics()) | {"overruns": "many"})
+    scene.deliver(0)
+    assert gather(scene).control == []
+    assert scene.room.rejected[0][1] == "malformed"

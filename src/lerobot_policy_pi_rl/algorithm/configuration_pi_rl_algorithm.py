@@ -124,10 +124,13 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     entropy_coef: float = 0.0
     # Weight of the divergence from the policy before reinforcement learning; 0 is off.
     kl_coef: float = 0.0
-    # Weight of the supervised loss on demonstrations (`dataset.repo_id`) in every step of the policy; 0 is off.
+    # Weight of the supervised loss on demonstrations (`dataset.repo_id`, and what people do on a robot during the run)
+    # in every step of the policy; 0 is off.
     demonstration_weight: float = 0.0
     # Demonstrated chunks per gradient step.
     demonstration_batch_size: int = 64
+    # Steps by people on a robot that are kept, on the disk and in memory; the oldest go first.
+    intervention_capacity: int = 20_000
 
     # Learning rate of the policy at the start.
     lr: float = 2e-4
@@ -226,7 +229,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"algorithm.{name}", f"must be between 0 and 1, got {value}")
-        for name in ("epochs", "minibatch_size", "demonstration_batch_size"):
+        for name in ("epochs", "minibatch_size", "demonstration_batch_size", "intervention_capacity"):
             value = getattr(self, name)
             check(value >= 1, f"algorithm.{name}", f"must be at least 1, got {value}")
         for name in (

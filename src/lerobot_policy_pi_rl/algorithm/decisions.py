@@ -11,8 +11,8 @@ from torch import Tensor
 class DecisionBatch:
     """N decisions of one or more environments; every tensor has N rows unless noted.
 
-    A decision ends after its chunk, or earlier when the episode ends inside the chunk. The observation
-    that follows it is the next decision's own observation, so it is carried here only for the rows that
+    A decision ends after its chunk, or earlier when the episode ends inside the chunk or a person takes over. The
+    observation that follows it is the next decision's own observation, so it is carried here only for the rows that
     have no successor in the rollout (the last decision of an environment) or whose successor belongs to
     another episode (a truncation, whose value bootstraps from its true last observation).
 
@@ -28,7 +28,7 @@ class DecisionBatch:
         reward: Sum of the rewards of the executed steps, `[N]`.
         executed: How many steps of the chunk were executed, `[N]` int64, between 1 and H.
         terminated: The episode ended in this decision by the task's own rules (success), `[N]` bool.
-        truncated: The episode was cut by the time limit in this decision, `[N]` bool.
+        truncated: The episode was cut by the time limit in this decision, or a person took over, `[N]` bool.
         success: The task was solved in this decision, `[N]` bool.
         version: Version of the weights that made the decision, `[N]` int64.
         env: Identifier of the environment, unique over all actors, `[N]` int64.

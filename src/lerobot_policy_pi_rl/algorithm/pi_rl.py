@@ -30,8 +30,9 @@ from .storage import Rollout, minibatches
 ROWS_AT_ONCE = 1024
 
 
-# A batch of demonstrations as the base's supervised loss reads it; how many rows is the argument.
-Demonstrations = Callable[[int], dict[str, Tensor]]
+# A batch of demonstrations as the base's supervised loss reads it, or None as long as there are none; how many rows is
+# the argument.
+Demonstrations = Callable[[int], dict[str, Tensor] | None]
 
 
 class RatioError(RuntimeError):
@@ -450,8 +451,8 @@ class PIRLAlgorithm(RLAlgorithm):
             part = material.batch.rows(micro)
             loss = self._policy_loss(material.contexts.rows(micro), part, averages, last_epoch)
             (loss * (len(micro) / len(rows))).backward()
-        if self.config.demonstration_weight > 0:
-            supervised = self._supervised_loss()
+        supervised = self._supervised_loss() if self.config.demonstration_weight > 0 else None
+        if supervised is not None:
             (self.config.demonstration_weight * supervised).backward()
             averages.add(supervised_loss=supervised)
         return self._step("policy", averages)
@@ -487,11 +488,12 @@ class PIRLAlgorithm(RLAlgorithm):
         per_step = kl_divergence(score.steps, part.reference, dims, correlation).sum(1)
         return executed_sum(per_step, part.executed).mean()
 
-    def _supervised_loss(self) -> Tensor:
-        """The base's own loss on a batch of demonstrations."""
+    def _supervised_loss(self) -> Tensor | None:
+        """The base's own loss on a batch of demonstrations; None as long as nobody has shown any."""
         if self.demonstrations is None:
             raise ValueError("algorithm.demonstration_weight is set and no demonstrations were given")
-        return self.policy.base.loss(self.demonstrations(self.config.demonstration_batch_size))
+        batch = self.demonstrations(self.config.demonstration_batch_size)
+        return None if batch is None else self.policy.base.loss(batch)
 
     def _critic_step(self, critic: Critic, part: CriticBatch, averages: Averages) -> int:
         config = self.config

@@ -14,7 +14,15 @@ from .collector import Collector, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
-from .wire import RolloutHeader, Scalar, Weights, WeightsHeader, encode_decisions
+from .wire import (
+    MAX_DEMONSTRATION_ROWS,
+    RolloutHeader,
+    Scalar,
+    Weights,
+    WeightsHeader,
+    encode_decisions,
+    encode_demonstrations,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +86,7 @@ class Actor:
         self._stop, self._collection = stop, algorithm_cfg.collection
         access = read_actor_access(algorithm_cfg.security)
         # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
-        groups = make_groups(env_cfg, self._collection)
+        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu")
         own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
         # Where the policy is validated.
         self._eval_groups = own or groups
@@ -165,8 +173,15 @@ class Actor:
         if self._collection.group_size > 1:
             self._collector.restart(version, part)
         collected = self._collector.collect(version, part)
-        told: dict[str, Scalar] = {"kind": "collection", "version": version, "part": part, "latency": latency}
+        quota: dict[str, Scalar] = {"version": version, "part": part}
+        if collected.control is not None:
+            self._client.send_interaction({"kind": "control", **quota, **asdict(collected.control)})
+        told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency}
         self._client.send_interaction({**told, **asdict(collected.statistics)})
+        if collected.demonstrations is not None:
+            # Before the decisions, so that the learner has them for the same iteration.
+            for some in collected.demonstrations.split(MAX_DEMONSTRATION_ROWS):
+                self._client.send_decisions(encode_demonstrations(some))
         header = RolloutHeader(self._collection.actor_id, version, part)
         self._client.send_decisions(encode_decisions(collected.decisions, header))
 

@@ -4,19 +4,23 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from lerobot.envs import EnvConfig
+from lerobot.envs.configs import HILSerlRobotEnvConfig
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
+from ..algorithm.demonstrations import DemonstrationBatch
 from ..flow.sampler import Sample
-from .environments import ChunkedVectorEnv, ChunkStep, Observation, first_ready
+from .control import ControlStatistics
+from .environments import ChunkedVectorEnv, ChunkStep, Observation, Vector, first_ready
 from .pipeline import Player
+from .robots import RobotVector
 from .seeds import TRAINING_SEEDS, stream, torch_seed
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
@@ -45,10 +49,19 @@ class EpisodeStatistics:
 
 @dataclass(frozen=True)
 class Collected:
-    """One actor's quota of one iteration."""
+    """One actor's quota of one iteration.
+
+    Attributes:
+        decisions: The policy's.
+        statistics: Of the episodes.
+        control: How a robot was controlled; None in plain simulation.
+        demonstrations: What people did since the quota before, validation included; None if they did nothing.
+    """
 
     decisions: DecisionBatch
     statistics: EpisodeStatistics
+    control: ControlStatistics | None
+    demonstrations: DemonstrationBatch | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,10 @@ class _Step:
     outcome: ChunkStep
     ended: _Ended
 
+    def cut(self) -> "_Step":
+        """The same, but with what came after it in a person's hands."""
+        return replace(self, outcome=replace(self.outcome, taken_over=~self.outcome.done))
+
 
 class Group:
     """Some of the environments, stepped together by their own workers.
@@ -86,6 +103,7 @@ class Group:
         num_workers: int,
         same_start: int,
         reward: str,
+        device: str = "cpu",
     ) -> None:
         """Starts the environments.
 
@@ -97,14 +115,19 @@ class Group:
             num_workers: Processes for them.
             same_start: How many neighbouring environments begin their episodes from the same starts.
             reward: As in `ChunkedVectorEnv`.
+            device: Where a robot's reward classifier computes.
         """
         self.number, self.first, self._same_start = number, first, same_start
         self._starts: list[np.random.Generator] = []
         # Seed of each environment's next episode.
         self.next_start = np.zeros(num_envs, dtype=np.int64)
-        self.envs = ChunkedVectorEnv(
-            env_cfg, num_envs, num_workers, first=first, per_task=same_start, reward=reward
-        )
+        self.envs: Vector
+        if isinstance(env_cfg, HILSerlRobotEnvConfig):
+            self.envs = RobotVector(env_cfg, device)
+        else:
+            self.envs = ChunkedVectorEnv(
+                env_cfg, num_envs, num_workers, first=first, per_task=same_start, reward=reward
+            )
         # Decisions after which a running episode is cut on demand, counted down; 0 is never.
         self._cut_after = np.zeros(num_envs, dtype=np.int64)
         self.raw: Observation = {}
@@ -158,12 +181,17 @@ class Group:
         return known
 
 
-def make_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
+def make_groups(env_cfg: EnvConfig, collection: CollectionConfig, device: str = "cpu") -> list[Group]:
     """Splits the environments into one group for each worker, or one for all without workers.
 
     It forks processes: call it before gRPC starts.
+
+    Args:
+        env_cfg: Which environments.
+        collection: How many, and how they are spread.
+        device: Where a robot's reward classifier computes.
     """
-    return _split(env_cfg, collection, collection.num_envs, collection.group_size)
+    return _split(env_cfg, collection, collection.num_envs, collection.group_size, device)
 
 
 def make_eval_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
@@ -171,13 +199,15 @@ def make_eval_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[G
     return _split(env_cfg, collection, collection.eval_envs, 1) if collection.eval_envs else []
 
 
-def _split(env_cfg: EnvConfig, collection: CollectionConfig, num_envs: int, same_start: int) -> list[Group]:
+def _split(
+    env_cfg: EnvConfig, collection: CollectionConfig, num_envs: int, same_start: int, device: str = "cpu"
+) -> list[Group]:
     first = collection.actor_id * num_envs
     count = max(1, min(collection.num_workers, num_envs))
     bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, number, first + start, stop - start, workers, same_start, collection.reward)
+        Group(env_cfg, number, first + start, stop - start, workers, same_start, collection.reward, device)
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 
@@ -236,13 +266,18 @@ class Collector:
                 torch_seed(self._seed, self.actor, version, number + part * len(self._groups))
             )
         steps: list[list[_Step]] = [[] for _ in self._groups]
+        ended: list[_Ended] = []
         for number, step in self._steps():
-            steps[number].append(step)
+            ended.append(step.ended)
+            if step.outcome.executed.any():
+                steps[number].append(step)
+            elif steps[number]:
+                # A person took over before anything of the decision was executed: it never happened.
+                steps[number][-1] = steps[number][-1].cut()
         decisions = DecisionBatch.concatenate(
             [self._join(group, part, version) for group, part in zip(self._groups, steps, strict=True)]
         )
         self._index += self._collection.decisions
-        ended = [step.ended for step in itertools.chain(*steps)]
         statistics = EpisodeStatistics(
             episodes=sum(len(part.returns) for part in ended),
             successes=sum(int(part.success.sum()) for part in ended),
@@ -251,7 +286,22 @@ class Collector:
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,
         )
-        return Collected(decisions, statistics)
+        # A robot is the only environment of its actor.
+        envs = self._groups[0].envs
+        if not isinstance(envs, RobotVector):
+            return Collected(decisions, statistics, None, None)
+        return Collected(decisions, statistics, envs.take_statistics(), self._demonstrations(envs))
+
+    def _demonstrations(self, robot: RobotVector) -> DemonstrationBatch | None:
+        """What people did, as it crosses the wire."""
+        path, parts = self._player.path, []
+        for intervention in robot.take_interventions():
+            count = len(intervention.action)
+            last, tasks = torch.zeros(count, dtype=torch.bool), robot.tasks * count
+            last[-1] = True
+            observation = path.pack(path.from_environment(intervention.observation, tasks))
+            parts.append(DemonstrationBatch(observation, tasks, torch.from_numpy(intervention.action), last))
+        return DemonstrationBatch.concatenate(parts) if parts else None
 
     def _steps(self) -> Iterator[tuple[int, _Step]]:
         """Yields every decision of every group, thinking for one while the other ones' workers act."""
@@ -264,7 +314,7 @@ class Collector:
             outcome = group.envs.receive()
             group.raw = outcome.observation
             ended = group.account(outcome)
-            left[number] -= 1
+            left[number] -= int(outcome.executed.any())
             if left[number]:
                 pending[number] = self._decide(group)
             yield number, _Step(*decided, outcome, ended)
@@ -290,8 +340,9 @@ class Collector:
         rows = torch.arange(count)
         outcome = {
             name: torch.from_numpy(np.concatenate([getattr(step.outcome, name) for step in steps]))
-            for name in ("reward", "executed", "terminated", "truncated", "success")
+            for name in ("reward", "executed", "terminated", "truncated", "success", "taken_over")
         }
+        outcome["truncated"] |= outcome.pop("taken_over")
         own_next = outcome["truncated"] | ((rows >= count - envs) & ~outcome["terminated"])
         return DecisionBatch(
             observation=_cat([step.observation for step in steps]),

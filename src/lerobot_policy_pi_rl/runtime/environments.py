@@ -13,11 +13,11 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import gymnasium as gym
 import numpy as np
@@ -47,12 +47,14 @@ class ChunkStep:
 
     Attributes:
         reward: Sum of the rewards of the executed steps, `[N]` float32.
-        executed: Executed steps of the chunk, `[N]` int64, between 1 and H.
+        executed: Executed steps of the chunk, `[N]` int64, between 1 and H; 0 where a person took over at once.
         terminated: The episode ended by the task's own rules, `[N]` bool.
         truncated: The episode was cut by the time limit or on demand, `[N]` bool.
-        success: The task was solved in this chunk, `[N]` bool.
+        success: The task was solved in this chunk, `[N]` bool; not where a person has helped in the episode.
         final_observation: What was seen after the last executed step, before any reset, `[N, ...]`.
         observation: What to act on next, `[N, ...]`: the first observation of the next episode where one ended.
+        taken_over: A person took over before the chunk was used up, `[N]` bool. They have let go since, or the episode
+            has ended in their hands, which counts as truncated.
     """
 
     reward: np.ndarray
@@ -62,6 +64,7 @@ class ChunkStep:
     success: np.ndarray
     final_observation: Observation
     observation: Observation
+    taken_over: np.ndarray
 
     @property
     def done(self) -> np.ndarray:
@@ -225,6 +228,7 @@ class _Pool:
             success=success.astype(bool),
             final_observation=_stack(list(finals)),
             observation=_stack(list(following)),
+            taken_over=np.zeros(len(finals), dtype=bool),
         )
 
     def close(self) -> None:
@@ -350,6 +354,30 @@ class _Worker:
             self.process.join()
         self.pipe.close()
         self.process.close()
+
+
+class Vector(Protocol):
+    """N environments that execute whole chunks, wherever they live."""
+
+    num_envs: int
+    tasks: list[str]
+    time_limits: np.ndarray
+
+    def reset(self, seeds: np.ndarray) -> Observation:
+        """Starts the episodes of N seeds; see `ChunkedVectorEnv`, also for the other methods."""
+
+    def send(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> None:
+        """Hands chunks out, `[N, H, A]`."""
+
+    def receive(self) -> ChunkStep:
+        """Waits for what they did."""
+
+    @property
+    def answers(self) -> list[Connection]:
+        """What to wait for before `receive`; nothing where it does the work itself."""
+
+    def close(self) -> None:
+        """Frees the environments."""
 
 
 class ChunkedVectorEnv:
@@ -528,7 +556,7 @@ class ChunkedVectorEnv:
         self.close()
 
 
-def first_ready(vectors: list[ChunkedVectorEnv], timeout: float = STEP_TIMEOUT) -> int:
+def first_ready(vectors: Sequence[Vector], timeout: float = STEP_TIMEOUT) -> int:
     """Number of a vector whose answer to `send` has begun to come; one without workers always has.
 
     Args:

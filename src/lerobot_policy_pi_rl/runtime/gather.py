@@ -4,15 +4,28 @@ import logging
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from threading import Event
 
 import torch
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
+from ..algorithm.demonstrations import DemonstrationBatch
+from .control import ControlStatistics
 from .service import ActorEvent, PIRLLearnerService, Received
-from .wire import Scalar, WireError, WireSpec, decode_decisions, decode_interaction, finite_rows
+from .wire import (
+    DEMONSTRATIONS,
+    Rollout,
+    Scalar,
+    WireError,
+    WireSpec,
+    decode_decisions,
+    decode_demonstrations,
+    decode_interaction,
+    finite_rows,
+    kind_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +42,7 @@ DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "mal
 STATISTICS = {
     "collection": ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
     "evaluation": ("episodes", "successes"),
+    "control": tuple(field.name for field in fields(ControlStatistics)),
 }
 
 
@@ -48,13 +62,17 @@ class Gathered:
         decisions: Of all actors, made by the wanted version or by one that is not too old.
         collections: Statistics of each actor's collection, with its number as `actor`.
         evaluations: Statistics of each actor's share of an evaluation of this version.
+        control: Statistics of how each actor's robot was controlled; none in plain simulation.
         seconds: How long the learner waited for all this.
+        demonstrations: What people did meanwhile, in the order in which it came.
     """
 
     decisions: DecisionBatch
     collections: list[dict[str, Scalar]]
     evaluations: list[dict[str, Scalar]]
+    control: list[dict[str, Scalar]]
     seconds: float
+    demonstrations: list[DemonstrationBatch]
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,7 @@ class Gatherer:
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
         # Range of the versions that are of use.
         self._oldest = self._newest = 0
+        self._demonstrations: list[DemonstrationBatch] = []
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         # The newest quota of each actor: its version, and when it came, in seconds since the epoch.
@@ -168,9 +187,13 @@ class Gatherer:
             patience = EVALUATION_S if self._collection.max_staleness else STATISTICS_S
             self._wait_for_statistics("evaluation", self._everybody(version), patience)
         collections = self._pop_statistics("collection", iteration.quotas)
+        # Sent before those of the collection, so they are there by now.
+        control = self._pop_statistics("control", iteration.quotas)
         evaluations = self._pop_evaluations(version)
         self._forget_statistics()
-        return Gathered(iteration.decisions(), collections, evaluations, time.monotonic() - began)
+        demonstrations, self._demonstrations = self._demonstrations, []
+        seconds = time.monotonic() - began
+        return Gathered(iteration.decisions(), collections, evaluations, control, seconds, demonstrations)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -232,14 +255,21 @@ class Gatherer:
         )
 
     def _take(self, message: Received, iteration: _Iteration) -> None:
-        """Decodes a message of decisions and keeps what can be learned from."""
+        """Decodes a message of decisions, or of demonstrations, and keeps what can be learned from."""
         try:
+            if kind_of(message.payload) == DEMONSTRATIONS:
+                self._demonstrations.append(decode_demonstrations(message.payload, self._spec))
+                return
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
         except WireError as error:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
+        self._take_quota(message, rollout, iteration)
+
+    def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
+        """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
         quota = _Quota(message.actor, rollout.header.version, rollout.header.part)
         if not self._oldest <= quota.version <= iteration.version:
             self.dropped["stale_decisions"] += len(rollout.decisions)

@@ -16,20 +16,23 @@ from lerobot.rl.algorithms.factory import make_algorithm
 from lerobot.rl.trainer import RLTrainer
 from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
+from torch import Tensor
 
-from ..algorithm.pi_rl import PIRLAlgorithm
+from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .access import read_learner_access
 from .demonstrations import DemonstrationSource
 from .findings import FirstLook
-from .gather import Gathered, Gatherer, Stopped
+from .gather import STATISTICS, Gathered, Gatherer, Stopped
 from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
+from .interventions import InterventionStore, either
 from .limits import Limits
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
+from .robots import is_robot
 from .service import LearnerServer, PIRLLearnerService
-from .wire import Scalar, WeightsHeader, encode_weights
+from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +113,7 @@ class Learner:
         Raises:
             ConfigError: If the token or a certificate cannot be used, or the port would be open without a token.
         """
-        policy_cfg, algorithm_cfg, _ = parts(cfg)
+        policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         link = policy_cfg.actor_learner_config
         access = read_learner_access(algorithm_cfg.security, link.learner_host)
         set_seed(cfg.seed or 0)
@@ -124,8 +127,10 @@ class Learner:
         assert isinstance(algorithm, PIRLAlgorithm)
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
+        spec = wire_spec(cfg, self._player)
+        self._interventions = self._open_interventions(spec) if is_robot(env_cfg) else None
         if algorithm_cfg.demonstration_weight > 0:
-            self._algorithm.demonstrations = DemonstrationSource(cfg, self._player)
+            self._algorithm.demonstrations = self._sources()
         self._rollouts = Rollouts()
         checkpoint.remove_unfinished(self._output_dir)
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
@@ -153,6 +158,23 @@ class Learner:
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
         self._stopped_by: str | None = None
+
+    def _open_interventions(self, spec: WireSpec) -> InterventionStore:
+        """What people do on the robots."""
+        player = self._player
+
+        def prepare(
+            observation: dict[str, Tensor], task: list[str], actions: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
+            batch = player.preprocessor({**player.path.unpack(observation), **actions, "task": task})
+            return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+
+        return InterventionStore(self._output_dir, spec, self._config.intervention_capacity, prepare)
+
+    def _sources(self) -> Demonstrations:
+        """Where demonstrations come from: the data set and what people do, each as often where both are there."""
+        dataset = DemonstrationSource(self._cfg, self._player) if self._cfg.dataset is not None else None
+        return either([source for source in (dataset, self._interventions) if source is not None])
 
     def run(self) -> None:
         """Trains until the step budget is used up, the policy is good enough, or `stop` is set.
@@ -198,6 +220,9 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
+        if self._interventions is not None:
+            for shown in gathered.demonstrations:
+                self._interventions.add(shown)
         if self._consider_best(version, gathered.evaluations):
             self._roll_back(gathered)
             return
@@ -399,6 +424,7 @@ class Learner:
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
             **rollout_metrics(gathered, progress.version - 1),
+            **control_metrics(gathered.control),
             **learning_metrics(stats),
             "progress/env_steps": progress.env_steps,
             "progress/decisions": progress.decisions,
@@ -419,6 +445,8 @@ class Learner:
             "actors/refused": sum(traffic.rejected.values()),
             **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
         }
+        if self._interventions is not None:
+            row["control/demonstrations"] = len(self._interventions)
         self._metrics.write(progress.version, row)
         self._report(row)
 
@@ -486,6 +514,22 @@ def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
         metrics["rollout/return"] = total(gathered.collections, "return_sum") / episodes
         metrics["rollout/episode_length"] = total(gathered.collections, "length_sum") / episodes
     return metrics
+
+
+def control_metrics(control: list[dict[str, Scalar]]) -> dict[str, float]:
+    """How robots were controlled during a collection; nothing without robots."""
+    if not control:
+        return {}
+    sums = {name: total(control, name) for name in STATISTICS["control"]}
+    steps = sums["steps"] + sums["person_steps"]
+    return {
+        "control/step_hz": sums["intervals"] / max(sums["seconds"], 1e-9),
+        "control/policy_hz": sums["decisions"] / max(sums["thinking_seconds"], 1e-9),
+        "control/overruns": sums["overruns"] / max(sums["intervals"], 1),
+        "control/dropped_frames": sums["dropped_frames"],
+        "control/interventions": sums["interventions"],
+        "control/intervention_rate": sums["person_steps"] / max(steps, 1),
+    }
 
 
 def learning_metrics(stats: TrainingStats) -> dict[str, Any]:

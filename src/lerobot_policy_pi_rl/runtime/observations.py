@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import config_error
 from .environments import Observation, nested
+from .robots import is_robot
 from .wire import TensorField
 
 Processor = Callable[[dict[str, Any]], dict[str, Any]]
@@ -50,7 +51,7 @@ class ObservationPath:
     """The path of an observation, the same for actor and learner.
 
     Raw observations become LeRobot's keys exactly as in `lerobot-eval`; images are packed to uint8 for the wire and
-    unpacked to the same floats on the other side.
+    unpacked to the same floats on the other side. A robot's environment gives LeRobot's keys by itself, packed already.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ObservationPath:
         self._features, self._renamed = features, renamed or {}
         self._offered = offered_features(env_cfg, policy_cfg, self._renamed)
         self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
+        self._packed = is_robot(env_cfg)
 
     def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
         """Converts raw observations of N environments to LeRobot's keys, floats, `[N, ...]`.
@@ -79,13 +81,19 @@ class ObservationPath:
             KeyError: If the environment lacks one of the policy's input features.
             ConfigError: If its pictures are not of the size that its configuration says.
         """
-        observation: dict[str, Any] = preprocess_observation(nested(raw))
-        observation = self._env_preprocessor(observation | {"task": tasks})
+        observation: dict[str, Any]
+        if self._packed:
+            observation = {key: torch.from_numpy(value) for key, value in raw.items()}
+        else:
+            observation = preprocess_observation(nested(raw))
+            observation = self._env_preprocessor(observation | {"task": tasks})
         observation = {self._renamed.get(key, key): value for key, value in observation.items()}
         missing = sorted(self._features.keys() - observation.keys())
         if missing:
             raise KeyError(f"the environment does not give {missing}, which the policy reads")
         found = {key: observation[key] for key in self._features}
+        if self._packed:
+            return self.unpack(found)
         for key, field in self.wire_fields().items():
             self._check_size(key, tuple(found[key].shape[1:]), field.shape)
         return found

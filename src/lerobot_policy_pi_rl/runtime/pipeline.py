@@ -11,15 +11,20 @@ from typing import Any
 
 import draccus
 import torch
+
+# Robots, cameras and teleoperators as LeRobot's own commands know them, so that `env.robot.type` is found.
+from lerobot.cameras import opencv  # noqa: F401
 from lerobot.configs import FeatureType, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.utils import INFO_PATH
 from lerobot.envs import EnvConfig
-from lerobot.envs.configs import LiberoEnv
+from lerobot.envs.configs import HILSerlRobotEnvConfig, LiberoEnv, ResetConfig
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.rl.train_rl import TrainRLServerPipelineConfig
+from lerobot.robots import so_follower  # noqa: F401
+from lerobot.teleoperators import gamepad, keyboard, so_leader  # noqa: F401
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from torch import Tensor
 
@@ -30,10 +35,17 @@ from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .checkpoint import find_last, verify
 from .observations import ObservationPath, offered_features
+from .robots import SIMULATION
 from .wire import WireSpec
 
 # Settings of an environment that do not change what it does.
 COSMETIC_ENV_SETTINGS = ("render_mode", "max_parallel_tasks", "disable_env_checker")
+
+
+@draccus.encode.register(ResetConfig)
+def _encode_reset(config: ResetConfig, declared_type: Any = None) -> dict[str, Any]:
+    """Encodes LeRobot's settings of a robot's reset; draccus fails on the one that may be anything."""
+    return asdict(config)
 
 
 @dataclass(kw_only=True)
@@ -76,7 +88,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
         """Checks what the algorithm needs of the rest."""
-        if algorithm.demonstration_weight > 0 and self.dataset is None:
+        robot = isinstance(env, HILSerlRobotEnvConfig)
+        if robot:
+            self._check_robot(algorithm, env)
+        # On a robot, people may show what to do while it learns.
+        if algorithm.demonstration_weight > 0 and self.dataset is None and not robot:
             raise config_error(
                 "dataset.repo_id",
                 "is missing; algorithm.demonstration_weight needs demonstrations to train on",
@@ -96,6 +112,29 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                     "algorithm.collection.decisions",
                     f"{algorithm.collection.decisions} is too few for algorithm.advantage='group': an episode of "
                     f"{length} steps takes {needed} decisions",
+                )
+
+    @staticmethod
+    def _check_robot(algorithm: PIRLAlgorithmConfig, env: HILSerlRobotEnvConfig) -> None:
+        """Checks that there is one robot, and all that belongs to it."""
+        for name, wanted in (("num_envs", 1), ("eval_envs", 0)):
+            found = getattr(algorithm.collection, name)
+            if found != wanted:
+                raise config_error(
+                    f"algorithm.collection.{name}",
+                    f"must be {wanted} for env.type='gym_manipulator', got {found}: an actor has one robot; for "
+                    "several, start an actor for each",
+                )
+        for name in ("robot", "teleop"):
+            missing = getattr(env, name) is None
+            if missing == (env.name != SIMULATION):
+                fix = (
+                    "is missing"
+                    if missing
+                    else f"does not fit env.name={SIMULATION!r}, which is a simulation"
+                )
+                raise config_error(
+                    f"env.{name}", f"{fix}; a robot needs env.robot and env.teleop, {SIMULATION} neither"
                 )
 
     def _validate_as_lerobot_does(self) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ..algorithm.decisions import DecisionBatch
+from ..algorithm.demonstrations import DemonstrationBatch
 
 PROTOCOL = 1
 """Version of everything in this file; actor and learner must agree."""
@@ -36,6 +37,11 @@ MAX_JSON_DEPTH = 16
 """Levels of lists and objects inside each other; deeper ones could exhaust the stack of whoever walks them."""
 CHUNK_OVERHEAD = 1024
 """Bytes that a chunk counts at least: those without data take memory, too."""
+# Most steps of a person in one message.
+MAX_DEMONSTRATION_ROWS = 1000
+
+# Kind of a message.
+DEMONSTRATIONS = "demonstrations"
 
 TransferState = services_pb2.TransferState
 
@@ -145,17 +151,33 @@ class WireSpec:
             "complementary_info.next_row": TensorField(torch.int64, ()),
             **{f"next_state.{key}": field for key, field in self.observation.items()},
         }
-        return {
-            name: TensorField(field.dtype, (count, *field.shape))
-            for part, count in ((row, rows), (next_row, next_rows))
-            for name, field in part.items()
+        return _with_rows(row, rows) | _with_rows(next_row, next_rows)
+
+    def demonstration_layout(self, rows: int) -> dict[str, TensorField]:
+        """Type and full shape of every tensor of a message of demonstrations, by flat name."""
+        row = {
+            "action": TensorField(torch.float32, self.action[1:]),
+            "complementary_info.last": TensorField(torch.bool, ()),
+            "complementary_info.task_index": TensorField(torch.int64, ()),
+            **{f"state.{key}": field for key, field in self.observation.items()},
         }
+        return _with_rows(row, rows)
 
     def max_message_bytes(self) -> int:
-        """Most bytes of one message: every row, each with a next observation of its own."""
-        fields = self.layout(self.max_rows, self.max_rows).values()
-        tensors = sum(field.dtype.itemsize * math.prod(field.shape) for field in fields)
-        return tensors + MAX_DECISIONS_HEADER_BYTES
+        """Most bytes of one message: every decision, each with a next observation of its own, or a person's steps."""
+        layouts = (
+            self.layout(self.max_rows, self.max_rows),
+            self.demonstration_layout(MAX_DEMONSTRATION_ROWS),
+        )
+        sizes = [
+            sum(field.dtype.itemsize * math.prod(field.shape) for field in layout.values())
+            for layout in layouts
+        ]
+        return max(sizes) + MAX_DECISIONS_HEADER_BYTES
+
+
+def _with_rows(row: Mapping[str, TensorField], count: int) -> dict[str, TensorField]:
+    return {name: TensorField(field.dtype, (count, *field.shape)) for name, field in row.items()}
 
 
 # Decisions
@@ -172,7 +194,6 @@ def as_transition(batch: DecisionBatch) -> Transition:
     Returns:
         The transition; `next_state` has a row for each of `complementary_info["next_row"]` only.
     """
-    vocabulary = {task: place for place, task in enumerate(task_vocabulary(batch))}
     info = {
         "chain": batch.chain,
         "step": batch.step,
@@ -183,7 +204,7 @@ def as_transition(batch: DecisionBatch) -> Transition:
         "env": batch.env,
         "index": batch.index,
         "next_row": batch.next_row,
-        "task_index": torch.tensor([vocabulary[task] for task in batch.task], dtype=torch.int64),
+        "task_index": _task_index(batch),
     }
     # LeRobot types reward and done as one step's scalars; here they are the columns of N decisions.
     stacked = {
@@ -223,9 +244,15 @@ def from_transition(transition: Transition, tasks: Sequence[str]) -> DecisionBat
     )
 
 
-def task_vocabulary(batch: DecisionBatch) -> list[str]:
+def task_vocabulary(batch: DecisionBatch | DemonstrationBatch) -> list[str]:
     """The different task texts of a batch, sorted."""
     return sorted(set(batch.task))
+
+
+def _task_index(batch: DecisionBatch | DemonstrationBatch) -> Tensor:
+    """Place of each row's task in `task_vocabulary(batch)`, `[N]` int64."""
+    place = {task: number for number, task in enumerate(task_vocabulary(batch))}
+    return torch.tensor([place[task] for task in batch.task], dtype=torch.int64)
 
 
 def encode_decisions(batch: DecisionBatch, header: RolloutHeader) -> bytes:
@@ -311,7 +338,11 @@ def _check_layout(tensors: Mapping[str, Tensor], spec: WireSpec) -> None:
     rows = _length(tensors, "reward")
     if rows > spec.max_rows:
         raise WireError(f"{rows} decisions in one message, at most {spec.max_rows} are accepted")
-    layout = spec.layout(rows, _length(tensors, "complementary_info.next_row"))
+    _compare(tensors, spec.layout(rows, _length(tensors, "complementary_info.next_row")))
+
+
+def _compare(tensors: Mapping[str, Tensor], layout: Mapping[str, TensorField]) -> None:
+    """Names, types and shapes are those of a layout."""
     for name, field in layout.items():
         found = TensorField(tensors[name].dtype, tuple(tensors[name].shape))
         if found != field:
@@ -331,6 +362,11 @@ def _check_ranges(tensors: Mapping[str, Tensor], spec: WireSpec, tasks: int) -> 
     next_row = tensors["complementary_info.next_row"]
     if len(next_row.unique()) != len(next_row):
         raise WireError("complementary_info.next_row names a row twice")
+    _check_truths(tensors)
+
+
+def _check_truths(tensors: Mapping[str, Tensor]) -> None:
+    """Truth values are 0 or 1."""
     for name, tensor in tensors.items():
         # Any other byte in a bool tensor is undefined behaviour in torch.
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
@@ -362,6 +398,65 @@ def _length(tensors: Mapping[str, Tensor], name: str) -> int:
     if tensors[name].ndim != 1:
         raise WireError(f"{name}: expected a tensor with one dimension")
     return tensors[name].shape[0]
+
+
+# Demonstrations by people, on the same stream as decisions
+
+
+def kind_of(data: bytes) -> str:
+    """What a message on the transitions stream says it is.
+
+    Raises:
+        WireError: It says nothing.
+    """
+    metadata = _read_header(data, MAX_DECISIONS_HEADER_BYTES).get("__metadata__")
+    return str(metadata.get("kind", "")) if isinstance(metadata, dict) else ""
+
+
+def encode_demonstrations(batch: DemonstrationBatch) -> bytes:
+    """Encodes at most `MAX_DEMONSTRATION_ROWS` steps that a person took."""
+    tensors = {
+        **{f"state.{key}": value for key, value in batch.observation.items()},
+        "action": batch.action,
+        "complementary_info.last": batch.last,
+        "complementary_info.task_index": _task_index(batch),
+    }
+    return _pack(DEMONSTRATIONS, {}, tensors, {"tasks": json.dumps(task_vocabulary(batch))})
+
+
+def decode_demonstrations(data: bytes, spec: WireSpec) -> DemonstrationBatch:
+    """Decodes and checks a message of demonstrations.
+
+    Args:
+        data: The message.
+        spec: What the learner accepts.
+
+    Returns:
+        At least one step.
+
+    Raises:
+        WireError: Anything differs from `spec`, or is not finite.
+    """
+    names = spec.demonstration_layout(0).keys()
+    parts = _unpack(DEMONSTRATIONS, data, MAX_DECISIONS_HEADER_BYTES, names)
+    tensors = parts.tensors
+    rows = _length(tensors, "complementary_info.last")
+    if not 0 < rows <= MAX_DEMONSTRATION_ROWS:
+        raise WireError(f"{rows} steps in one message, 1 to {MAX_DEMONSTRATION_ROWS} are accepted")
+    _compare(tensors, spec.demonstration_layout(rows))
+    _check_truths(tensors)
+    tasks = _checked_tasks(parts.metadata.get("tasks"), rows)
+    _check_range(tensors, "task_index", 0, len(tasks) - 1)
+    if not bool(tensors["complementary_info.last"][-1]):
+        raise WireError("complementary_info.last: the last step is not marked")
+    if not all(bool(_finite(tensor).all()) for tensor in tensors.values()):
+        raise WireError("a number is not finite")
+    return DemonstrationBatch(
+        observation={key: tensors[f"state.{key}"] for key in spec.observation},
+        task=[tasks[place] for place in tensors["complementary_info.task_index"].tolist()],
+        action=tensors["action"],
+        last=tensors["complementary_info.last"],
+    )
 
 
 # Weights and interactions

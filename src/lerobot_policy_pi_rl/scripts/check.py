@@ -11,10 +11,12 @@ import torch
 from lerobot.configs import parser
 from tqdm import tqdm
 
+from ..errors import config_error
 from ..runtime.check import count_episodes, measure
 from ..runtime.collector import make_groups
 from ..runtime.findings import Advice, Findings, advise, wilson
 from ..runtime.pipeline import PIRLTrainConfig, make_player, parts
+from ..runtime.robots import is_robot
 from .console import run_command
 
 FILE_NAME = "check.json"
@@ -30,6 +32,11 @@ def examine(cfg: PIRLTrainConfig) -> Advice:
     # Like an actor, it is welcome in the folder of a run.
     cfg.is_actor = True
     cfg.validate()
+    if is_robot(parts(cfg)[2]):
+        raise config_error(
+            "env.type",
+            "'gym_manipulator' is not measured: that takes hundreds of episodes from chosen starts",
+        )
     findings = _measure(cfg)
     advice = advise(findings)
     print("\n".join([*table(findings), "", *sentences(advice)]), flush=True)

@@ -37,4 +37,33 @@ class Point(gym.Env):
         return {"agent_pos": np.concatenate([self.place, self.goal]).astype(np.float32)}
 
 
+class Helped(Point):
+    """The same, but a person takes over after some steps and goes to the goal; every step costs a penalty."""
+
+    HELPED_AFTER = 3
+
+    def __init__(self, image_obs: bool, render_mode: str, use_gripper: bool, gripper_penalty: float) -> None:
+        super().__init__(image_obs, render_mode, use_gripper, gripper_penalty)
+        self.penalty = gripper_penalty
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        # Out of reach of the policy's first steps, and of nobody's in the rest.
+        self.goal = self.place + np.float32(2.0)
+        return self._look(), {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict[str, Any]]:
+        person = self.steps >= self.HELPED_AFTER
+        towards = (self.goal - self.place) / 0.3 / max(1, EPISODE_STEPS - 1 - self.steps)
+        observation, reward, near, late, info = super().step(towards if person else action)
+        return (
+            observation,
+            reward,
+            near,
+            late,
+            info | {"is_intervention": person, "discrete_penalty": self.penalty},
+        )
+
+
 gym.register("gym_hil/Point-v0", Point)
+gym.register("gym_hil/Helped-v0", Helped)

@@ -1,0 +1,115 @@
+"""What people did during a run: on the disk, in memory up to a limit, and as batches for supervised co-training."""
+
+import bisect
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from lerobot.utils.constants import ACTION
+from torch import Tensor
+
+from ..algorithm.demonstrations import DemonstrationBatch, chunk_rows
+from ..algorithm.pi_rl import Demonstrations
+from .checkpoint import CheckpointError
+from .wire import WireError, WireSpec, decode_demonstrations, encode_demonstrations
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "interventions"
+
+# Packed observations and task texts, actions `[B, H, A]` and their padding -> the batch of the base's own loss.
+Prepare = Callable[[dict[str, Tensor], list[str], dict[str, Tensor]], dict[str, Tensor]]
+
+
+class InterventionStore:
+    """The newest steps that people took, in a folder beside the checkpoints.
+
+    Each message of an actor is a file, in the wire's own format and as strictly checked when it is read again. It is
+    written when it comes, not with a checkpoint: what a person has shown stays true, whatever the policy learned since.
+    """
+
+    def __init__(self, output_dir: Path, spec: WireSpec, capacity: int, prepare: Prepare) -> None:
+        """Reads what earlier parts of the run have left.
+
+        Args:
+            output_dir: The run's directory.
+            spec: What actors may send.
+            capacity: Steps to keep; files beyond it are removed, the oldest first.
+            prepare: Makes the batch that the base's loss reads.
+
+        Raises:
+            CheckpointError: A file cannot be read, or belongs to another robot or policy.
+        """
+        self._folder, self._spec, self._capacity, self._prepare = (
+            output_dir / FOLDER,
+            spec,
+            capacity,
+            prepare,
+        )
+        self._parts: list[tuple[Path, DemonstrationBatch]] = []
+        for file in sorted(self._folder.glob("*.safetensors")):
+            try:
+                self._parts.append((file, decode_demonstrations(file.read_bytes(), spec)))
+            except (OSError, WireError) as error:
+                raise CheckpointError(
+                    f"{file} does not fit this run: {error}; move it out of the folder"
+                ) from error
+        self._forget_oldest()
+        if self._parts:
+            logger.info("Found %d steps of interventions in %s", len(self), self._folder)
+
+    def __len__(self) -> int:
+        """Steps at hand."""
+        return sum(len(part) for _, part in self._parts)
+
+    def add(self, batch: DemonstrationBatch) -> None:
+        """Keeps what a person did."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        number = int(self._parts[-1][0].stem) + 1 if self._parts else 0
+        file = self._folder / f"{number:06d}.safetensors"
+        aside = file.with_suffix(".part")
+        aside.write_bytes(encode_demonstrations(batch))
+        aside.replace(file)
+        self._parts.append((file, batch))
+        self._forget_oldest()
+
+    def __call__(self, count: int) -> dict[str, Tensor] | None:
+        """A batch of `count` chunks, drawn with replacement; None while nobody has shown anything."""
+        if not self._parts:
+            return None
+        ends = list(itertools.accumulate(len(part) for _, part in self._parts))
+        drawn = [self._chunk(row, ends) for row in torch.randint(ends[-1], (count,)).tolist()]
+        observation, task, chunk, pad = zip(*drawn, strict=True)
+        return self._prepare(
+            {key: torch.stack([one[key] for one in observation]) for key in observation[0]},
+            list(task),
+            {ACTION: torch.stack(chunk), f"{ACTION}_is_pad": torch.stack(pad)},
+        )
+
+    def _chunk(self, row: int, ends: list[int]) -> tuple[dict[str, Tensor], str, Tensor, Tensor]:
+        """Observation, task, actions `[H, A]` and padding `[H]` of a step, counted over all parts."""
+        number = bisect.bisect_right(ends, row)
+        part = self._parts[number][1]
+        row -= ends[number] - len(part)
+        rows, pad = chunk_rows(part.last, torch.tensor([row]), self._spec.action[0])
+        seen = {key: value[row] for key, value in part.observation.items()}
+        return seen, part.task[row], part.action[rows[0]], pad[0]
+
+    def _forget_oldest(self) -> None:
+        while len(self) > self._capacity and len(self._parts) > 1:
+            self._parts.pop(0)[0].unlink()
+
+
+def either(sources: Sequence[Demonstrations]) -> Demonstrations:
+    """Draws each batch from one of several sources, all equally often, that have any; None if none has."""
+
+    def draw(count: int) -> dict[str, Tensor] | None:
+        for number in torch.randperm(len(sources)).tolist():
+            batch = sources[number](count)
+            if batch is not None:
+                return batch
+        return None
+
+    return draw

@@ -1,0 +1,347 @@
+"""LeRobot's robot environment (`gym_manipulator`) as a vector of one, which a person may take over at any step.
+
+A chunk is executed action by action at the control rate, in the actor's own process and through LeRobot's processors.
+Where a person takes over, the decision ends: it has executed the steps before, and is valued by what was seen then.
+What the person does until they let go is kept apart, as a demonstration.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.envs import EnvConfig, env_to_policy_features
+from lerobot.envs.configs import HILSerlRobotEnvConfig
+from lerobot.lerobot_types import TransitionKey
+from lerobot.processor.hil_processor import DISCRETE_PENALTY_KEY, TELEOP_ACTION_KEY
+from lerobot.teleoperators.utils import TeleopEvents
+from lerobot.utils.constants import ACTION, OBS_STR
+from torch import Tensor
+
+from .control import Clock, ControlStatistics
+from .environments import ChunkStep, EnvironmentFailed, Observation
+
+logger = logging.getLogger(__name__)
+
+# Steps by people that are kept until they are fetched; a person who goes on for longer is no longer recorded.
+MAX_RECORDED = 10_000
+# What LeRobot's simulation is called; any other name is a robot.
+SIMULATION = "gym_hil"
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What a person did, from taking over to letting go or the end of the episode; T steps.
+
+    Attributes:
+        observation: Seen before each action, `[T, ...]` in LeRobot's keys, images as uint8.
+        action: Executed, in the environment's units, `[T, A]` float32.
+    """
+
+    observation: Observation
+    action: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """What one step did.
+
+    Attributes:
+        observation: Seen after it, `[1, ...]`.
+        action: Executed, by whomever, `[A]`.
+        reward: Of the task and of the gripper's penalty.
+        solved: The task was solved in it.
+        terminated: The episode ended by the task, by the reward classifier or by a person's verdict.
+        truncated: The episode was cut by the time limit, or declared void by a person.
+        by_person: A person acted.
+        void: A person wants the episode to be recorded again.
+    """
+
+    observation: Observation
+    action: np.ndarray
+    reward: float
+    solved: bool
+    terminated: bool
+    truncated: bool
+    by_person: bool
+    void: bool
+
+    @property
+    def over(self) -> bool:
+        """The episode has ended."""
+        return self.terminated or self.truncated
+
+
+class RobotVector:
+    """One robot, or LeRobot's simulation of one, behind the interface of `ChunkedVectorEnv`."""
+
+    num_envs = 1
+    # It ends its episodes by the clock (`processor.reset.control_time_s`), and none is cut short on purpose.
+    time_limits = np.zeros(1, dtype=np.int64)
+
+    def __init__(self, env_cfg: HILSerlRobotEnvConfig, device: str = "cpu") -> None:
+        """Connects robot and teleoperator.
+
+        Args:
+            env_cfg: LeRobot's configuration.
+            device: Where a reward classifier computes.
+
+        Raises:
+            EnvironmentFailed: They cannot be connected.
+        """
+        self.tasks = [env_cfg.task or ""]
+        self._cfg = env_cfg
+        self._clock = Clock(env_cfg.fps)
+        self._env: Any = None
+        self._teleop: Any = None
+        self._transition: Any = None
+        self._observation: Observation = {}
+        self._pending: tuple[np.ndarray, int, bool] | None = None
+        # A person has acted in the running episode.
+        self._assisted = False
+        self._interventions: list[Intervention] = []
+        # When the policy got the observation that it thinks about.
+        self._asked: float | None = None
+        try:
+            with _failing("cannot be started"):
+                self._connect(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self, device: str) -> None:
+        # Imported here, because it loads the drivers of robots and cameras.
+        from lerobot.rl import gym_manipulator
+
+        self._env, self._teleop = gym_manipulator.make_robot_env(self._cfg)
+        self._env_processor, self._action_processor = gym_manipulator.make_processors(
+            self._env, self._teleop, self._cfg, device
+        )
+
+    @property
+    def answers(self) -> list[Connection]:
+        """No pipes: `receive` does the work itself."""
+        return []
+
+    def reset(self, seeds: np.ndarray) -> Observation:
+        """Starts an episode; the seed means something in simulation only."""
+        self._pending = self._asked = None
+        # Of validation, or of an episode that was abandoned.
+        self._clock.take_statistics()
+        return self._reset(int(seeds[0]))
+
+    def send(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> None:
+        """Notes the chunk `[1, H, A]` that `receive` executes."""
+        if self._pending is not None:
+            raise RuntimeError("send was called twice: receive the first result before sending again")
+        if self._asked is not None:
+            self._count(decisions=1, thinking_seconds=time.perf_counter() - self._asked)
+        self._pending = (chunks[0], int(reset_seeds[0]), cut is not None and bool(cut[0]))
+
+    def receive(self) -> ChunkStep:
+        """Executes the chunk until its end, the episode's, or a person takes over; then waits until they let go."""
+        if self._pending is None:
+            raise RuntimeError("nothing to receive: call send first")
+        (chunk, seed, cut), self._pending = self._pending, None
+        reward, executed, solved, taken_over = 0.0, 0, False, False
+        for action in chunk:
+            last_seen = self._observation
+            moment = self._step(torch.tensor(action, dtype=torch.float32))
+            if moment.by_person:
+                moment, taken_over = self._follow(last_seen, moment), True
+                break
+            last_seen = moment.observation
+            reward, executed, solved = reward + moment.reward, executed + 1, solved or moment.solved
+            if moment.over:
+                break
+        self._count(steps=executed)
+        # Whatever a person brought about is neither the policy's success nor its failure.
+        terminated = moment.terminated and not taken_over
+        truncated = (moment.over or cut) and not terminated
+        success = solved and not self._assisted
+        following = self._reset(seed) if terminated or truncated else moment.observation
+        self._asked = time.perf_counter()
+        return ChunkStep(
+            reward=np.array([reward], dtype=np.float32),
+            executed=np.array([executed]),
+            terminated=np.array([terminated]),
+            truncated=np.array([truncated]),
+            success=np.array([success]),
+            final_observation=last_seen,
+            observation=following,
+            taken_over=np.array([taken_over]),
+        )
+
+    def take_statistics(self) -> ControlStatistics:
+        """How control went since the last time; the pause that follows is not counted."""
+        self._clock.pause()
+        self._asked = None
+        return self._clock.take_statistics()
+
+    def take_interventions(self) -> list[Intervention]:
+        """What people did since the last time."""
+        taken, self._interventions = self._interventions, []
+        return taken
+
+    def close(self) -> None:
+        """Disconnects robot and teleoperator; may be called twice."""
+        (env, self._env), (teleop, self._teleop) = (self._env, None), (self._teleop, None)
+        with _failing("cannot be disconnected"):
+            if env is not None:
+                env.close()
+            if teleop is not None and teleop.is_connected:
+                teleop.disconnect()
+
+    def _follow(self, seen: Observation, moment: _Moment) -> _Moment:
+        """Lets a person act and records it, until they let go or the episode ends.
+
+        Args:
+            seen: Before their first action.
+            moment: Of their first action.
+
+        Returns:
+            The last step: the first one that was not theirs, or the end of the episode.
+        """
+        self._assisted = True
+        observations, actions, count = [seen], [moment.action], 1
+        room = MAX_RECORDED - sum(len(intervention.action) for intervention in self._interventions)
+        while moment.by_person and not moment.over:
+            seen = moment.observation
+            moment, count = self._step(self._hold(moment.action)), count + 1
+            if moment.by_person and len(actions) < room:
+                observations.append(seen)
+                actions.append(moment.action)
+        self._count(interventions=1, person_steps=count)
+        if moment.void or room <= 0:
+            logger.warning(
+                "An intervention is not kept: %s", "it was declared void" if moment.void else "too many"
+            )
+            return moment
+        joined = {key: np.concatenate([part[key] for part in observations]) for key in seen}
+        self._interventions.append(Intervention(joined, np.stack(actions)))
+        return moment
+
+    def _hold(self, last: np.ndarray) -> Tensor:
+        """The action `[A]` that is executed when a person lets go: nothing has been decided yet, so do not move.
+
+        Of positions the last one is repeated; a displacement is none, with a gripper that 1 leaves as it is.
+        """
+        if not self._displaces:
+            return torch.from_numpy(last.copy())
+        action, gripper = torch.zeros(len(last)), self._cfg.processor.gripper
+        if gripper is None or gripper.use_gripper:
+            action[-1] = 1.0
+        return action
+
+    @property
+    def _displaces(self) -> bool:
+        """Actions are displacements (in LeRobot's simulation, and with inverse kinematics), not positions."""
+        return self._cfg.name == SIMULATION or self._cfg.processor.inverse_kinematics is not None
+
+    def _bounded(self, action: Tensor) -> Tensor:
+        """Displacements within their range: a policy that explores has no bounds, and a jump ends LeRobot's control."""
+        space = self._env.action_space
+        if not self._displaces or space.shape != tuple(action.shape):
+            return action
+        return action.clamp(torch.as_tensor(space.low), torch.as_tensor(space.high))
+
+    def _step(self, action: Tensor) -> _Moment:
+        """One step at its time."""
+        from lerobot.rl.gym_manipulator import step_env_and_process_transition
+
+        self._clock.wait()
+        with _failing("failed"):
+            action = self._bounded(action)
+            self._transition = step_env_and_process_transition(
+                self._env, self._transition, action, self._env_processor, self._action_processor
+            )
+        moment = _read(self._transition, action)
+        self._observation = moment.observation
+        return moment
+
+    def _reset(self, seed: int) -> Observation:
+        from lerobot.rl.gym_manipulator import reset_and_build_transition
+
+        with _failing("cannot be reset"):
+            # LeRobot resets without a seed, which leaves this generator as it is.
+            self._env.unwrapped.np_random = np.random.default_rng(seed)
+            self._transition = reset_and_build_transition(
+                self._env, self._env_processor, self._action_processor
+            )
+        self._assisted = False
+        self._clock.pause()
+        self._observation = _observed(self._transition)
+        self._check_features()
+        return self._observation
+
+    def _check_features(self) -> None:
+        """The configuration says what there is to see; the learner believes it."""
+        for key, feature in env_to_policy_features(self._cfg).items():
+            if key == ACTION:
+                continue
+            shape = self._observation[key].shape[1:] if key in self._observation else None
+            if shape != tuple(feature.shape):
+                found = f"gives {key} with shape {shape}" if shape else f"does not give {key}"
+                raise EnvironmentFailed(
+                    f"env.features: {key} has shape {tuple(feature.shape)}, but the robot environment {found}; "
+                    f"it gives { {name: value.shape[1:] for name, value in self._observation.items()} }"
+                )
+
+    def _count(self, **more: float) -> None:
+        self._clock.statistics = self._clock.statistics.plus(**more)
+
+
+def is_robot(env_cfg: EnvConfig) -> bool:
+    """Whether an environment is LeRobot's `gym_manipulator`: a robot, or `gym_hil` with its processors."""
+    return isinstance(env_cfg, HILSerlRobotEnvConfig)
+
+
+def _read(transition: Any, action: Tensor) -> _Moment:
+    """What a processed transition says, in plain numbers."""
+    info, more = transition[TransitionKey.INFO], transition[TransitionKey.COMPLEMENTARY_DATA]
+    reward = float(transition[TransitionKey.REWARD])
+    void = bool(info.get(TeleopEvents.RERECORD_EPISODE, False))
+    terminated = bool(transition[TransitionKey.DONE]) and not void
+    return _Moment(
+        observation=_observed(transition),
+        action=torch.as_tensor(more.get(TELEOP_ACTION_KEY, action))
+        .detach()
+        .float()
+        .cpu()
+        .numpy()
+        .reshape(-1),
+        # LeRobot's SAC learns the gripper apart from the rest and keeps its penalty apart; one policy has one reward.
+        reward=reward + float(more.get(DISCRETE_PENALTY_KEY, 0.0)),
+        # Its environments, its classifier and a person's verdict reward a success, and nothing else.
+        solved=reward > 0,
+        terminated=terminated,
+        truncated=not terminated and (void or bool(transition[TransitionKey.TRUNCATED])),
+        by_person=bool(info.get(TeleopEvents.IS_INTERVENTION, False)),
+        void=void,
+    )
+
+
+def _observed(transition: Any) -> Observation:
+    """Observations of a processed transition, `[1, ...]`, images rounded to uint8 as they cross the wire."""
+    found: Observation = {}
+    for key, value in transition[TransitionKey.OBSERVATION].items():
+        if isinstance(value, Tensor) and key.startswith(OBS_STR):
+            value = value.detach().float().cpu()
+            image = value.ndim == 4
+            found[key] = (value * 255).round().to(torch.uint8).numpy() if image else value.numpy().copy()
+    return found
+
+
+@contextlib.contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Turns any error of the robot's drivers into one line."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise EnvironmentFailed(f"the robot environment {what}: {type(error).__name__}: {text}") from error

@@ -1,0 +1,549 @@
+"""LeRobot's robot environment, driven through its real classes by a robot without hardware and a scripted person."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import draccus
+import numpy as np
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import (
+    EnvConfig,
+    GripperConfig,
+    HILSerlProcessorConfig,
+    HILSerlRobotEnvConfig,
+    ResetConfig,
+    RewardClassifierConfig,
+)
+from lerobot.rl import gym_manipulator
+from lerobot.robots.so_follower import SOFollowerRobotConfig
+
+from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.environments import ChunkStep, EnvironmentFailed
+from lerobot_policy_pi_rl.runtime.evaluation import evaluate
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.runtime.robots import RobotVector
+
+STAND_IN = Path(__file__).parent / "stand_in"
+RECIPE = Path(__file__).parents[2] / "recipes/so101_gym_manipulator.json"
+CAMERA = "observation.images.front"
+FEATURES = {
+    "action": PolicyFeature(FeatureType.ACTION, (4,)),
+    "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
+    CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 16, 16)),
+}
+FPS = 1000
+
+MakeRobot = Callable[..., RobotVector]
+
+
+@pytest.fixture(autouse=True)
+def _plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted devices, as `register_third_party_plugins` loads them; the person need not wait for a reset."""
+    monkeypatch.syspath_prepend(str(STAND_IN))
+    importlib.import_module("lerobot_robot_scripted")
+    stock = gym_manipulator.RobotEnv
+    monkeypatch.setattr(gym_manipulator, "RobotEnv", lambda **more: stock(reset_time_s=0.0, **more))
+
+
+def scripted(script: str = ".", control_time_s: float = 1.0, processor: Any = None, **robot: Any) -> Any:
+    """The environment; LeRobot counts the reset as the first step of its time limit."""
+    plugin = importlib.import_module("lerobot_robot_scripted")
+    given = {"gripper": GripperConfig(use_gripper=True), "max_gripper_pos": None} | (processor or {})
+    return HILSerlRobotEnvConfig(
+        robot=plugin.ScriptedConfig(**robot),
+        teleop=plugin.ScriptedTeleopConfig(script=script),
+        task="put it there",
+        fps=FPS,
+        features=dict(FEATURES),
+        features_map={key: key for key in FEATURES},
+        processor=HILSerlProcessorConfig(reset=ResetConfig(control_time_s=control_time_s), **given),
+    )
+
+
+@pytest.fixture
+def make_robot() -> Iterator[MakeRobot]:
+    robots = []
+
+    def make(*arguments: Any, **settings: Any) -> RobotVector:
+        robots.append(RobotVector(scripted(*arguments, **settings)))
+        robots[-1].reset(np.zeros(1))
+        return robots[-1]
+
+    yield make
+    for robot in robots:
+        robot.close()
+
+
+def chunk_of(steps: int, first: float = 1.0) -> np.ndarray:
+    """A chunk whose n-th action sends all motors to `first + n`, in tenths."""
+    return np.repeat((first + np.arange(steps))[None, :, None] / 10, 4, 2).astype(np.float32)
+
+
+def execute(robot: RobotVector, steps: int = 4, first: float = 1.0) -> ChunkStep:
+    robot.send(chunk_of(steps, first), np.ones(1, dtype=np.int64))
+    return robot.receive()
+
+
+def commands(robot: RobotVector) -> list[float]:
+    """Where the first motor was sent, step by step."""
+    return [command[0] for command in robot._env.robot.commands]
+
+
+def test_a_chunk_is_executed_action_by_action(make_robot: MakeRobot) -> None:
+    robot = make_robot()
+    outcome = execute(robot)
+    np.testing.assert_allclose(commands(robot), [0.1, 0.2, 0.3, 0.4])
+    assert outcome.executed.tolist() == [4]
+    assert not (outcome.done | outcome.taken_over | outcome.success).any()
+    np.testing.assert_allclose(outcome.observation["observation.state"], [[0.4] * 4])
+    assert outcome.observation[CAMERA].shape == (1, 3, 16, 16)
+    assert outcome.observation[CAMERA].dtype == np.uint8
+    assert set(outcome.observation[CAMERA].flat) == {0, 140}
+    assert robot.tasks == ["put it there"]
+
+
+def test_the_time_limit_truncates_and_the_next_episode_begins(make_robot: MakeRobot) -> None:
+    robot = make_robot(control_time_s=4 / FPS)
+    outcome = execute(robot)
+    assert outcome.executed.tolist() == [3]
+    assert outcome.truncated.tolist() == [True]
+    assert outcome.terminated.tolist() == [False]
+    assert execute(robot).executed.tolist() == [3]
+
+
+@pytest.mark.parametrize(("letter", "reward"), [("s", 1.0), ("f", 0.0)])
+def test_a_verdict_ends_the_episode_without_an_intervention(
+    make_robot: MakeRobot, letter: str, reward: float
+) -> None:
+    outcome = execute(make_robot(f".{letter}.."))
+    assert outcome.executed.tolist() == [2]
+    assert outcome.reward.tolist() == [reward]
+    assert outcome.terminated.tolist() == [True]
+    assert outcome.success.tolist() == [reward > 0]
+
+
+def test_an_episode_that_is_declared_void_is_no_failure(make_robot: MakeRobot) -> None:
+    outcome = execute(make_robot(".v.."))
+    assert outcome.terminated.tolist() == [False]
+    assert outcome.truncated.tolist() == [True]
+
+
+def test_the_penalty_of_the_gripper_is_part_of_the_reward(make_robot: MakeRobot) -> None:
+    """The robot is at once where it is sent: closed when it was told to close, so only opening it costs."""
+    processor = {
+        "gripper": GripperConfig(use_gripper=True, gripper_penalty=-0.25),
+        "max_gripper_pos": 1.0,
+    }
+    robot = make_robot(processor=processor)
+    seen: list[float] = []
+    stock = robot._env.step
+
+    def lagging(action: torch.Tensor) -> Any:
+        """The gripper has not moved yet when it is looked at."""
+        seen.append(float(action[-1]))
+        outcome = stock(action)
+        robot._env._raw_joint_positions["gripper.pos"] = seen[-2] if len(seen) > 1 else 0.0
+        return outcome
+
+    robot._env.step = lagging
+    chunk = np.zeros((1, 4, 4), np.float32)
+    # Closes, stays closed, opens, stays open.
+    chunk[0, :, 3] = [1, 1, 0, 0]
+    robot.send(chunk, np.ones(1, dtype=np.int64))
+    assert robot.receive().reward.tolist() == [-0.5]
+
+
+def test_the_reward_classifier_decides_on_success(
+    make_robot: MakeRobot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lerobot.rewards.classifier.modeling_classifier import Classifier
+
+    def predict_reward(images: dict[str, torch.Tensor], threshold: float) -> float:
+        """As bright as the third action makes it."""
+        return float(images[CAMERA].max() > 0.5)
+
+    stub = SimpleNamespace(to=lambda device: None, eval=lambda: None, predict_reward=predict_reward)
+    monkeypatch.setattr(Classifier, "from_pretrained", lambda path: stub)
+    processor = {"reward_classifier": RewardClassifierConfig(pretrained_path="somewhere", success_reward=2.0)}
+    outcome = execute(make_robot(processor=processor))
+    assert outcome.executed.tolist() == [3]
+    assert outcome.reward.tolist() == [2.0]
+    assert outcome.terminated.tolist() == outcome.success.tolist() == [True]
+
+
+# People
+
+
+def test_an_intervention_ends_the_decision_before_its_first_step(make_robot: MakeRobot) -> None:
+    robot = make_robot("..iii.")
+    outcome = execute(robot)
+    # The person's steps are numbers 2, 3 and 4; then they let go, and the robot stays where they left it.
+    np.testing.assert_allclose(commands(robot), [0.1, 0.2, 0.002, 0.003, 0.004, 0.004], atol=1e-7)
+    assert outcome.executed.tolist() == [2]
+    assert outcome.taken_over.tolist() == [True]
+    assert not outcome.done.any()
+    np.testing.assert_allclose(outcome.final_observation["observation.state"], [[0.2] * 4])
+    np.testing.assert_allclose(outcome.observation["observation.state"], [[0.004, 0.5, -0.5, 1.0]], atol=1e-7)
+
+
+def test_what_the_person_did_is_recorded_as_a_demonstration(make_robot: MakeRobot) -> None:
+    robot = make_robot("..iii.")
+    execute(robot)
+    (intervention,) = robot.take_interventions()
+    np.testing.assert_allclose(
+        intervention.action, [[n / 1000, 0.5, -0.5, 1.0] for n in (2, 3, 4)], atol=1e-7
+    )
+    np.testing.assert_allclose(
+        intervention.observation["observation.state"],
+        [[0.2] * 4, [0.002, 0.5, -0.5, 1.0], [0.003, 0.5, -0.5, 1.0]],
+        atol=1e-7,
+    )
+    assert intervention.observation[CAMERA].shape == (3, 3, 16, 16)
+    assert robot.take_interventions() == []
+
+
+def test_an_episode_that_a_person_finishes_is_not_the_policys_success(make_robot: MakeRobot) -> None:
+    outcome = execute(make_robot(".iS."))
+    assert outcome.executed.tolist() == [1]
+    assert outcome.reward.tolist() == [0.0]
+    assert outcome.success.tolist() == [False]
+    # The policy is told what the take-over looked like, and not that the task was solved from there.
+    assert outcome.terminated.tolist() == [False]
+    assert outcome.truncated.tolist() == [True]
+    np.testing.assert_allclose(outcome.final_observation["observation.state"], [[0.1] * 4])
+
+
+def test_a_success_after_help_is_rewarded_and_not_counted(make_robot: MakeRobot) -> None:
+    robot = make_robot(".i...s....s")
+    execute(robot)
+    helped = execute(robot)
+    assert helped.reward.tolist() == [1.0]
+    assert helped.terminated.tolist() == [True]
+    assert helped.success.tolist() == [False]
+    execute(robot)
+    alone = execute(robot)
+    assert alone.terminated.tolist() == alone.success.tolist() == [True]
+
+
+def test_a_void_intervention_is_not_kept(make_robot: MakeRobot) -> None:
+    robot = make_robot(".iV.")
+    assert execute(robot).truncated.tolist() == [True]
+    assert robot.take_interventions() == []
+
+
+def test_the_simulation_holds_still_when_a_person_lets_go(make_robot: MakeRobot) -> None:
+    """Displacements: nothing but a gripper that is left as it is."""
+    robot = make_robot()
+    robot._cfg.processor.inverse_kinematics = object()
+    assert robot._hold(np.ones(4, np.float32)).tolist() == [0, 0, 0, 1]
+    robot._cfg.processor.gripper.use_gripper = False
+    assert robot._hold(np.ones(3, np.float32)).tolist() == [0, 0, 0]
+
+
+def test_control_is_counted_by_who_acted(make_robot: MakeRobot) -> None:
+    robot = make_robot("..iii.")
+    execute(robot)
+    execute(robot)
+    statistics = robot.take_statistics()
+    # Two, then three and the one in which they let go; then two, and the same again.
+    assert statistics.steps == 4
+    assert statistics.person_steps == 8
+    assert statistics.interventions == 2
+    assert statistics.decisions == 1
+    assert statistics.thinking_seconds > 0
+    assert statistics.intervals == 11
+    assert robot.take_statistics().steps == 0
+
+
+# What can go wrong
+
+
+def test_a_robot_that_fails_is_one_line(make_robot: MakeRobot) -> None:
+    robot = make_robot(fails_at=2)
+    with pytest.raises(EnvironmentFailed, match="failed: ConnectionError: the bus does not answer"):
+        execute(robot)
+
+
+def test_features_that_the_robot_does_not_give_are_one_line() -> None:
+    cfg = scripted()
+    cfg.features[CAMERA] = PolicyFeature(FeatureType.VISUAL, (3, 32, 32))
+    robot = RobotVector(cfg)
+    try:
+        with pytest.raises(
+            EnvironmentFailed, match=r"has shape \(3, 32, 32\), but .* with shape \(3, 16, 16\)"
+        ):
+            robot.reset(np.zeros(1))
+    finally:
+        robot.close()
+
+
+def test_closing_disconnects_both_devices(make_robot: MakeRobot) -> None:
+    robot = make_robot()
+    device, person = robot._env.robot, robot._teleop
+    assert device.is_connected
+    assert person.is_connected
+    robot.close()
+    assert not device.is_connected
+    assert not person.is_connected
+
+
+# Decisions
+
+
+SIMULATION = [
+    "--env.type=gym_manipulator",
+    "--env.name=gym_hil",
+    "--env.task=Helped-v0",
+    f"--env.fps={FPS}",
+    '--env.features={"action": {"type": "ACTION", "shape": [2]}, "observation.state": {"type": "STATE", "shape": [4]}}',
+    '--env.features_map={"action": "action", "observation.state": "observation.state"}',
+    "--env.processor.gripper.use_gripper=false",
+    "--env.processor.gripper.gripper_penalty=-0.1",
+    "--algorithm.collection.num_envs=1",
+    "--algorithm.collection.eval_envs=0",
+]
+
+
+def features(size: int = 16) -> str:
+    """The setting, for a picture of some size."""
+    shapes = {key: feature.shape for key, feature in FEATURES.items()} | {CAMERA: (3, size, size)}
+    kinds = {key: feature.type.name for key, feature in FEATURES.items()}
+    return "--env.features=" + json.dumps({key: {"type": kinds[key], "shape": shapes[key]} for key in shapes})
+
+
+def robot_arguments(script: str, *more: str) -> list[str]:
+    """A small run on the scripted robot."""
+    return [
+        "--env.type=gym_manipulator",
+        f"--env.fps={FPS}",
+        "--env.task=put it there",
+        "--env.robot.type=scripted",
+        "--env.teleop.type=scripted",
+        f"--env.teleop.script='{script}'",
+        features(),
+        "--env.features_map=" + json.dumps({key: key for key in FEATURES}),
+        "--env.processor.reset.control_time_s=0.02",
+        "--env.processor.max_gripper_pos=null",
+        "--env.processor.gripper.use_gripper=true",
+        "--algorithm.collection.num_envs=1",
+        "--algorithm.collection.eval_envs=0",
+        "--algorithm.collection.decisions=6",
+        *more,
+    ]
+
+
+def test_a_collection_holds_only_what_the_policy_did(make_collector: Callable[..., Collector]) -> None:
+    collector = make_collector(*robot_arguments("......ii......." + "i" + "." * 200))
+    collector.restart(0)
+    collected = collector.collect(0)
+    batch = collected.decisions
+    # Chunks of five: five steps, one and a take-over, five, one and a take-over, and whatever follows.
+    assert batch.executed[:2].tolist() == [5, 1]
+    assert batch.truncated[:2].tolist() == [False, True]
+    assert {1} <= set(batch.next_row.tolist())
+    assert batch.index.tolist() == list(range(6))
+    assert collected.control is not None
+    assert collected.control.steps == batch.steps
+    assert collected.control.interventions == 2
+    assert collected.demonstrations is not None
+    # Two steps and one, as the person's numbers say.
+    torch.testing.assert_close(collected.demonstrations.action[:, 0], torch.tensor([0.006, 0.007, 0.015]))
+    assert collected.demonstrations.last.tolist() == [False, True, True]
+    assert collected.demonstrations.observation[CAMERA].dtype == torch.uint8
+    assert collector.collect(1).demonstrations is None
+
+
+def test_a_decision_that_was_never_begun_is_not_sent(make_collector: Callable[..., Collector]) -> None:
+    """The person takes over between two chunks: the one before ends there, and its value is what was seen then."""
+    collector = make_collector(*robot_arguments("....." + "iii" + "." * 100))
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    assert batch.executed[:2].tolist() == [5, 5]
+    assert batch.truncated[:2].tolist() == [True, False]
+    assert batch.index.tolist() == list(range(6))
+    place = batch.next_row.tolist().index(0)
+    # After the fifth action, which is what the robot sees as its place, and not where the person left it.
+    torch.testing.assert_close(batch.next_observation["observation.state"][place], batch.action[0, 4])
+
+
+def test_the_learner_scores_pictures_as_the_robots_actor_saw_them(
+    make_collector: Callable[..., Collector],
+) -> None:
+    resized = (
+        "--env.processor.image_preprocessing.resize_size=[12, 12]",
+        features(size=12),
+    )
+    collector = make_collector(*robot_arguments("."), *resized)
+    collector.restart(0)
+    batch, player = collector.collect(0).decisions, collector._player
+    assert batch.observation[CAMERA].dtype == torch.uint8
+    with torch.no_grad():
+        context = player.policy.encode(player.preprocess_packed(batch.observation, batch.task))
+        score = player.policy.score(context, batch.chain, batch.step)
+    torch.testing.assert_close(score.log_prob, batch.log_prob, atol=1e-4, rtol=1e-4)
+
+
+def test_a_validation_start_that_was_helped_is_not_solved(make_collector: Callable[..., Collector]) -> None:
+    collector = make_collector(*robot_arguments("..i..s" + ".....s"))
+    result = evaluate(collector._player, collector._groups, np.arange(2))
+    assert result.success.tolist() == [False, True]
+    assert result.length.tolist() == [4, 6]
+
+
+def test_the_simulation_is_run_with_its_interventions(make_collector: Callable[..., Collector]) -> None:
+    """`gym_hil` reports who acted after the step, by other names, and penalises the gripper by itself."""
+    collector = make_collector(*SIMULATION, "--algorithm.collection.decisions=9")
+    collector.restart(0)
+    collected = collector.collect(0)
+    batch, control = collected.decisions, collected.control
+    # Episodes of ten steps, of which a person takes those after the third: three of the policy, and it is over.
+    assert batch.executed.tolist() == [3] * 9
+    assert batch.truncated.all()
+    assert not batch.success.any()
+    torch.testing.assert_close(batch.reward, torch.full((9,), -0.3))
+    assert control is not None
+    assert (control.steps, control.interventions) == (27, 9)
+    # They may be near enough one step early.
+    assert 6 * 9 <= control.person_steps <= 7 * 9
+
+
+def test_episodes_of_the_simulation_begin_where_their_seed_says(
+    make_collector: Callable[..., Collector],
+) -> None:
+    starts = []
+    for _ in range(2):
+        collector = make_collector(*SIMULATION, "--algorithm.collection.decisions=3")
+        collector.restart(0)
+        starts.append(collector.collect(0).decisions.observation["observation.state"])
+    torch.testing.assert_close(*starts)
+    assert not torch.equal(starts[0][0], starts[0][1])
+
+
+class Kinematics:
+    """Stands in for the solver: the first three joints are the place of the gripper's frame, in centimetres."""
+
+    def __init__(self, **settings: Any) -> None:
+        pass
+
+    def forward_kinematics(self, joints: np.ndarray) -> np.ndarray:
+        pose = np.eye(4)
+        pose[:3, 3] = joints[:3] / 100
+        return pose
+
+    def inverse_kinematics(self, joints: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        return np.concatenate([pose[:3, 3] * 100, joints[3:]])
+
+
+def test_the_recipe_for_an_so101_drives_a_robot_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the devices, the solver and the pose for a reset, which needs a motor bus."""
+    plugin = importlib.import_module("lerobot_robot_scripted")
+    monkeypatch.setattr(gym_manipulator, "RobotKinematics", Kinematics)
+    recipe = json.loads(RECIPE.read_text())
+    del recipe["policy"]["path"]
+    cfg = draccus.decode(PIRLTrainConfig, recipe | {"policy": recipe["policy"] | {"type": "pi_rl"}})
+    assert isinstance(cfg.env.robot, SOFollowerRobotConfig)
+    assert cfg.env.teleop.type == "gamepad"
+    PIRLTrainConfig._check_robot(cfg.algorithm, cfg.env)
+    bus = cfg.env.robot
+    motors = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+    cfg.env.robot = plugin.ScriptedConfig(motors=motors, views=tuple(bus.cameras))
+    cfg.env.teleop = plugin.ScriptedTeleopConfig(script="..i.")
+    cfg.env.processor.reset.fixed_reset_joint_positions = None
+    cfg.env.fps = FPS
+    robot = RobotVector(cfg.env)
+    try:
+        seen = robot.reset(np.zeros(1))
+        assert {key: value.shape[1:] for key, value in seen.items()} == {
+            key: tuple(feature.shape) for key, feature in cfg.env.features.items() if key != "action"
+        }
+        # From a place within the bounds, along x, with a gripper that stays; nine is far out of the range.
+        robot._env.robot.place.update(shoulder_pan=20.0, shoulder_lift=0.0, elbow_flex=10.0)
+        robot._env._get_observation()
+        robot._env._raw_joint_positions = {
+            f"{name}.pos": place for name, place in robot._env.robot.place.items()
+        }
+        chunk = np.tile(np.array([9.0, 0, 0, 1], np.float32), (1, 3, 1))
+        robot.send(chunk, np.ones(1, dtype=np.int64))
+        outcome = robot.receive()
+        assert outcome.executed.tolist() == [2]
+        # Two steps of two centimetres, then the person's, and one without any.
+        np.testing.assert_allclose(commands(robot)[:2], [22, 24], atol=1e-4)
+        assert len(commands(robot)) == 4
+    finally:
+        robot.close()
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--algorithm.collection.num_envs=2", r"num_envs.*must be 1 for env.type='gym_manipulator', got 2"),
+        ("--algorithm.collection.eval_envs=1", r"eval_envs.*must be 0"),
+        ("--env.name=gym_hil", r"env.robot.*does not fit"),
+    ],
+)
+def test_settings_that_fit_no_robot_are_refused(
+    make_cfg: Callable[..., Any], argument: str, text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_cfg(*robot_arguments("."), argument)
+
+
+def test_the_settings_of_a_robot_can_be_saved(make_cfg: Callable[..., Any]) -> None:
+    """LeRobot's own encoding fails on the settings of its reset."""
+    cfg = make_cfg(*robot_arguments("."))
+    encoded = cfg.to_dict()["env"]
+    assert encoded["processor"]["reset"]["control_time_s"] == 0.02
+    assert encoded["robot"]["type"] == "scripted"
+    again = draccus.decode(EnvConfig, encoded)
+    assert again == cfg.env
+
+
+# Real processes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["robot", "simulation"])
+def test_a_run_trains_and_learns_from_the_person(
+    make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With no data set: there is nothing to imitate but what the person does."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")]))
+    arguments = {
+        "robot": robot_arguments("......ii....s", "--env.processor.reset.control_time_s=60"),
+        "simulation": SIMULATION,
+    }[kind]
+    run = make_run(
+        *arguments,
+        "--steps=2",
+        "--save_freq=0",
+        "--algorithm.collection.decisions=8",
+        "--algorithm.critic_warmup=0",
+        "--algorithm.demonstration_weight=0.1",
+    )
+    without = ("--env.episode_length", "--env.reward")
+    command = run.train(without=without)
+    assert command.wait(200) == 0, command.shown
+    assert command.errors() == []
+    rows = run.rows()
+    assert [row["rollout/decisions"] for row in rows] == [8, 8]
+    for row in rows:
+        assert row["ppo/ratio_first_error"] <= 1e-3
+        assert row["control/interventions"] >= 1
+        assert 0 < row["control/intervention_rate"] < 1
+        assert 0 < row["control/step_hz"] <= FPS
+        assert row["control/policy_hz"] > 0
+        assert row["loss/supervised"] > 0
+    assert 0 < rows[0]["control/demonstrations"] < rows[1]["control/demonstrations"]
+    again = run.train("--steps=3", "--resume=true", without=without)
+    assert again.wait(200) == 0, again.shown
+    assert f"Found {int(rows[1]['control/demonstrations'])} steps of interventions" in run.log("learner")
+    assert run.rows()[2]["control/demonstrations"] > rows[1]["control/demonstrations"]
