@@ -25,7 +25,7 @@ from lerobot.rl import gym_manipulator
 from lerobot.robots.so_follower import SOFollowerRobotConfig
 
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.environments import ChunkStep, EnvironmentFailed
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
@@ -359,6 +359,17 @@ def test_a_collection_holds_only_what_the_policy_did(make_collector: Callable[..
     assert collected.demonstrations.last.tolist() == [False, True, True]
     assert collected.demonstrations.observation[CAMERA].dtype == torch.uint8
     assert collector.collect(1).demonstrations is None
+
+
+def test_a_robot_that_is_asked_to_stop_does_not_finish_its_quota(
+    make_collector: Callable[..., Collector],
+) -> None:
+    collector = make_collector(*robot_arguments("."))
+    collector.restart(0)
+    collector._stop.set()
+    with pytest.raises(Interrupted):
+        collector.collect(0)
+    assert len(commands(collector._groups[0].envs)) == 5
 
 
 def test_a_decision_that_was_never_begun_is_not_sent(make_collector: Callable[..., Collector]) -> None:
