@@ -4,7 +4,9 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +25,14 @@ from lerobot.envs.configs import (
 )
 from lerobot.rl import gym_manipulator
 from lerobot.robots.so_follower import SOFollowerRobotConfig
+from safetensors.torch import load_file
 
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.actor import Actor
+from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.environments import ChunkStep, EnvironmentFailed
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
+from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 
@@ -361,6 +366,17 @@ def test_a_collection_holds_only_what_the_policy_did(make_collector: Callable[..
     assert collector.collect(1).demonstrations is None
 
 
+def test_a_robot_that_is_asked_to_stop_does_not_finish_its_quota(
+    make_collector: Callable[..., Collector],
+) -> None:
+    collector = make_collector(*robot_arguments("."))
+    collector.restart(0)
+    collector._stop.set()
+    with pytest.raises(Interrupted):
+        collector.collect(0)
+    assert len(commands(collector._groups[0].envs)) == 5
+
+
 def test_a_decision_that_was_never_begun_is_not_sent(make_collector: Callable[..., Collector]) -> None:
     """The person takes over between two chunks: the one before ends there, and its value is what was seen then."""
     collector = make_collector(*robot_arguments("....." + "iii" + "." * 100))
@@ -506,7 +522,56 @@ def test_the_settings_of_a_robot_can_be_saved(make_cfg: Callable[..., Any]) -> N
     assert again == cfg.env
 
 
-# Real processes
+# Runs
+
+
+def run_here(cfg: PIRLTrainConfig, again: PIRLTrainConfig) -> list[dict[str, Any]]:
+    """Learner and actor in this process, from two readings of the same settings; returns the metrics."""
+    stop = Event()
+    learner = Learner(cfg, stop)
+    again.is_actor, again.resume = True, False
+    again.validate()
+    actor = Actor(again, stop)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(actor.run)
+        try:
+            learner.run()
+        finally:
+            stop.set()
+            future.result(60)
+            actor.close()
+    return [json.loads(line) for line in (cfg.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_person_shows_is_learned_from_and_found_again(
+    make_cfg: Callable[..., Any], free_port: int, tmp_path: Path
+) -> None:
+    """With no data set: there is nothing to imitate but what the person does."""
+
+    def settings(steps: int, *more: str) -> list[str]:
+        return [
+            *robot_arguments("......ii....s"),
+            f"--policy.actor_learner_config.learner_port={free_port}",
+            "--algorithm.critic_warmup=0",
+            "--algorithm.demonstration_weight=0.1",
+            f"--steps={steps}",
+            *more,
+        ]
+
+    rows = run_here(make_cfg(*settings(2)), make_cfg(*settings(2), validate=False))
+    assert [row["rollout/decisions"] for row in rows] == [6, 6]
+    assert all(row["loss/supervised"] > 0 for row in rows)
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in rows)
+    shown = [row["control/demonstrations"] for row in rows]
+    assert 0 < shown[0] < shown[1]
+    assert (
+        sum(len(load_file(file)["action"]) for file in (tmp_path / "run/interventions").iterdir()) == shown[1]
+    )
+    resumed = settings(3, "--resume=true")
+    assert (
+        run_here(make_cfg(*resumed), make_cfg(*resumed, validate=False))[2]["control/demonstrations"]
+        > shown[1]
+    )
 
 
 @pytest.mark.slow
@@ -529,8 +594,7 @@ def test_a_run_trains_and_learns_from_the_person(
         "--algorithm.critic_warmup=0",
         "--algorithm.demonstration_weight=0.1",
     )
-    without = ("--env.episode_length", "--env.reward")
-    command = run.train(without=without)
+    command = run.train(without=("--env.episode_length", "--env.reward"))
     assert command.wait(200) == 0, command.shown
     assert command.errors() == []
     rows = run.rows()
@@ -543,7 +607,3 @@ def test_a_run_trains_and_learns_from_the_person(
         assert row["control/policy_hz"] > 0
         assert row["loss/supervised"] > 0
     assert 0 < rows[0]["control/demonstrations"] < rows[1]["control/demonstrations"]
-    again = run.train("--steps=3", "--resume=true", without=without)
-    assert again.wait(200) == 0, again.shown
-    assert f"Found {int(rows[1]['control/demonstrations'])} steps of interventions" in run.log("learner")
-    assert run.rows()[2]["control/demonstrations"] > rows[1]["control/demonstrations"]

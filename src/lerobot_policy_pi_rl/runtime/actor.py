@@ -10,7 +10,7 @@ import numpy as np
 
 from .access import read_actor_access
 from .client import LearnerClient, LearnerLost
-from .collector import Collector, make_eval_groups, make_groups
+from .collector import Collector, Interrupted, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
@@ -91,7 +91,7 @@ class Actor:
         # Where the policy is validated.
         self._eval_groups = own or groups
         self._player = make_player(cfg)
-        self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0)
+        self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0, stop)
         self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
         link = policy_cfg.actor_learner_config
         self._client = LearnerClient(
@@ -121,7 +121,8 @@ class Actor:
                 pace = Pace(self._collection.max_staleness)
                 continue
             # Lost while it works: the next wait says so, or has the final weights that came before the end.
-            with contextlib.suppress(LearnerLost):
+            # Interrupted when asked to leave, which the loop sees.
+            with contextlib.suppress(LearnerLost, Interrupted):
                 if weights is not None:
                     latency = max(0.0, time.time() - weights.header.sent_at)
                     restarts = pace.take(weights.header)

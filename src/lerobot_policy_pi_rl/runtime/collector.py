@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from threading import Event
 
 import numpy as np
 import torch
@@ -45,6 +46,10 @@ class EpisodeStatistics:
     length_sum: int
     env_steps: int
     seconds: float
+
+
+class Interrupted(Exception):
+    """The actor was asked to leave while it collected."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,14 @@ class Collector:
     exactly.
     """
 
-    def __init__(self, player: Player, groups: list[Group], collection: CollectionConfig, seed: int) -> None:
+    def __init__(
+        self,
+        player: Player,
+        groups: list[Group],
+        collection: CollectionConfig,
+        seed: int,
+        stop: Event | None = None,
+    ) -> None:
         """Prepares the collection; `restart` begins it.
 
         Args:
@@ -228,7 +240,9 @@ class Collector:
             groups: The environments.
             collection: The quota.
             seed: Seed of the run.
+            stop: Set from outside to stop between two decisions: a robot should not go on to the end of a quota.
         """
+        self._stop = stop or Event()
         self._player, self._groups, self._collection, self._seed = player, groups, collection, seed
         self._actions = player.policy.config.n_action_steps
         # Each group has its own randomness, so that it does not matter which one is ready first.
@@ -259,6 +273,9 @@ class Collector:
 
         Returns:
             The decisions, environment by environment within each step, and the episodes that ended.
+
+        Raises:
+            Interrupted: If it was asked to stop.
         """
         began = time.perf_counter()
         for number, generator in enumerate(self._generators):
@@ -314,6 +331,8 @@ class Collector:
             outcome = group.envs.receive()
             group.raw = outcome.observation
             ended = group.account(outcome)
+            if self._stop.is_set():
+                raise Interrupted
             left[number] -= int(outcome.executed.any())
             if left[number]:
                 pending[number] = self._decide(group)
