@@ -136,7 +136,7 @@ def test_decisions_with_nan_are_dropped_and_counted(
             reward=torch.full_like(decisions.reward, torch.nan),
             version=torch.full_like(decisions.version, version),
         )
-        client.send_decisions(encode_decisions(ruined, RolloutHeader(5, version, 0, True)))
+        client.send_decisions(encode_decisions(ruined, RolloutHeader(5, version, 0)))
     # It does not come before the quotas of all who are there.
     assert client.wait_weights(version, 30) is not None
     client.close()
@@ -154,7 +154,7 @@ def test_malformed_messages_are_rejected_and_counted(
     before = newest(alive)["dropped/malformed_messages"]
     weights = client.wait_weights(-1, 30)
     assert weights is not None
-    header = RolloutHeader(5, weights.header.version, 0, True)
+    header = RolloutHeader(5, weights.header.version, 0)
     client.send_decisions(b"\x80\x04no safetensors")
     client.send_decisions(encode_decisions(replace(decisions, env=decisions.env - 20), header))
     client.send_decisions(encode_decisions(replace(decisions, chain=decisions.chain[:, :1]), header))

@@ -509,7 +509,7 @@ def test_a_running_learner_survives_and_trains_on_nothing_of_it(caplog: pytest.L
     assert not learner.is_alive()
     (gathered,) = found
     assert torch.equal(gathered.decisions.reward, decode_decisions(DECISIONS, SPEC).decisions.reward)
-    assert gathered.collections == [STATISTICS]
+    assert gathered.collections == [STATISTICS | {"actor": 0}]
     rejected = Counter(service.traffic().rejected)
     assert rejected["malformed"] > SENT
     assert rejected["unknown state"] > 100

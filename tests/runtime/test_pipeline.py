@@ -296,5 +296,5 @@ def test_the_learner_accepts_what_its_actor_collects(
     collector.restart(0)
     collected = collector.collect(0).decisions
     spec = wire_spec(make_cfg(*arguments), collector._player)
-    payload = encode_decisions(collected, RolloutHeader(0, 0, 0, True))
+    payload = encode_decisions(collected, RolloutHeader(0, 0, 0))
     assert len(decode_decisions(payload, spec).decisions) == len(collected)
