@@ -173,7 +173,7 @@ POLICY_ERRORS = [
     ("--policy.explorer.kind=sde", "explorer.kind", "'sde' is unknown"),
     ("--policy.explorer.recording=all", "explorer.recording", "'all' is unknown"),
     ("--policy.explorer.noise_level=0", "explorer.noise_level", "must be above 0"),
-    ("--policy.explorer.noise_std_min=0.5", "explorer.noise_std_min", "[0.5, 0.16] is upside down"),
+    ("--policy.explorer.noise_std_min=0.7", "explorer.noise_std_min", "[0.7, 0.6] is upside down"),
     ("--policy.num_inference_steps=-1", "num_inference_steps", "at least 1 denoising step"),
     ("--policy.n_action_steps=6", "n_action_steps", "between 1 and chunk_size=5, got 6"),
     ("--env.type=metaworld_state --env.task=rech-v3", "task", "did you mean reach-v3"),

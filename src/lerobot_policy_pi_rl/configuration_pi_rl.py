@@ -44,8 +44,8 @@ class ExplorerConfig:
     # Correlation of the noise between neighbouring steps of a chunk, 0 to below 1 (flow_sde only).
     noise_correlation: float = 0.5
     # Range of the standard deviation that flow_noise learns, in units of the normalised action.
-    noise_std_min: float = 0.08
-    noise_std_max: float = 0.16
+    noise_std_min: float = 0.15
+    noise_std_max: float = 0.6
     # Width of the flow_noise network's hidden layer.
     noise_hidden_dim: int = 64
     # Standard deviation of the noise on dimensions that a base gives as logits (X-VLA's grippers), in logits. With 1.7

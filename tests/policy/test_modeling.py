@@ -116,8 +116,8 @@ def test_learned_deviation_never_leaves_its_range(make_policy: MakePolicy, batch
     policy = make_policy(kind="flow_noise")
     randomise_noise_network(policy, 10.0)
     std = policy.field(policy.encode(batch), 10 * torch.randn(16, 5, 3), torch.ones(16)).std
-    torch.testing.assert_close(std.min(), torch.tensor(0.08))
-    torch.testing.assert_close(std.max(), torch.tensor(0.16))
+    torch.testing.assert_close(std.min(), torch.tensor(0.15))
+    torch.testing.assert_close(std.max(), torch.tensor(0.6))
 
 
 def test_learned_deviation_becomes_different_for_every_row_chunk_step_and_dimension(

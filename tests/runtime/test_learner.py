@@ -118,7 +118,7 @@ def validations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None
         def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
             success = left.pop(0) if len(left) > 1 else left[0]
             solved = np.arange(len(seeds)) < success * len(seeds)
-            return Evaluation(solved, np.zeros(len(seeds), dtype=np.int64))
+            return Evaluation(solved, np.zeros(len(seeds), dtype=np.int64), ["a task"] * len(seeds))
 
         monkeypatch.setattr("lerobot_policy_pi_rl.runtime.actor.evaluate", evaluate)
 

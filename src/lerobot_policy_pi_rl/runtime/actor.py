@@ -14,6 +14,7 @@ from .collector import Collector, Interrupted, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
+from .tasks import count_by_task
 from .wire import (
     MAX_DEMONSTRATION_ROWS,
     RolloutHeader,
@@ -166,6 +167,7 @@ class Actor:
                 "successes": int(result.success.sum()),
                 "env_steps": result.env_steps,
                 "seconds": time.perf_counter() - began,
+                **count_by_task(result.tasks, result.success),
             }
         )
 
@@ -178,7 +180,7 @@ class Actor:
         if collected.control is not None:
             self._client.send_interaction({"kind": "control", **quota, **asdict(collected.control)})
         told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency}
-        self._client.send_interaction({**told, **asdict(collected.statistics)})
+        self._client.send_interaction({**told, **asdict(collected.statistics), **collected.by_task})
         if collected.demonstrations is not None:
             # Before the decisions, so that the learner has them for the same iteration.
             for some in collected.demonstrations.split(MAX_DEMONSTRATION_ROWS):

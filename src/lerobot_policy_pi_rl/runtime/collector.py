@@ -23,6 +23,7 @@ from .environments import ChunkedVectorEnv, ChunkStep, Observation, Vector, firs
 from .pipeline import Player
 from .robots import RobotVector
 from .seeds import TRAINING_SEEDS, stream, torch_seed
+from .tasks import count_by_task
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -59,23 +60,26 @@ class Collected:
     Attributes:
         decisions: The policy's.
         statistics: Of the episodes.
+        by_task: Episodes and successes of each task, as `count_by_task` counts them.
         control: How a robot was controlled; None in plain simulation.
         demonstrations: What people did since the quota before, validation included; None if they did nothing.
     """
 
     decisions: DecisionBatch
     statistics: EpisodeStatistics
+    by_task: dict[str, int]
     control: ControlStatistics | None
     demonstrations: DemonstrationBatch | None
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """Return, length and success of the episodes that one decision of a group ended, `[n]` each."""
+    """Return, length, success and task of the episodes that one decision of a group ended, `[n]` each."""
 
     returns: np.ndarray
     lengths: np.ndarray
     success: np.ndarray
+    tasks: list[str]
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,8 @@ class Group:
         self.episode_length += outcome.executed
         done = outcome.done
         ended = done & ~((self._cut_after == 1) & outcome.truncated)
-        known = _Ended(self.episode_return[ended], self.episode_length[ended], outcome.success[ended])
+        tasks = [self.envs.tasks[place] for place in ended.nonzero()[0]]
+        known = _Ended(self.episode_return[ended], self.episode_length[ended], outcome.success[ended], tasks)
         self.episode_return[done] = 0
         self.episode_length[done] = 0
         self._cut_after[:] = np.where(done, 0, np.maximum(self._cut_after - 1, 0))
@@ -303,11 +308,13 @@ class Collector:
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,
         )
+        tasks = [task for part in ended for task in part.tasks]
+        by_task = count_by_task(tasks, np.concatenate([part.success for part in ended]))
         # A robot is the only environment of its actor.
         envs = self._groups[0].envs
         if not isinstance(envs, RobotVector):
-            return Collected(decisions, statistics, None, None)
-        return Collected(decisions, statistics, envs.take_statistics(), self._demonstrations(envs))
+            return Collected(decisions, statistics, by_task, None, None)
+        return Collected(decisions, statistics, by_task, envs.take_statistics(), self._demonstrations(envs))
 
     def _demonstrations(self, robot: RobotVector) -> DemonstrationBatch | None:
         """What people did, as it crosses the wire."""

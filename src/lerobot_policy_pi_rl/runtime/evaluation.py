@@ -25,10 +25,12 @@ class Evaluation:
     Attributes:
         success: Whether each start was solved, `[n]` bool.
         length: Environment steps of each episode, `[n]` int64.
+        tasks: Task text of each.
     """
 
     success: np.ndarray
     length: np.ndarray
+    tasks: list[str]
 
     @property
     def env_steps(self) -> int:
@@ -185,4 +187,11 @@ def play(
     success, length = np.zeros(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=np.int64)
     for number, share in shares.items():
         success[places[number]], length[places[number]] = share.success, share.length
-    return Evaluation(success, length)
+    return Evaluation(success, length, [_task(groups, start) for start in range(len(seeds))])
+
+
+def _task(groups: list[Group], start: int) -> str:
+    """Task of a numbered start: the groups take starts in turn, and so do the environments of each."""
+    place, number = divmod(start, len(groups))
+    tasks = groups[number].envs.tasks
+    return tasks[place % len(tasks)]

@@ -14,6 +14,7 @@ from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .service import ActorEvent, PIRLLearnerService, Received
+from .tasks import PER_TASK
 from .wire import (
     DEMONSTRATIONS,
     Rollout,
@@ -350,7 +351,8 @@ class Gatherer:
                 raise WireError(
                     f"an interaction needs a kind (one of {list(STATISTICS)}), a version and a part"
                 )
-            for name in STATISTICS[str(kind)]:
+            by_task = [name for name in values if name.startswith(PER_TASK)]
+            for name in (*STATISTICS[str(kind)], *by_task):
                 _check_statistic(name, values.get(name))
         except WireError as error:
             self._service.reject(message.actor, "malformed", str(error))

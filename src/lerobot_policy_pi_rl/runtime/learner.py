@@ -32,6 +32,7 @@ from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .robots import is_robot
 from .service import LearnerServer, PIRLLearnerService
+from .tasks import success_by_task
 from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
 
 logger = logging.getLogger(__name__)
@@ -365,6 +366,7 @@ class Learner:
             "eval/rollbacks": progress.rollbacks,
             "progress/env_steps": progress.env_steps,
         }
+        row |= {f"eval/success/{task}": share for task, share in success_by_task(evaluations).items()}
         self._metrics.write(version, row)
         self._validation = success
         return has_collapsed(success, progress.best_success, self._config.rollback_drop)
@@ -513,7 +515,8 @@ def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
         metrics["rollout/success"] = total(gathered.collections, "successes") / episodes
         metrics["rollout/return"] = total(gathered.collections, "return_sum") / episodes
         metrics["rollout/episode_length"] = total(gathered.collections, "length_sum") / episodes
-    return metrics
+    by_task = success_by_task(gathered.collections)
+    return metrics | {f"rollout/success/{task}": share for task, share in by_task.items()}
 
 
 def control_metrics(control: list[dict[str, Scalar]]) -> dict[str, float]:
