@@ -48,6 +48,7 @@ class Commands:
         self.calls: list[list[str]] = []
         self.fails: Callable[[str], bool] = lambda command: False
         self.budget = 100
+        self.learn = learn
 
     def __call__(self, command: Sequence[str], log: Path, keep_open: int) -> int:
         self.calls.append(list(command))
@@ -60,7 +61,7 @@ class Commands:
         if command[0] == "lerobot-eval":
             evaluate(output, [RATES[output.parent.name]])
         elif command[0] == "lerobot-pi-rl-train":
-            learn(output, self.budget)
+            self.learn(output, self.budget)
         else:
             output.mkdir()
         return 0
@@ -282,6 +283,22 @@ def test_a_second_run_does_only_what_is_missing(run: Run, commands: Commands, sa
     assert len(commands.calls) == done
     assert len(said) == done
     assert any("evaluation of the best" in line and "success 0.90" in line for line in said)
+
+
+def test_the_same_checkpoint_is_not_evaluated_twice(run: Run, commands: Commands, tmp_path: Path) -> None:
+    cell = plan.parse(CONTENT).cells[0]
+    made = stages.stages(cell, tmp_path / "stages")
+
+    def learn_to_the_end(output: Path, env_steps: int) -> None:
+        learn(output, env_steps)
+        (output / "checkpoints/best").unlink()
+        (output / "checkpoints/best").symlink_to("000025")
+
+    commands.learn = learn_to_the_end
+    assert run([cell]) == []
+    assert commands.names().count("lerobot-eval") == 2
+    assert stages.success(made.last) == stages.success(made.best) == RATES[made.best.folder.name]
+    assert made.last.result() == made.best.result()
 
 
 def test_a_stage_that_was_cut_off_begins_anew(run: Run, commands: Commands, tmp_path: Path) -> None:

@@ -43,12 +43,24 @@ class Stage:
         folder: Its own folder.
         command: Name and arguments, with paths relative to the repository.
         learns: It is PI-RL: it needs a port, and goes on from its last checkpoint.
+        checkpoint: What an evaluation evaluates.
+        twin: An evaluation before this one, whose checkpoint may turn out to be the same.
     """
 
     title: str
     folder: Path
     command: tuple[str, ...]
     learns: bool = False
+    checkpoint: Path | None = None
+    twin: "Stage | None" = None
+
+    @property
+    def repeats(self) -> "Stage | None":
+        """The twin, if it has evaluated the same checkpoint: of equals, the last one is the best."""
+        if self.twin is None or self.checkpoint is None or self.twin.checkpoint is None:
+            return None
+        same = self.checkpoint.resolve() == self.twin.checkpoint.resolve()
+        return self.twin if same and self.twin.done else None
 
     @property
     def output(self) -> Path:
@@ -121,18 +133,19 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
     # What evaluates otherwise, trains and validates in another environment or policy as well.
     train = supervised / _name("pi_rl" if cell.recipe == RECIPE else f"pi_rl_{cell.recipe}", more.train)
 
-    def evaluation(name: str, title: str, made_by: Path, link: str) -> Stage:
+    def evaluation(name: str, title: str, made_by: Path, link: str, twin: Stage | None = None) -> Stage:
         folder = made_by / _name(f"{name}_{cell.num_evaluations}", more.evaluation)
-        checkpoint = _relative(made_by / "output/checkpoints" / link / "pretrained_model")
+        checkpoint = made_by / "output/checkpoints" / link / "pretrained_model"
         command = evaluation_command(
-            cell.task, checkpoint, cell.num_evaluations, _relative(folder / "output")
+            cell.task, _relative(checkpoint), cell.num_evaluations, _relative(folder / "output")
         )
-        return Stage(title, folder, (*command, *more.evaluation))
+        return Stage(title, folder, (*command, *more.evaluation), checkpoint=checkpoint, twin=twin)
 
     data, start = (
         _relative(demonstrations / "output"),
         supervised / "output/checkpoints/last/pretrained_model",
     )
+    best = evaluation("evaluation_best", "evaluation of the best", train, "best")
     return Stages(
         demonstrations=Stage(
             f"{cell.demonstrations} demonstrations",
@@ -157,8 +170,8 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
             ),
             learns=True,
         ),
-        best=evaluation("evaluation_best", "evaluation of the best", train, "best"),
-        last=evaluation("evaluation_last", "evaluation of the last", train, "last"),
+        best=best,
+        last=evaluation("evaluation_last", "evaluation of the last", train, "last", best),
     )
 
 

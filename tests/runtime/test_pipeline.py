@@ -130,6 +130,23 @@ def test_a_run_is_resumed_from_a_named_checkpoint(make_cfg: MakeConfig, saved: P
     assert cfg.checkpoint_path == saved
 
 
+def test_an_actor_of_a_resumed_run_needs_only_its_checkpoint(make_cfg: MakeConfig, saved: Path) -> None:
+    gone = "--policy.path=outputs/what/it/began/with"
+    cfg = make_cfg(gone, "--resume=true", validate=False)
+    cfg.is_actor = True
+    cfg.validate()
+    assert cfg.policy is not None
+    assert Path(str(cfg.policy.pretrained_path)) == saved / "pretrained_model"
+
+
+def test_an_actor_without_the_checkpoint_begins_as_configured(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg("--resume=true", validate=False)
+    cfg.is_actor = True
+    cfg.validate()
+    assert cfg.policy is not None
+    assert cfg.policy.pretrained_path is None
+
+
 def test_settings_of_the_policy_can_be_changed_when_resuming(make_cfg: MakeConfig, saved: Path) -> None:
     cfg = make_cfg("--resume=true", "--policy.online_steps=5")
     assert parts(cfg)[0].online_steps == 5

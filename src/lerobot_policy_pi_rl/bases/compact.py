@@ -39,9 +39,21 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds the network's output to its input."""
-        return x + self.layers(x)
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> Tensor:
+        """Adds the network's output to its input.
+
+        Args:
+            x: Hidden features.
+            modulation: Scale minus 1 and shift of the normalised features, `[B, 2, dim]` (adaptive layer norm, DiT,
+                arXiv 2212.09748).
+        """
+        norm, *rest = self.layers
+        hidden = norm(x)
+        if modulation is not None:
+            hidden = torch.addcmul(modulation[:, 1] + hidden, modulation[:, 0], hidden)
+        for layer in rest:
+            hidden = layer(hidden)
+        return x + hidden
 
 
 class ImageEncoder(nn.Sequential):
@@ -96,6 +108,11 @@ class CompactBase(FlowBase):
         self.observe = nn.Linear(observed, hidden)
         self.enter = nn.Linear(self.chunk_size * self.action_dim + self.settings.time_dim, hidden)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(self.settings.num_blocks))
+        if self.settings.task_modulation:
+            # Begins as none: every task starts from what all have in common.
+            self.modulate = nn.Linear(self.settings.task_dim, self.settings.num_blocks * 2 * hidden)
+            nn.init.zeros_(self.modulate.weight)
+            nn.init.zeros_(self.modulate.bias)
         self.leave = nn.Linear(hidden, self.chunk_size * self.action_dim)
 
     def observation_features(self, batch: dict[str, Tensor]) -> Tensor:
@@ -112,7 +129,12 @@ class CompactBase(FlowBase):
     def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation, `[B, hidden]`, beside its own features."""
         features = self.observation_features(batch)
-        return {"observation": self.observe(features), "features": features.detach()}
+        context = {"observation": self.observe(features), "features": features.detach()}
+        if self.settings.task_modulation:
+            context["modulation"] = self.modulate(batch[TASK_EMBEDDING]).unflatten(
+                1, (len(self.blocks), 2, -1)
+            )
+        return context
 
     def critic_features(self, context: Context, source: str = "observation") -> Tensor:
         """The observation's own features, detached, `[B, F]`."""
@@ -126,8 +148,11 @@ class CompactBase(FlowBase):
     def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
         """Velocity of the states `[B, H, D]` at the times `[B]`."""
         hidden = self.enter(torch.cat([x_t.flatten(1), self.time(t)], dim=1)) + context["observation"]
-        for block in self.blocks:
-            hidden = block(hidden)
+        modulation = (
+            context["modulation"].unbind(1) if self.settings.task_modulation else [None] * len(self.blocks)
+        )
+        for block, moved in zip(self.blocks, modulation, strict=True):
+            hidden = block(hidden, moved)
         hidden = nn.functional.silu(hidden)
         features = hidden[:, None].expand(-1, self.chunk_size, -1)
         return Velocity(self.leave(hidden).view_as(x_t), features)

@@ -63,10 +63,21 @@ class CompactConfig(BaseConfig):
     time_dim: int = 32
     # Width of the hashed task embedding; 0 leaves the task text out (a single-task policy).
     task_dim: int = 64
+    # The task embedding also scales and shifts the features of every block (adaptive layer norm), so that training for
+    # one task changes what is done for the others less.
+    task_modulation: bool = False
     # Width of each camera's features after the convolutional encoder.
     image_dim: int = 128
     # Normalised state components are clipped to this many standard deviations.
     state_clip: float = 8.0
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        check(
+            self.task_dim > 0 or not self.task_modulation,
+            "policy.base.task_modulation",
+            "is by the task embedding, and policy.base.task_dim=0 leaves that out; give it a width, e.g. 64",
+        )
 
 
 @dataclass(frozen=True)

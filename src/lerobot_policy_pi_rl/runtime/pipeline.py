@@ -31,9 +31,9 @@ from torch import Tensor
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from ..bases.configuration import STOCK
 from ..configuration_pi_rl import PIRLConfig
-from ..errors import config_error
+from ..errors import ConfigError, config_error
 from ..modeling_pi_rl import PIRLPolicy
-from .checkpoint import find_last, verify
+from .checkpoint import CheckpointError, find_last, verify
 from .observations import ObservationPath, offered_features
 from .robots import SIMULATION
 from .wire import WireSpec
@@ -76,6 +76,9 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             )
         if self.env is None:
             raise config_error("env.type", "is missing; online training needs an environment")
+        if self.resume and self.is_actor:
+            # An actor elsewhere has no checkpoint and begins as configured; its weights come from the learner.
+            self.resume = self._has_checkpoint()
         if self.resume:
             self._resume_policy()
         self._validate_as_lerobot_does()
@@ -175,6 +178,14 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
         self.policy = PreTrainedConfig.from_pretrained(folder, cli_overrides=overrides)
         self.policy.pretrained_path = folder
+
+    def _has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        try:
+            self.find_checkpoint()
+        except (ConfigError, CheckpointError):
+            return False
+        return True
 
     def find_checkpoint(self) -> Path:
         """Folder of the checkpoint to resume from: that of `--config_path`, or the last one of `output_dir`.

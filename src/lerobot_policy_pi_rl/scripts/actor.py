@@ -15,7 +15,7 @@ def act(cfg: PIRLTrainConfig) -> None:
     # The environments' workers are where the cores are needed.
     torch.set_num_threads(1)
     stop = stop_on_signals()
-    cfg.is_actor, cfg.resume = True, False
+    cfg.is_actor = True
     cfg.validate()
     assert cfg.output_dir is not None
     log_to(cfg.output_dir / "logs" / f"actor_{parts(cfg)[1].collection.actor_id}.log")
