@@ -76,7 +76,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             )
         if self.env is None:
             raise config_error("env.type", "is missing; online training needs an environment")
-        if self.resume and self.is_actor:
+        if self.resume and self.is_actor:  # type: ignore[has-type]  # as above
             # An actor elsewhere has no checkpoint and begins as configured; its weights come from the learner.
             self.resume = self._has_checkpoint()
         if self.resume:
