@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
 GRID ?= single_task
+# Tests at a time. A debugger needs JOBS=0.
+JOBS ?= 2
 
 # The first interpreter on this machine that is new enough.
 PYTHON ?= $(shell for python in python3.12 python3.13 python3; do \
@@ -34,7 +36,7 @@ $(READY): requirements.lock pyproject.toml | $(BIN)/python
 	@touch $@
 
 test: setup  ## the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --durations=15 $(ARGS)
 
 check: setup  ## lint, format, types and the import contract
 	$(BIN)/ruff check

@@ -252,10 +252,7 @@ def _register_refusal(name: str, reason: str) -> None:
 
         def __post_init__(self) -> None:
             """Says why not."""
-            raise config_error(
-                "policy.base.type",
-                f"{name!r} {reason}; use 'compact'",
-            )
+            raise config_error("policy.base.type", f"{name!r} {reason}; use 'compact'")
 
     BaseConfig.register_subclass(name, RefusedConfig)
 

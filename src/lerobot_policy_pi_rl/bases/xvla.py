@@ -113,16 +113,7 @@ class XVLABase(StockBase):
         return velocity.masked_fill(waits, 0.0)
 
     def sample(self, context: Context, noise: Tensor, num_steps: int) -> Tensor:
-        """X-VLA's own sampler: the newest prediction is mixed with the initial noise again, for every step.
-
-        Args:
-            context: The observation.
-            noise: Initial noise `[B, H, D]`.
-            num_steps: Number of denoising steps K.
-
-        Returns:
-            The last prediction `[B, H, D]`.
-        """
+        """X-VLA's own sampler: the newest prediction is mixed with the initial noise again, for every step."""
         noise = noise.to(self._dtype)
         action = torch.zeros_like(noise)
         for left in range(num_steps, 0, -1):

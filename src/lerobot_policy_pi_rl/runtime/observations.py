@@ -73,6 +73,7 @@ class ObservationPath:
         self._offered = offered_features(env_cfg, policy_cfg, self._renamed)
         self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
         self._packed = is_robot(env_cfg)
+        self._picture_shapes = {k: f.shape for k, f in self.wire_fields().items() if self._is_image(k)}
 
     def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
         """Converts raw observations of N environments to LeRobot's keys, floats, `[N, ...]`.
@@ -94,18 +95,19 @@ class ObservationPath:
         found = {key: observation[key] for key in self._features}
         if self._packed:
             return self.unpack(found)
-        for key, field in self.wire_fields().items():
-            self._check_size(key, tuple(found[key].shape[1:]), field.shape)
+        self._check_pictures(found)
         return found
 
-    def _check_size(self, key: str, given: tuple[int, ...], stated: tuple[int, ...]) -> None:
-        """Compares a picture with the configuration, by which the learner knows its size."""
-        if self._is_image(key) and given != stated:
-            raise config_error(
-                "env.features",
-                f"says {key!r} is {stated}, but the environment gives {given}; set env.observation_height and "
-                f"env.observation_width, or env.features, to what it gives",
-            )
+    def _check_pictures(self, found: dict[str, Tensor]) -> None:
+        """Compares the pictures with the configuration, by which the learner knows their sizes."""
+        for key, stated in self._picture_shapes.items():
+            given = tuple(found[key].shape[1:])
+            if given != stated:
+                raise config_error(
+                    "env.features",
+                    f"says {key!r} is {stated}, but the environment gives {given}; set env.observation_height and "
+                    f"env.observation_width, or env.features, to what it gives",
+                )
 
     def pack(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images `[0, 1]` to uint8, everything else to float32, on the CPU."""
