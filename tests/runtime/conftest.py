@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import draccus
@@ -27,7 +29,9 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 import lerobot_policy_pi_rl  # noqa: F401  registers policy, algorithm and environment
+from lerobot_policy_pi_rl.runtime.actor import Actor
 from lerobot_policy_pi_rl.runtime.collector import Collector, make_groups
+from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, make_player, parts
 
 SMALL = [
@@ -196,6 +200,60 @@ def make_collector(make_cfg: MakeConfig) -> Iterator[MakeCollector]:
             return collector
 
         yield make
+
+
+Train = Callable[..., list[dict[str, Any]]]
+SOON = 30.0
+
+
+def run_actor(actor: Actor) -> None:
+    try:
+        actor.run()
+    finally:
+        actor.close()
+
+
+@pytest.fixture
+def train(make_cfg: MakeConfig, free_port: int, tmp_path: Path) -> Train:
+    """Runs a learner and its actors to the end; the arguments are those of `make_cfg`. Returns the metrics."""
+
+    def run(*arguments: str, actors: int = 1, folder: str = "run") -> list[dict[str, Any]]:
+        output_dir = tmp_path / folder
+        port = f"--policy.actor_learner_config.learner_port={free_port}"
+        given = [
+            port,
+            f"--output_dir={output_dir}",
+            *arguments,
+            f"--algorithm.collection.num_actors={actors}",
+        ]
+        stop = Event()
+        learner = Learner(make_cfg(*given), stop)
+        # An actor reads the configuration as its own command would.
+        makers = [
+            lambda number=number: Actor(
+                as_actor(make_cfg(*given, f"--algorithm.collection.actor_id={number}", validate=False)), stop
+            )
+            for number in range(actors)
+        ]
+        running = [make() for make in makers]
+        with ThreadPoolExecutor(actors) as pool:
+            futures = [pool.submit(run_actor, actor) for actor in running]
+            try:
+                learner.run()
+            finally:
+                stop.set()
+            for future in futures:
+                future.result(SOON)
+        lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return run
+
+
+def as_actor(cfg: PIRLTrainConfig) -> PIRLTrainConfig:
+    cfg.is_actor = True
+    cfg.validate()
+    return cfg
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Learner and actor in this process, over loopback: what a run does, and what it writes."""
 
-import json
 import math
 import threading
 import time
@@ -22,65 +21,13 @@ from lerobot_policy_pi_rl.runtime.client import LearnerClient
 from lerobot_policy_pi_rl.runtime.collector import Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
-from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, Player
+from lerobot_policy_pi_rl.runtime.pipeline import Player
 from lerobot_policy_pi_rl.runtime.service import PortUnavailable
 from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
-MakeConfig = Callable[..., PIRLTrainConfig]
-Train = Callable[..., list[dict[str, Any]]]
-SOON = 30.0
+from .conftest import SOON, MakeConfig, Train, as_actor, run_actor
 
 pytestmark = pytest.mark.timeout(120)
-
-
-def run_actor(actor: Actor) -> None:
-    try:
-        actor.run()
-    finally:
-        actor.close()
-
-
-@pytest.fixture
-def train(make_cfg: MakeConfig, free_port: int, tmp_path: Path) -> Train:
-    """Runs a learner and its actors to the end; the arguments are those of `make_cfg`. Returns the metrics."""
-
-    def run(*arguments: str, actors: int = 1, folder: str = "run") -> list[dict[str, Any]]:
-        output_dir = tmp_path / folder
-        port = f"--policy.actor_learner_config.learner_port={free_port}"
-        given = [
-            port,
-            f"--output_dir={output_dir}",
-            *arguments,
-            f"--algorithm.collection.num_actors={actors}",
-        ]
-        stop = Event()
-        learner = Learner(make_cfg(*given), stop)
-        # An actor reads the configuration as its own command would.
-        makers = [
-            lambda number=number: Actor(
-                as_actor(make_cfg(*given, f"--algorithm.collection.actor_id={number}", validate=False)), stop
-            )
-            for number in range(actors)
-        ]
-        running = [make() for make in makers]
-        with ThreadPoolExecutor(actors) as pool:
-            futures = [pool.submit(run_actor, actor) for actor in running]
-            try:
-                learner.run()
-            finally:
-                stop.set()
-            for future in futures:
-                future.result(SOON)
-        lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
-    return run
-
-
-def as_actor(cfg: PIRLTrainConfig) -> PIRLTrainConfig:
-    cfg.is_actor, cfg.resume = True, False
-    cfg.validate()
-    return cfg
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

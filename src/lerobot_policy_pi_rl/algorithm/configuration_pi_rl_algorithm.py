@@ -30,6 +30,9 @@ class CollectionConfig:
     # Environments that begin their episodes from the same starts, so that their returns can be compared; 1 is off.
     # Every iteration then begins with fresh episodes.
     group_size: int = 1
+    # How much the environments go to the tasks that fail, where one policy learns several: 0 deals them evenly, 1 in
+    # proportion to the failures. They are dealt anew at every checkpoint (`save_freq`), at least one to each task.
+    task_focus: float = 0.0
     # Environments that an actor keeps for validation alone; 0 validates in those of the collection (a robot), all of
     # whose episodes then begin anew.
     eval_envs: int = 32
@@ -66,6 +69,13 @@ class CollectionConfig:
             self.reward in REWARDS,
             f"{name}.reward",
             f"{self.reward!r} is unknown; choose one of {list(REWARDS)}",
+        )
+        check(0 <= self.task_focus <= 1, f"{name}.task_focus", f"must be 0 to 1, got {self.task_focus}")
+        check(
+            self.task_focus == 0 or self.max_staleness == 0,
+            f"{name}.task_focus",
+            f"deals environments when all episodes begin anew, which asynchronous actors never do; set it or "
+            f"{name}.max_staleness={self.max_staleness} to 0",
         )
         check(
             self.num_envs % self.group_size == 0,

@@ -148,6 +148,8 @@ class Actor:
         if header.evaluate:
             self._evaluate(header.version)
         if restarts and not header.final:
+            if weights.task_shares:
+                self._collector.focus(weights.task_shares)
             self._collector.restart(header.version)
         return header.final
 

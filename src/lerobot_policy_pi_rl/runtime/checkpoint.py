@@ -83,7 +83,7 @@ class TrainingState:
         postprocessor: Its postprocessor.
         algorithm: The algorithm.
         optimizers: The optimizers, by name.
-        counters: Plain numbers by name: iteration, version, environment steps, learning rate, KL coefficient, ...
+        counters: Plain values by name: iteration, version, environment steps, learning rate, KL coefficient, ...
     """
 
     step: int
@@ -94,7 +94,7 @@ class TrainingState:
     postprocessor: PolicyProcessorPipeline
     algorithm: RLAlgorithm
     optimizers: dict[str, Optimizer]
-    counters: Mapping[str, int | float]
+    counters: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Resumed:
     """
 
     step: int
-    counters: dict[str, int | float]
+    counters: dict[str, Any]
 
 
 def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LINK) -> Path:

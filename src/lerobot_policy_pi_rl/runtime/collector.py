@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from threading import Event
 
@@ -17,13 +17,14 @@ from torch import Tensor
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
+from ..errors import config_error
 from ..flow.sampler import Sample
 from .control import ControlStatistics
 from .environments import ChunkedVectorEnv, ChunkStep, Observation, Vector, first_ready
 from .pipeline import Player
 from .robots import RobotVector
 from .seeds import TRAINING_SEEDS, stream, torch_seed
-from .tasks import count_by_task
+from .tasks import count_by_task, deal
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -168,6 +169,11 @@ class Group:
         self.episode_return[:] = 0
         self.episode_length[:] = 0
 
+    def deal(self, numbers: np.ndarray) -> None:
+        """Gives each environment the task of a number, `[E]`; `reset` must follow."""
+        assert isinstance(self.envs, ChunkedVectorEnv)
+        self.envs.deal(numbers)
+
     def send(self, chunks: np.ndarray) -> None:
         """Hands chunks `[E, H, A]` to the workers."""
         self.envs.send(chunks, self.next_start, self._cut_after == 1)
@@ -200,8 +206,21 @@ def make_groups(env_cfg: EnvConfig, collection: CollectionConfig, device: str = 
         env_cfg: Which environments.
         collection: How many, and how they are spread.
         device: Where a robot's reward classifier computes.
+
+    Raises:
+        ConfigError: If they are too few for the tasks to be dealt by their success.
     """
-    return _split(env_cfg, collection, collection.num_envs, collection.group_size, device)
+    groups = _split(env_cfg, collection, collection.num_envs, collection.group_size, device)
+    tasks, places = groups[0].envs.num_tasks, collection.num_envs // collection.group_size
+    if collection.task_focus > 0 and places < tasks:
+        for group in groups:
+            group.envs.close()
+        raise config_error(
+            "algorithm.collection.task_focus",
+            f"deals environments to {tasks} tasks, each needs one: set collection.num_envs to at least "
+            f"{tasks * collection.group_size}, or the focus to 0",
+        )
+    return groups
 
 
 def make_eval_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
@@ -253,11 +272,34 @@ class Collector:
         # Each group has its own randomness, so that it does not matter which one is ready first.
         self._generators = [torch.Generator(device=str(player.policy.config.device)) for _ in groups]
         self._index = 0
+        # Task texts by number; all of them are there before the environments are dealt anew.
+        texts = {
+            n: text for group in groups for n, text in zip(group.envs.numbers, group.envs.tasks, strict=True)
+        }
+        self._tasks = [texts[number] for number in sorted(texts)]
 
     @property
     def actor(self) -> int:
         """Number of the actor."""
         return self._collection.actor_id
+
+    def focus(self, shares: Mapping[str, float]) -> None:
+        """Deals the environments to the tasks anew; `restart` must follow.
+
+        Args:
+            shares: How large a part of all actors' environments each task gets, by its text.
+        """
+        collection = self._collection
+        units = collection.num_envs // collection.group_size
+        # None of a task's episodes has ended yet: it is as hard as the hardest.
+        wanted = np.array([shares.get(task, max(shares.values())) for task in self._tasks])
+        numbers = deal(wanted / wanted.sum(), units * collection.num_actors)
+        # An actor beyond the configured number takes its part from the beginning again.
+        mine = np.roll(numbers, -collection.actor_id * units)[:units].repeat(collection.group_size)
+        first = 0
+        for group in self._groups:
+            group.deal(mine[first : first + group.envs.num_envs])
+            first += group.envs.num_envs
 
     def restart(self, version: int, part: int = 0) -> None:
         """Abandons all episodes and begins fresh ones, as every actor does at this version.

@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -110,22 +110,29 @@ def _one_of_each_task(env_cfg: EnvConfig) -> list[gym.Env]:
     return [vector.envs[0] for vector in vectors]
 
 
-def _make_envs(env_cfg: EnvConfig, places: list[int]) -> list[gym.Env]:
-    """Makes environments, each of the task at its place among all, modulo their number.
+class _Factory:
+    """Makes environments of numbered tasks.
 
-    LeRobot's multi-task environments load their simulator at the first reset, so those that are left over cost little.
+    LeRobot's own configurations give one environment of every task at a time. Those load their simulator at the first
+    reset, so what is left over costs little.
     """
-    if hasattr(env_cfg, "make_env"):
-        return [env_cfg.make_env(env_cfg.tasks[place % len(env_cfg.tasks)]) for place in places]
-    sets = [_one_of_each_task(env_cfg)]
-    envs, used = [], Counter[int]()
-    for place in places:
-        task = place % len(sets[0])
-        if used[task] == len(sets):
-            sets.append(_one_of_each_task(env_cfg))
-        envs.append(sets[used[task]][task])
-        used[task] += 1
-    return envs
+
+    def __init__(self, env_cfg: EnvConfig) -> None:
+        self._env_cfg = env_cfg
+        self._makes_one = hasattr(env_cfg, "make_env")
+        self._left: list[list[gym.Env]] = []
+        if not self._makes_one:
+            self._left = [[env] for env in _one_of_each_task(env_cfg)]
+        self.num_tasks = len(env_cfg.tasks) if self._makes_one else len(self._left)
+
+    def make(self, number: int) -> gym.Env:
+        """A new environment of a task, 0 to `num_tasks - 1`."""
+        if self._makes_one:
+            return self._env_cfg.make_env(self._env_cfg.tasks[number])
+        if not self._left[number]:
+            for left, env in zip(self._left, _one_of_each_task(self._env_cfg), strict=True):
+                left.append(env)
+        return self._left[number].pop()
 
 
 def _attribute(env: gym.Env, *names: str) -> Any:
@@ -200,16 +207,54 @@ class _Slot:
         self._env.close()
 
 
+@dataclass(frozen=True)
+class EnvDescription:
+    """What one environment of a vector is.
+
+    Attributes:
+        task: Task text.
+        number: Of its task, among those of the configuration.
+        num_tasks: How many the configuration has.
+        time_limit: Steps after which its episodes are truncated; 0 is never.
+    """
+
+    task: str
+    number: int
+    num_tasks: int
+    time_limit: int
+
+
 class _Pool:
     """The environments of one process, served in order."""
 
     def __init__(self, env_cfg: EnvConfig, places: list[int], reward: str) -> None:
-        limit = getattr(env_cfg, "episode_length", None)
-        self._slots = [_Slot(env, limit, reward) for env in _make_envs(env_cfg, places)]
+        self._limit, self._reward = getattr(env_cfg, "episode_length", None), reward
+        self._factory = _Factory(env_cfg)
+        self._slots: list[_Slot] = []
+        # The task of each, and environments of tasks that they do not have at the moment.
+        self._numbers: list[int] = []
+        self._idle: defaultdict[int, list[_Slot]] = defaultdict(list)
+        self.deal([place % self._factory.num_tasks for place in places])
 
-    def described(self) -> list[tuple[str, int]]:
-        """Task text and time limit of each (0: none)."""
-        return [(slot.task, slot.time_limit) for slot in self._slots]
+    def deal(self, numbers: Sequence[int]) -> list[EnvDescription]:
+        """Gives each environment a task by its number; what has loaded its simulator once is kept for later."""
+        for number, slot in zip(self._numbers, self._slots, strict=True):
+            self._idle[number].append(slot)
+        self._numbers = [int(number) for number in numbers]
+        # The newest first: a task that stays keeps the environment that it had.
+        self._slots = [self._idle[n].pop() if self._idle[n] else self._make(n) for n in self._numbers]
+        return self.described()
+
+    def _make(self, number: int) -> _Slot:
+        return _Slot(self._factory.make(number), self._limit, self._reward)
+
+    def described(self) -> list[EnvDescription]:
+        """What each environment is."""
+        tasks = self._factory.num_tasks
+        return [
+            EnvDescription(slot.task, number, tasks, slot.time_limit)
+            for slot, number in zip(self._slots, self._numbers, strict=True)
+        ]
 
     def reset(self, seeds: np.ndarray) -> Observation:
         """Resets all, `[n]` seeds -> stacked observations."""
@@ -233,7 +278,7 @@ class _Pool:
 
     def close(self) -> None:
         """Frees all environments."""
-        for slot in self._slots:
+        for slot in itertools.chain(self._slots, *self._idle.values()):
             slot.close()
 
 
@@ -360,6 +405,8 @@ class Vector(Protocol):
     """N environments that execute whole chunks, wherever they live."""
 
     num_envs: int
+    num_tasks: int
+    numbers: np.ndarray
     tasks: list[str]
     time_limits: np.ndarray
 
@@ -383,9 +430,9 @@ class Vector(Protocol):
 class ChunkedVectorEnv:
     """N environments in W worker processes, or in this process when W is 0.
 
-    Environments of a configuration with several tasks get them dealt in turn. Create it before starting threads (gRPC,
-    torch), because on Linux the workers are forked, which costs no imports; and in a thread that stays, because Linux
-    ends them with the thread that made them.
+    Environments of a configuration with several tasks get them dealt in turn, until `deal`. Create it before starting
+    threads (gRPC, torch), because on Linux the workers are forked, which costs no imports; and in a thread that stays,
+    because Linux ends them with the thread that made them.
 
     Args:
         env_cfg: Any LeRobot environment configuration.
@@ -398,6 +445,8 @@ class ChunkedVectorEnv:
 
     Attributes:
         tasks: Task text of each environment.
+        numbers: Number of the task of each among those of the configuration, `[N]`.
+        num_tasks: How many tasks the configuration has.
         time_limits: Steps after which its episodes are truncated, `[N]` int64: the smaller one of the configuration's
             (`episode_length`) and the environment's own; 0 is never.
 
@@ -428,12 +477,29 @@ class ChunkedVectorEnv:
         places = [number // per_task for number in range(first, first + num_envs)]
         if num_workers == 0:
             self._local = _Pool(env_cfg, places, reward)
-            described = self._local.described()
+            self._describe(self._local.described())
         else:
             self._start(env_cfg, places, reward, min(num_workers, num_envs))
-            described = [one for part in self._gather("described", START_TIMEOUT) for one in part]
-        self.tasks = [task for task, _ in described]
-        self.time_limits = np.array([limit for _, limit in described], dtype=np.int64)
+            self._describe(itertools.chain(*self._gather("described", START_TIMEOUT)))
+
+    def _describe(self, described: Iterable[EnvDescription]) -> None:
+        known = list(described)
+        self.num_tasks = known[0].num_tasks
+        self.numbers = np.array([one.number for one in known])
+        self.tasks = [one.task for one in known]
+        self.time_limits = np.array([one.time_limit for one in known], dtype=np.int64)
+
+    def deal(self, numbers: np.ndarray) -> None:
+        """Gives the environments other tasks; all of them must be reset after that.
+
+        Args:
+            numbers: Task of each, `[N]`, 0 to `num_tasks - 1`.
+        """
+        numbers = self._checked(numbers, "numbers")
+        if self._local is not None:
+            self._describe(self._local.deal(numbers.tolist()))
+        else:
+            self._describe(itertools.chain(*self._gather("deal", START_TIMEOUT, numbers)))
 
     def _start(self, env_cfg: EnvConfig, places: list[int], reward: str, num_workers: int) -> None:
         forks = sys.platform == "linux"

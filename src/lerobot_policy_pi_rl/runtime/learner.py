@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as package_version
 from pathlib import Path
 from threading import Event
@@ -32,7 +32,7 @@ from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .robots import is_robot
 from .service import LearnerServer, PIRLLearnerService
-from .tasks import success_by_task
+from .tasks import success_by_task, task_shares
 from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Progress:
         validations_since_best: How many evaluations in a row were not better than all before.
         rollbacks: How often the best checkpoint was brought back.
         runaways: Iterations in a row whose update was out of control.
+        task_shares: How large a part of the environments each task has since the last restart; empty: all the same.
     """
 
     version: int = 0
@@ -72,6 +73,7 @@ class Progress:
     validations_since_best: int = 0
     rollbacks: int = 0
     runaways: int = 0
+    task_shares: dict[str, float] = field(default_factory=dict)
 
 
 # What the console shows beside the environment steps.
@@ -155,6 +157,8 @@ class Learner:
         self._started_at = time.time()
         # What the newest iteration and evaluation said, for `lerobot-pi-rl-status`.
         self._rates: dict[int, float] = {}
+        # What the actors told of their episodes since these began anew.
+        self._since_restart: list[dict[str, Scalar]] = []
         self._validation: float | None = None
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
@@ -229,6 +233,8 @@ class Learner:
             return
         updating = time.perf_counter()
         self._account(gathered)
+        if self._config.collection.task_focus > 0:
+            self._since_restart += gathered.collections
         if (note := self._first_look.add(gathered.evaluations, gathered.collections)) is not None:
             logger.log(note.level, "%s", note.text)
         milestone, finished = self._is_milestone(version + 1), self._finished()
@@ -249,11 +255,17 @@ class Learner:
         updated = time.perf_counter()
         self._progress.seconds += updated - began
         if milestone:
+            self._focus()
             self._save()
         if not early and not finished:
             self._publish_next(restart=True)
         self._watch(stats)
         self._log(gathered, stats, ready_at[0] - updating, updated - ready_at[0])
+
+    def _focus(self) -> None:
+        """Decides how the environments are dealt to the tasks from the next restart on."""
+        if success := success_by_task(self._since_restart):
+            self._progress.task_shares = task_shares(success, self._config.collection.task_focus)
 
     def _roll_back(self, gathered: Gathered) -> None:
         """Brings the best checkpoint back with smaller steps; the decisions of the collapsed policy are dropped.
@@ -373,12 +385,14 @@ class Learner:
 
     def _publish_next(self, restart: bool) -> None:
         """Sends the weights of the current version and asks for its decisions."""
+        if restart:
+            self._since_restart = []
         self._publish(restart, evaluate=self._evaluates(self._progress.version))
 
     def _publish(self, restart: bool, evaluate: bool, final: bool = False) -> None:
         """Sends the current weights to every actor."""
         header = WeightsHeader(self._progress.version, restart, evaluate, final, sent_at=time.time())
-        payload = encode_weights(self._algorithm.get_weights(), header)
+        payload = encode_weights(self._algorithm.get_weights(), header, self._progress.task_shares)
         self._pushed_bytes = len(payload)
         self._service.publish(self._progress.version, payload)
 
@@ -408,7 +422,7 @@ class Learner:
         changed = checkpoint.changed_settings(self._cfg.checkpoint_path, self._cfg)
         if changed:
             logger.warning("Settings have changed since then: %s", "; ".join(changed))
-        return Progress(**resumed.counters)  # type: ignore[arg-type]  # whole numbers come back whole
+        return Progress(**resumed.counters)
 
     def _log(
         self,

@@ -94,6 +94,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         robot = isinstance(env, HILSerlRobotEnvConfig)
         if robot:
             self._check_robot(algorithm, env)
+        if algorithm.collection.task_focus > 0 and not (self.save_checkpoint and self.save_freq > 0):
+            raise config_error(
+                "algorithm.collection.task_focus",
+                "deals the environments anew at every checkpoint, and none are saved; set save_freq",
+            )
         # On a robot, people may show what to do while it learns.
         if algorithm.demonstration_weight > 0 and self.dataset is None and not robot:
             raise config_error(

@@ -95,6 +95,7 @@ class RobotVector:
             EnvironmentFailed: They cannot be connected.
         """
         self.tasks = [env_cfg.task or ""]
+        self.numbers, self.num_tasks = np.zeros(1, dtype=np.int64), 1
         self._cfg = env_cfg
         self._clock = Clock(env_cfg.fps)
         self._env: Any = None

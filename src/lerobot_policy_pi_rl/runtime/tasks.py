@@ -1,4 +1,4 @@
-"""Success by task, where one policy learns several: how actors count it and the learner reads it."""
+"""Several tasks in one policy: the success of each, and how many environments each gets."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,3 +35,40 @@ def success_by_task(statistics: Iterable[Mapping[str, Scalar]]) -> dict[str, flo
     if len(tasks) < 2:
         return {}
     return {task: sums[SUCCESSES + task] / max(sums[EPISODES + task], 1) for task in tasks}
+
+
+def task_shares(success: Mapping[str, float], focus: float) -> dict[str, float]:
+    """How large a part of the environments each task should have.
+
+    Args:
+        success: Share of solved episodes of each task.
+        focus: 0 gives all tasks the same, 1 gives each in proportion to how often it fails.
+
+    Returns:
+        Shares that sum to 1.
+    """
+    failures = {task: 1 - solved for task, solved in success.items()}
+    total = sum(failures.values())
+    if total == 0:
+        return dict.fromkeys(success, 1 / len(success))
+    return {task: (1 - focus) / len(success) + focus * failed / total for task, failed in failures.items()}
+
+
+def deal(shares: Sequence[float], places: int) -> np.ndarray:
+    """Deals places to tasks, one to each and the rest by their shares, evenly mixed.
+
+    Args:
+        shares: Share of each task; they sum to 1.
+        places: How many there are, at least one for each task.
+
+    Returns:
+        Number of the task of each place, `[places]`.
+    """
+    wanted = np.array(shares) * (places - len(shares))
+    counts = np.floor(wanted).astype(int)
+    largest_remainders = np.argsort(counts - wanted, kind="stable")
+    counts[largest_remainders[: places - len(shares) - counts.sum()]] += 1
+    tasks = np.repeat(np.arange(len(shares)), counts + 1)
+    # Where a task's places lie when each task spreads its own over the whole.
+    positions = np.concatenate([(np.arange(count) + 0.5) / count for count in counts + 1])
+    return tasks[np.lexsort((tasks, positions))]

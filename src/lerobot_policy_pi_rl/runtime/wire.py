@@ -94,10 +94,17 @@ class WeightsHeader:
 
 @dataclass(frozen=True)
 class Weights:
-    """A message of weights, decoded."""
+    """A message of weights, decoded.
+
+    Attributes:
+        header: What it says about itself.
+        tensors: The weights.
+        task_shares: How large a part of the environments each task gets at a restart, by its text; empty: all the same.
+    """
 
     header: WeightsHeader
     tensors: dict[str, Tensor]
+    task_shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -462,9 +469,11 @@ def decode_demonstrations(data: bytes, spec: WireSpec) -> DemonstrationBatch:
 # Weights and interactions
 
 
-def encode_weights(tensors: Mapping[str, Tensor], header: WeightsHeader) -> bytes:
-    """Encodes weights for the parameters stream, each tensor in its own dtype."""
-    return _pack("weights", asdict(header), tensors, {})
+def encode_weights(
+    tensors: Mapping[str, Tensor], header: WeightsHeader, task_shares: Mapping[str, float] | None = None
+) -> bytes:
+    """Encodes weights for the parameters stream, each tensor in its own dtype; see `Weights`."""
+    return _pack("weights", asdict(header), tensors, {"task_shares": json.dumps(dict(task_shares or {}))})
 
 
 def decode_weights(data: bytes) -> Weights:
@@ -474,7 +483,18 @@ def decode_weights(data: bytes) -> Weights:
         WireError: The message is not a well-formed message of weights.
     """
     parts = _unpack("weights", data, MAX_HEADER_BYTES)
-    return Weights(_record(WeightsHeader, parts.header), parts.tensors)
+    shares = _checked_shares(parts.metadata.get("task_shares"))
+    return Weights(_record(WeightsHeader, parts.header), parts.tensors, shares)
+
+
+def _checked_shares(text: str | None) -> dict[str, float]:
+    """The shares of the tasks out of the metadata."""
+    shares = _json(text, "the shares of the tasks")
+    if not isinstance(shares, dict) or not all(isinstance(share, float) for share in shares.values()):
+        raise WireError("the shares of the tasks must be numbers by text")
+    if not all(0 <= share <= 1 for share in shares.values()):
+        raise WireError("a task's share must be 0 to 1")
+    return shares
 
 
 def encode_interaction(values: Mapping[str, Scalar]) -> bytes:
