@@ -18,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 
-# Seconds a process gets to leave by itself before it is terminated, and then killed.
+# Seconds an actor gets to leave by itself before it is terminated, and then killed.
 LEAVE_S = 20.0
+# The same for the learner, which saves a checkpoint; that of a large policy takes a while.
+SAVE_S = 120.0
 # Seconds between looks at the processes.
 POLL_S = 0.2
 # Seconds the learner gets to report an error before an actor's is shown: a wrong setting ends both alike.
@@ -169,15 +171,17 @@ class Supervisor:
 
     def _end(self) -> int:
         """Ends the learner first: it saves a checkpoint and sends the actors home."""
-        if self._learner.poll() is None:
+        stopping = self._learner.poll() is None
+        if stopping:
             say("stopping the learner; it saves what it has trained")
             self._learner.terminate()
-        self._wait([self._learner])
+        self._wait([self._learner], SAVE_S)
         actors = [actor.process for actor in self._actors.values()]
-        if self._learner.returncode != 0:
+        if stopping or self._learner.returncode != 0:
+            # Nobody will read what they are at, and an evaluation is long.
             for actor in actors:
                 actor.terminate()
-        self._wait(actors)
+        self._wait(actors, LEAVE_S)
         code = self._learner.returncode
         if self._gave_up:
             return 1
@@ -185,10 +189,10 @@ class Supervisor:
         return 128 - code if code < 0 else code
 
     @staticmethod
-    def _wait(processes: list[subprocess.Popen[bytes]]) -> None:
-        """Waits for processes to leave; one that does not is terminated, then killed."""
+    def _wait(processes: list[subprocess.Popen[bytes]], patience_s: float) -> None:
+        """Waits for processes to leave; one that does not in this time is terminated, then killed."""
         for end in (subprocess.Popen.terminate, subprocess.Popen.kill, None):
-            deadline = time.monotonic() + LEAVE_S
+            deadline = time.monotonic() + patience_s
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
                 time.sleep(POLL_S)
             for process in processes:
@@ -252,7 +256,11 @@ def _run(name: str) -> None:
     logging.getLogger("lerobot.utils.import_utils").addFilter(
         lambda record: "torchcodec" not in record.getMessage()
     )
-    importlib.import_module(f"lerobot_policy_pi_rl.scripts.{name}").main()
+    try:
+        module = importlib.import_module(f"lerobot_policy_pi_rl.scripts.{name}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    module.main()
 
 
 if __name__ == "__main__":

@@ -74,6 +74,25 @@ def test_a_killed_actor_is_started_again(
 
 
 @pytest.mark.timeout(60)
+def test_an_actor_that_is_busy_does_not_hold_up_the_end(play: Callable[..., Stage], tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    leaves = (
+        "import pathlib, signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); "
+        f"pathlib.Path({str(ready)!r}).touch(); "
+    )
+    stage = play(STAY, leaves + STAY)
+    supervisor, stop = launcher.Supervisor([], num_actors=1), Event()
+    deadline = time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stop.set()
+    began = time.monotonic()
+    assert supervisor.watch(stop) == 0
+    assert time.monotonic() - began < launcher.LEAVE_S / 2
+    assert all(process.poll() is not None for process in stage.processes)
+
+
+@pytest.mark.timeout(60)
 def test_an_actor_with_an_error_of_its_own_ends_the_run(
     play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -64,6 +65,23 @@ REACH = ["--env.type=metaworld_state", "--env.task=reach-v3", "--env.episode_len
 
 LEROBOTS_OWN = ("--policy.path", "--config_path")
 """What LeRobot reads before draccus, which does not know it."""
+
+
+@contextlib.contextmanager
+def no_room(size: int = 0) -> Iterator[None]:
+    """Lets no file grow beyond a size, in this process: an error of the same kind as that of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def full_disk() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Makes contexts in which nothing can be written to files."""
+    return no_room
 
 
 # Environments

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lerobot_policy_pi_rl.runtime import checkpoint
-from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, TrainingState
+from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, CheckpointNotWritten, TrainingState
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -209,6 +209,26 @@ def test_a_kill_before_the_end_leaves_last_as_it_was(
     assert (place.name, saved_policy(place)) == ("000001", 1.0)
     assert checkpoint.load(place, algorithm, algorithm.optimizers).step == 1
     assert not [path.name for path in place.parent.iterdir() if path.name.startswith(".")]
+    checkpoint.save(tmp_path, make_state(algorithm, 2, 2.0))
+    assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
+
+
+def test_a_full_disk_is_one_line_and_leaves_last_as_it_was(
+    tmp_path: Path, full_disk: Callable[[], Any]
+) -> None:
+    """Also of the same step, whose directory a write would replace; safetensors has an error of its own."""
+    algorithm = Regression()
+    checkpoint.save(tmp_path, make_state(algorithm, 1, 1.0))
+    for step in (1, 2):
+        with (
+            pytest.raises(CheckpointNotWritten, match=f"of version {step} could not be") as error,
+            full_disk(),
+        ):
+            checkpoint.save(tmp_path, make_state(algorithm, step, 2.0))
+        assert "\n" not in str(error.value)
+        place = checkpoint.find_last(tmp_path)
+        assert (place.name, saved_policy(place)) == ("000001", 1.0)
+        assert {path.name for path in place.parent.iterdir()} == {"000001", "last"}
     checkpoint.save(tmp_path, make_state(algorithm, 2, 2.0))
     assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
 

@@ -1,13 +1,14 @@
 """The evaluation during training: every start once, in order, by the ODE."""
 
 from collections.abc import Callable
+from threading import Event
 
 import numpy as np
 import pytest
 import torch
 from lerobot.utils.constants import OBS_STATE
 
-from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
 from lerobot_policy_pi_rl.runtime.seeds import torch_seed
 
@@ -33,6 +34,13 @@ def test_no_start_is_no_work(make_collector: MakeCollector) -> None:
     result = evaluate(collector._player, collector._groups, np.arange(0))
     assert result.success.shape == (0,)
     assert result.env_steps == 0
+
+
+def test_it_ends_when_it_is_asked_to(make_collector: MakeCollector) -> None:
+    collector, stop = make_collector(FATE), Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        evaluate(collector._player, collector._groups, np.arange(500, 540), stop)
 
 
 def test_it_is_deterministic(make_collector: MakeCollector) -> None:

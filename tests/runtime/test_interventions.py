@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def equal(one: DemonstrationBatch, two: DemonstrationBatch) -> bool:
         and torch.equal(one.last, two.last)
         and all(torch.equal(one.observation[key], two.observation[key]) for key in (STATE, CAMERA))
     )
+
+
+def test_a_full_disk_costs_no_step_of_a_person_in_this_run(
+    tmp_path: Path, full_disk: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = InterventionStore(tmp_path, SPEC, 10, lambda observation, task, actions: actions)
+    with full_disk():
+        store.add(shown(4))
+    assert "4 steps of a person are in memory alone" in caplog.text
+    store.add(shown(4))
+    assert len(store) == 8
+    # Beyond the capacity the oldest go, whether they have a file or not.
+    store.add(shown(4))
+    assert len(store) == 8
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
 
 
 def test_a_chunk_repeats_the_last_action_beyond_the_end() -> None:

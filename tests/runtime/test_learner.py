@@ -62,7 +62,7 @@ def validations(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float]], None
     def find(successes: list[float]) -> None:
         left = list(successes)
 
-        def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
+        def evaluate(player: Player, groups: list[Group], seeds: np.ndarray, stop: Event) -> Evaluation:
             success = left.pop(0) if len(left) > 1 else left[0]
             solved = np.arange(len(seeds)) < success * len(seeds)
             return Evaluation(solved, np.zeros(len(seeds), dtype=np.int64), ["a task"] * len(seeds))

@@ -3,8 +3,10 @@
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -60,6 +62,31 @@ def test_each_line_is_there_at_once(tmp_path: Path) -> None:
             metrics.write(step, VALUES)
             assert read(metrics.path)[-1] == {"step": step, **VALUES}
     assert len(read(metrics.path)) == 2
+
+
+def test_a_full_disk_ends_no_run_and_the_lines_come_later(
+    tmp_path: Path, full_disk: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with writer(tmp_path) as metrics:
+        metrics.write(1, VALUES)
+        with full_disk():
+            metrics.write(2, VALUES)
+            metrics.write(3, VALUES)
+        metrics.write(4, VALUES)
+        assert [line["step"] for line in read(metrics.path)] == [1, 2, 3, 4]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "Metrics from version 2 on are not on the disk yet"
+    ]
+
+
+def test_a_terminal_that_is_gone_ends_no_run(tmp_path: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    with writer(tmp_path, stream=Closed(), every_s=0) as metrics:
+        metrics.write(1, VALUES)
+    assert len(read(metrics.path)) == 1
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from lerobot_policy_pi_rl.runtime.client import (
     LearnerLost,
     LearnerUnreachable,
     LinkState,
+    Outbox,
 )
 from lerobot_policy_pi_rl.runtime.limits import Limits
 from lerobot_policy_pi_rl.runtime.service import LearnerServer, PIRLLearnerService, PortUnavailable
@@ -203,6 +204,16 @@ def test_a_full_inbox_holds_the_sender_back_and_close_still_returns() -> None:
         assert time.monotonic() - began < 5
         sender.join(SOON)
         assert not sender.is_alive()
+
+
+def test_a_wait_for_room_ends_when_the_actor_is_asked_to_leave() -> None:
+    stop = threading.Event()
+    outbox = Outbox(1)
+    assert outbox.put(b"first", stop)
+    began = time.monotonic()
+    threading.Timer(0.2, stop.set).start()
+    assert not outbox.put(b"second", stop)
+    assert 0.2 <= time.monotonic() - began < SOON
 
 
 def _send_until_lost(client: LearnerClient) -> None:

@@ -154,6 +154,8 @@ class PIRLAlgorithm(RLAlgorithm):
         self.seed = 0
         # Called in every update as soon as the policy is improved; the critic is trained after that.
         self.policy_ready: Callable[[], None] = lambda: None
+        # Whether the update is to end with the gradient step that it is at: the run is asked to stop.
+        self.stopping: Callable[[], bool] = lambda: False
         # Where demonstrations come from, if `demonstration_weight` asks for them.
         self.demonstrations: Demonstrations | None = None
         tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 else 0.1
@@ -252,7 +254,8 @@ class PIRLAlgorithm(RLAlgorithm):
 
         First the policy takes all its epochs, then the critic: neither reads what the other does in the meantime,
         because advantages and value targets are computed once, before. Actors can act with the improved policy
-        (`policy_ready`) while the critic is trained.
+        (`policy_ready`) while the critic is trained. A run that is asked to stop (`stopping`) goes without the steps
+        that are left.
 
         Args:
             batch_iterator: Yields rollouts.
@@ -289,14 +292,14 @@ class PIRLAlgorithm(RLAlgorithm):
         config, generator = self.config, self._generator(0)
         warming_up = material.critic is not None and self.optimization_step < config.critic_warmup
         skipped, epochs = 0, 0
-        while epochs < config.epochs and not warming_up and len(material.trained):
+        while epochs < config.epochs and not warming_up and len(material.trained) and not self.stopping():
             last_epoch = Averages()
-            for rows in minibatches(material.trained, config.minibatch_size, generator):
+            for rows in self._minibatches(material, generator):
                 skipped += self._policy_step(material, rows, averages, last_epoch)
             epochs += 1
             if last_epoch.mean("approx_kl") > config.kl_stop * config.target_kl:
                 break
-        if epochs:
+        if epochs and not self.stopping():
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
             self._adapt_lr(math.inf if skipped else last_epoch.mean("approx_kl"))
         return {"epochs": epochs, "skipped_steps": skipped}
@@ -307,10 +310,19 @@ class PIRLAlgorithm(RLAlgorithm):
             return 0
         skipped, generator = 0, self._generator(1)
         for _ in range(self.config.epochs):
-            for rows in minibatches(material.trained, self.config.minibatch_size, generator):
+            if self.stopping():
+                break
+            for rows in self._minibatches(material, generator):
                 part = material.critic.rows(rows.to(self.device))
                 skipped += self._critic_step(self.critic, part, averages)
         return skipped
+
+    def _minibatches(self, material: Material, generator: torch.Generator) -> Iterator[Tensor]:
+        """The minibatches of an epoch, no more of them once the run is asked to stop."""
+        for rows in minibatches(material.trained, self.config.minibatch_size, generator):
+            if self.stopping():
+                return
+            yield rows
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Source of an iteration's minibatches, the same in a resumed run."""

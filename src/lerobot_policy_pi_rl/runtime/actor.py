@@ -159,7 +159,7 @@ class Actor:
         # An actor beyond the configured number would run somebody else's starts a second time.
         share = self._validation[mine::actors] if mine < actors else self._validation[:0]
         began = time.perf_counter()
-        result = evaluate(self._player, self._eval_groups, share)
+        result = evaluate(self._player, self._eval_groups, share, self._stop)
         self._client.send_interaction(
             {
                 "kind": "evaluation",
@@ -170,7 +170,8 @@ class Actor:
                 "env_steps": result.env_steps,
                 "seconds": time.perf_counter() - began,
                 **count_by_task(result.tasks, result.success),
-            }
+            },
+            self._stop,
         )
 
     def _collect(self, version: int, part: int, latency: float) -> None:
@@ -180,15 +181,19 @@ class Actor:
         collected = self._collector.collect(version, part)
         quota: dict[str, Scalar] = {"version": version, "part": part}
         if collected.control is not None:
-            self._client.send_interaction({"kind": "control", **quota, **asdict(collected.control)})
+            self._client.send_interaction(
+                {"kind": "control", **quota, **asdict(collected.control)}, self._stop
+            )
         told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency}
-        self._client.send_interaction({**told, **asdict(collected.statistics), **collected.by_task})
+        self._client.send_interaction(
+            {**told, **asdict(collected.statistics), **collected.by_task}, self._stop
+        )
         if collected.demonstrations is not None:
             # Before the decisions, so that the learner has them for the same iteration.
             for some in collected.demonstrations.split(MAX_DEMONSTRATION_ROWS):
-                self._client.send_decisions(encode_demonstrations(some))
+                self._client.send_decisions(encode_demonstrations(some), self._stop)
         header = RolloutHeader(self._collection.actor_id, version, part)
-        self._client.send_decisions(encode_decisions(collected.decisions, header))
+        self._client.send_decisions(encode_decisions(collected.decisions, header), self._stop)
 
     def close(self) -> None:
         """Sends what is queued, leaves the learner and ends the environments."""

@@ -7,6 +7,7 @@ checkpoints/last -> 000010
 checkpoints/best -> 000008
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -70,6 +71,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing or broken; the text is one line."""
 
 
+class CheckpointNotWritten(CheckpointError):
+    """There was no room for a checkpoint, or no access; the ones before are as they were. The text is one line."""
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """All that a checkpoint holds.
@@ -120,14 +125,26 @@ def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LIN
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        CheckpointNotWritten: The disk is full, say; what was written of it is removed, and the link stays.
     """
     place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step)
     aside = place.with_name(ASIDE + place.name)
-    remove_unfinished(output_dir)
-    _write(aside, state)
-    _synchronise(aside)
-    _move_into_place(aside, place)
-    _point_at(place, link)
+    try:
+        remove_unfinished(output_dir)
+        _write(aside, state)
+        _synchronise(aside)
+        _move_into_place(aside, place)
+        _point_at(place, link)
+    except (OSError, SafetensorError) as error:
+        # The half that was written would keep the disk full.
+        with contextlib.suppress(OSError):
+            remove_unfinished(output_dir)
+        raise CheckpointNotWritten(
+            f"the checkpoint of version {state.step} could not be written to {place.parent} ({_line(error)}); "
+            "make room there"
+        ) from error
     return place
 
 
@@ -140,6 +157,9 @@ def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
 
     Returns:
         The checkpoint that was the best one before, if nothing points at it any more.
+
+    Raises:
+        CheckpointNotWritten: As `save`.
     """
     folder = output_dir / CHECKPOINTS_DIR
     best = folder / BEST_CHECKPOINT_LINK

@@ -39,6 +39,8 @@ CALL_SECONDS = 5.0
 """How long one attempt to reach the learner may take."""
 RETRY_SECONDS = 0.5
 LAST_WEIGHTS_SECONDS = 2.0
+STOP_POLL_SECONDS = 0.5
+"""How often a wait for room looks whether it should end."""
 MESSAGE_SECONDS = 5.0
 """How often the log says that the learner is still waited for."""
 
@@ -88,15 +90,21 @@ class Outbox:
         """Whether it takes nothing more."""
         return self._ended or self._flushing
 
-    def put(self, payload: bytes) -> bool:
-        """Adds a payload, waiting for room; false when the stream ended."""
+    def put(self, payload: bytes, stop: threading.Event | None = None) -> bool:
+        """Adds a payload, waiting for room; false when the stream ended, or `stop` is set while there is none."""
         with self._changed:
-            self._changed.wait_for(lambda: self.finished or len(self._items) < self._capacity)
+            while not self._changed.wait_for(self._may_put, STOP_POLL_SECONDS if stop else None):
+                if stop is not None and stop.is_set():
+                    return False
             if self.finished:
                 return False
             self._items.append(payload)
             self._changed.notify_all()
             return True
+
+    def _may_put(self) -> bool:
+        """Whether a wait for room is over. Needs the lock."""
+        return self.finished or len(self._items) < self._capacity
 
     def flush(self) -> None:
         """Takes no more; the stream ends by itself once all is sent."""
@@ -171,9 +179,15 @@ class _Link:
         """
         metadata = self._metadata(self._handshake)
         self._parameters = self._stub.StreamParameters(services_pb2.Empty(), metadata=metadata)
-        # The learner sends metadata of its own once it has listed this actor; a refusal comes without.
-        if not self._parameters.initial_metadata():
-            next(self._parameters)
+        # The stream itself has no time limit, but the learner's first word has: the network may have stalled.
+        patience = threading.Timer(CALL_SECONDS, self._parameters.cancel)
+        patience.start()
+        try:
+            # The learner sends metadata of its own once it has listed this actor; a refusal comes without.
+            if not self._parameters.initial_metadata():
+                next(self._parameters)
+        finally:
+            patience.cancel()
         self._receiver.start()
         self._start_sender("decisions", self._stub.SendTransitions, services_pb2.Transition, self.decisions)
         self._start_sender(
@@ -373,25 +387,33 @@ class LearnerClient:
             else:
                 return None
 
-    def send_decisions(self, payload: bytes) -> None:
+    def send_decisions(self, payload: bytes, stop: threading.Event | None = None) -> None:
         """Queues encoded decisions; blocks while the learner is behind.
 
+        Args:
+            payload: Of `wire.encode_decisions`, or of `wire.encode_demonstrations`.
+            stop: Set from outside to end the wait for room.
+
         Raises:
-            LearnerLost: The connection is broken.
+            LearnerLost: The connection is broken, or `stop` was set before there was room.
         """
         link = self._connected_link()
-        if not link.decisions.put(payload):
+        if not link.decisions.put(payload, stop):
             raise LearnerLost(self._lost_text(link))
 
-    def send_interaction(self, values: Mapping[str, Scalar]) -> None:
+    def send_interaction(self, values: Mapping[str, Scalar], stop: threading.Event | None = None) -> None:
         """Queues one line of statistics.
 
+        Args:
+            values: The line.
+            stop: As in `send_decisions`.
+
         Raises:
-            LearnerLost: The connection is broken.
+            LearnerLost: As `send_decisions`.
             WireError: A value is not a finite number, a text or a truth value.
         """
         link = self._connected_link()
-        if not link.interactions.put(encode_interaction(values)):
+        if not link.interactions.put(encode_interaction(values), stop):
             raise LearnerLost(self._lost_text(link))
 
     def close(self, flush_s: float = 3.0) -> None:
@@ -448,7 +470,7 @@ class LearnerClient:
         return self._link
 
     def _lost_text(self, link: _Link) -> str:
-        return f"lost the learner at {self._address}: {link.broken}"
+        return f"lost the learner at {self._address}: {link.broken or 'it is behind, and nobody waits any longer'}"
 
 
 def ask_status(host: str, port: int, access: Access, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -501,6 +523,10 @@ def _channel_options() -> list[tuple[str, Any]]:
         ("grpc.enable_http_proxy", 0),
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # gRPC would stop asking after two questions, which is before a long update has ended.
+        ("grpc.http2.max_pings_without_data", 0),
+        # For its other pings, behind which the one that asks has to wait; a minute by default.
+        ("grpc.http2.ping_timeout_ms", 20_000),
     ]
 
 

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from .collector import Group
+from .collector import Group, Interrupted
 from .environments import ChunkStep
 from .pipeline import Player
 from .seeds import torch_seed
@@ -132,7 +133,7 @@ def by_exploring(player: Player) -> Choose:
     return choose
 
 
-def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluation:
+def evaluate(player: Player, groups: list[Group], seeds: np.ndarray, stop: Event | None = None) -> Evaluation:
     """Runs one episode from each start, by the ODE.
 
     The environments are left in the middle of episodes; the caller restarts them.
@@ -141,11 +142,15 @@ def evaluate(player: Player, groups: list[Group], seeds: np.ndarray) -> Evaluati
         player: The policy.
         groups: The environments; each takes its share of the starts.
         seeds: Seeds of the starts, `[n]`.
+        stop: Set from outside to stop between two decisions.
 
     Returns:
         The outcome of each start.
+
+    Raises:
+        Interrupted: If it was asked to stop.
     """
-    return play(player, groups, seeds, by_ode(player))
+    return play(player, groups, seeds, by_ode(player), stop=stop)
 
 
 def play(
@@ -156,6 +161,7 @@ def play(
     *,
     noise: tuple[int, ...] = (),
     watch: Callable[[Turn], None] = lambda turn: None,
+    stop: Event | None = None,
 ) -> Evaluation:
     """Runs one episode from each start.
 
@@ -168,9 +174,13 @@ def play(
         choose: Chooses the chunks.
         noise: Names the noise: other numbers give other noise from the same starts.
         watch: Called with every decision of every group.
+        stop: Set from outside to stop between two decisions.
 
     Returns:
         The outcome of each start.
+
+    Raises:
+        Interrupted: If it was asked to stop.
     """
     places = [np.arange(number, len(seeds), len(groups)) for number in range(len(groups))]
     shares = {
@@ -179,6 +189,8 @@ def play(
         if len(place)
     }
     while any(share.unfinished for share in shares.values()):
+        if stop is not None and stop.is_set():
+            raise Interrupted
         working = [share for share in shares.values() if share.unfinished]
         for share in working:
             share.send()

@@ -133,7 +133,7 @@ class Gatherer:
         self._demonstrations: list[DemonstrationBatch] = []
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
-        # The newest quota of each actor: its version, and when it came, in seconds since the epoch.
+        # The newest quota of each actor: its version, and when it came, by the monotonic clock.
         self.newest: dict[int, tuple[int, float]] = {}
         self.actors_left = 0
 
@@ -280,7 +280,7 @@ class Gatherer:
             self.dropped["repeated_decisions"] += len(rollout.decisions)
             return
         self._seen.add(quota)
-        self.newest[quota.actor] = (quota.version, time.time())
+        self.newest[quota.actor] = (quota.version, time.monotonic())
         decisions = self._keep(rollout.decisions, quota.version)
         if message.actor in iteration.delivered:
             self._waiting[message.actor].append((quota, decisions))

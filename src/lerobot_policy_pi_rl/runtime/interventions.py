@@ -65,13 +65,17 @@ class InterventionStore:
         return sum(len(part) for _, part in self._parts)
 
     def add(self, batch: DemonstrationBatch) -> None:
-        """Keeps what a person did."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Keeps what a person did, in memory alone if the disk is full."""
         number = int(self._parts[-1][0].stem) + 1 if self._parts else 0
         file = self._folder / f"{number:06d}.safetensors"
         aside = file.with_suffix(".part")
-        aside.write_bytes(encode_demonstrations(batch))
-        aside.replace(file)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(encode_demonstrations(batch))
+            aside.replace(file)
+        except OSError as error:
+            logger.error("%d steps of a person are in memory alone: %s", len(batch), error)
+            aside.unlink(missing_ok=True)
         self._parts.append((file, batch))
         self._forget_oldest()
 
@@ -99,7 +103,7 @@ class InterventionStore:
 
     def _forget_oldest(self) -> None:
         while len(self) > self._capacity and len(self._parts) > 1:
-            self._parts.pop(0)[0].unlink()
+            self._parts.pop(0)[0].unlink(missing_ok=True)
 
 
 def either(sources: Sequence[Demonstrations]) -> Demonstrations:

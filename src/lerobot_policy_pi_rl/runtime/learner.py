@@ -130,12 +130,15 @@ class Learner:
         assert isinstance(algorithm, PIRLAlgorithm)
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
+        self._algorithm.stopping = stop.is_set
         spec = wire_spec(cfg, self._player)
         self._interventions = self._open_interventions(spec) if is_robot(env_cfg) else None
         if algorithm_cfg.demonstration_weight > 0:
             self._algorithm.demonstrations = self._sources()
         self._rollouts = Rollouts()
         checkpoint.remove_unfinished(self._output_dir)
+        # Version of the newest checkpoint that a resume would begin from.
+        self._saved_version: int | None = None
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
@@ -154,7 +157,9 @@ class Learner:
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
         self._pushed_bytes = 0
-        self._started_at = time.time()
+        self._started_at = time.monotonic()
+        # When each of the newest versions was sent, by the same clock.
+        self._published_at: dict[int, float] = {}
         # What the newest iteration and evaluation said, for `lerobot-pi-rl-status`.
         self._rates: dict[int, float] = {}
         # What the actors told of their episodes since these began anew.
@@ -185,6 +190,7 @@ class Learner:
         """Trains until the step budget is used up, the policy is good enough, or `stop` is set.
 
         Raises:
+            CheckpointNotWritten: If there is no room for the first checkpoint or for the last one.
             PortUnavailable: If the learner cannot listen where it should.
             RatioError: If sampling and scoring do not agree.
         """
@@ -196,7 +202,8 @@ class Learner:
                 self._train()
             except Stopped:
                 logger.info("Stopping at version %d", self._progress.version)
-                self._save()
+                if self._saved_version != self._progress.version:
+                    self._save()
                 self._publish(restart=False, evaluate=False, final=True)
 
     def _open_metrics(self) -> MetricsWriter:
@@ -256,7 +263,7 @@ class Learner:
         self._progress.seconds += updated - began
         if milestone:
             self._focus()
-            self._save()
+            self._save_milestone()
         if not early and not finished:
             self._publish_next(restart=True)
         self._watch(stats)
@@ -292,7 +299,7 @@ class Learner:
             )
         self._gatherer.discard_before(progress.version)
         if self._is_milestone(progress.version):
-            self._save()
+            self._save_milestone()
         if not self._finished():
             self._publish_next(restart=True)
 
@@ -366,10 +373,7 @@ class Learner:
             0 if success > progress.best_success else progress.validations_since_best + 1
         )
         if success >= progress.best_success:
-            progress.best_success, progress.best_version = success, version
-            superseded = checkpoint.mark_best(self._output_dir, self._training_state())
-            if superseded is not None and not self._is_milestone(int(superseded.name)):
-                shutil.rmtree(superseded)
+            self._mark_best(version, success)
         row = {
             "eval/success": success,
             "eval/episodes": episodes,
@@ -383,6 +387,19 @@ class Learner:
         self._validation = success
         return has_collapsed(success, progress.best_success, self._config.rollback_drop)
 
+    def _mark_best(self, version: int, success: float) -> None:
+        """Makes the current version the best checkpoint; without room for it the one before stays the best."""
+        progress, before = self._progress, (self._progress.best_success, self._progress.best_version)
+        progress.best_success, progress.best_version = success, version
+        try:
+            superseded = checkpoint.mark_best(self._output_dir, self._training_state())
+        except checkpoint.CheckpointNotWritten as error:
+            progress.best_success, progress.best_version = before
+            logger.error("%s; it would be the best one (validation success %.2f)", error, success)
+            return
+        if superseded is not None and not self._is_milestone(int(superseded.name)):
+            shutil.rmtree(superseded)
+
     def _publish_next(self, restart: bool) -> None:
         """Sends the weights of the current version and asks for its decisions."""
         if restart:
@@ -394,10 +411,21 @@ class Learner:
         header = WeightsHeader(self._progress.version, restart, evaluate, final, sent_at=time.time())
         payload = encode_weights(self._algorithm.get_weights(), header, self._progress.task_shares)
         self._pushed_bytes = len(payload)
+        self._published_at[header.version] = time.monotonic()
+        while len(self._published_at) > self._config.collection.max_staleness + 2:
+            del self._published_at[min(self._published_at)]
         self._service.publish(self._progress.version, payload)
 
     def _save(self) -> None:
         checkpoint.save(self._output_dir, self._training_state())
+        self._saved_version = self._progress.version
+
+    def _save_milestone(self) -> None:
+        """Saves in the middle of the run; without room for it training goes on, and the next milestone tries again."""
+        try:
+            self._save()
+        except checkpoint.CheckpointNotWritten as error:
+            logger.error("%s; training goes on, a resume begins at version %s", error, self._saved_version)
 
     def _training_state(self) -> checkpoint.TrainingState:
         return checkpoint.TrainingState(
@@ -418,6 +446,7 @@ class Learner:
         resumed = checkpoint.load(
             self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers()
         )
+        self._saved_version = resumed.step
         logger.info("Resuming at version %d from %s", resumed.step, self._cfg.checkpoint_path)
         changed = checkpoint.changed_settings(self._cfg.checkpoint_path, self._cfg)
         if changed:
@@ -454,7 +483,7 @@ class Learner:
             "speed/update_seconds": update_seconds,
             "speed/critic_seconds": critic_seconds,
             "push/bytes": self._pushed_bytes,
-            "push/latency_s": max((float(c["latency"]) for c in gathered.collections), default=0.0),
+            "push/latency_s": max(map(self._latency, gathered.collections), default=0.0),
             "actors/connected": len(self._service.connected()),
             "actors/left": self._gatherer.actors_left,
             "actors/slowed": traffic.slowed,
@@ -465,6 +494,14 @@ class Learner:
             row["control/demonstrations"] = len(self._interventions)
         self._metrics.write(progress.version, row)
         self._report(row)
+
+    def _latency(self, collection: Mapping[str, Scalar]) -> float:
+        """Seconds that weights took to an actor.
+
+        It compares two wall clocks, which may differ or be set; no push took longer than it is ago by our own clock.
+        """
+        ago = time.monotonic() - self._published_at.get(int(collection["version"]), self._started_at)
+        return min(max(float(collection["latency"]), 0.0), ago)
 
     def _report(self, row: Mapping[str, Any] | None = None) -> None:
         """Tells the service how the run stands, for whoever asks.

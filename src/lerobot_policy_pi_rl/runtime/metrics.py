@@ -1,6 +1,8 @@
 """Where the numbers of a run go: JSON lines, one progress bar, and a tracker when the user has one."""
 
+import contextlib
 import json
+import logging
 import math
 import sys
 import time
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "metrics.jsonl"
 STEP = "step"
@@ -89,6 +93,8 @@ class MetricsWriter:
         output_dir.mkdir(parents=True, exist_ok=True)
         cut_after(self.path, resume_step or 0)
         self._file = self.path.open("a", encoding="utf-8")
+        # Whether the newest lines could not be written.
+        self._behind = False
         self._tracker = tracker
         self._shown = dict(shown or {})
         self._stream = sys.stderr if stream is None else stream
@@ -101,27 +107,39 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of one iteration.
 
+        A full disk costs lines, never the run. The file's buffer keeps the newest lines until there is room.
+
         Args:
             step: The iteration, above all before.
             values: Numbers by `group/name`; what is not finite becomes null in the file.
         """
         line = {STEP: step, **{name: _number(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            self._behind = False
+        except OSError as error:
+            if not self._behind:
+                logger.warning("Metrics from version %d on are not on the disk yet: %s", step, error)
+            self._behind = True
         if self._tracker is not None:
             self._tracker.log(step, values)
         self._show(values)
 
     def note(self, text: str) -> None:
-        """Shows a line without disturbing the bar."""
-        tqdm.write(text, file=self._stream)
-        self._stream.flush()
+        """Shows a line without disturbing the bar; a terminal that was closed is no reason to end a run."""
+        with contextlib.suppress(OSError):
+            tqdm.write(text, file=self._stream)
+            self._stream.flush()
 
     def close(self) -> None:
         """Closes file and bar."""
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            logger.warning("The last metrics are not on the disk: %s", error)
 
     def __enter__(self) -> "MetricsWriter":
         """Itself."""

@@ -72,6 +72,10 @@ GRPC_OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # gRPC would stop asking after two questions, which is before a long update has ended.
+    ("grpc.http2.max_pings_without_data", 0),
+    # For its other pings, behind which the one that asks has to wait; a minute by default.
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
@@ -100,7 +104,7 @@ class ActorInfo:
     Attributes:
         actor: Its number.
         peer: Its address, as gRPC names it.
-        joined_at: When it connected, seconds since the epoch.
+        joined_at: When it connected, by the learner's monotonic clock.
     """
 
     actor: int
@@ -313,7 +317,10 @@ class PIRLLearnerService(LearnerService):
             self._report = dict(values)
 
     def status(self) -> dict[str, Any]:
-        """The newest report, with what the service knows itself; as JSON can hold it."""
+        """The newest report, with what the service knows itself; as JSON can hold it.
+
+        All times in it are of the learner's monotonic clock, which `now` tells: nobody sets that one.
+        """
         with self._changed:
             report = dict(self._report)
             links = [self._links[actor] for actor in sorted(self._links)]
@@ -323,7 +330,7 @@ class PIRLLearnerService(LearnerService):
         actors = [asdict(link.info) | nothing | sent.get(str(link.info.actor), {}) for link in links]
         waiting = {"decisions": len(self.decisions), "interactions": len(self.interactions)}
         known = {"actors": actors, "max_actors": self.max_actors, "waiting": waiting, "refused": rejected}
-        return report | known
+        return report | known | {"now": time.monotonic()}
 
     def connected(self) -> list[ActorInfo]:
         """The connected actors, by number."""
@@ -468,7 +475,7 @@ class PIRLLearnerService(LearnerService):
     def _join(self, context: grpc.ServicerContext) -> _Link:
         """Registers an actor's parameters stream."""
         hello = self._introduced(context)
-        link = _Link(ActorInfo(hello.actor, context.peer(), time.time()), hello.session)
+        link = _Link(ActorInfo(hello.actor, context.peer(), time.monotonic()), hello.session)
         with self._changed:
             refusal = self._occupied(hello)
             if refusal is None and (hello.actor, hello.session) not in self._admitted:

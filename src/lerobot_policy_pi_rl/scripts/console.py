@@ -1,5 +1,6 @@
 """What every command shares: plugins, logging, signals, and errors of one line."""
 
+import contextlib
 import json
 import logging
 import signal
@@ -85,9 +86,19 @@ class ConsoleHandler(logging.Handler):
     """Shows what a user should see, above the progress bar: our own notes, and everybody's warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes one record on stderr."""
+        """Writes one record on stderr; a terminal that was closed is no reason to end a run."""
         if record.levelno >= logging.WARNING or record.name.startswith(PACKAGE):
-            tqdm.write(self.format(record), file=sys.stderr)
+            with contextlib.suppress(OSError):
+                tqdm.write(self.format(record), file=sys.stderr)
+
+
+class LogFile(logging.FileHandler):
+    """The log on the disk. While that is full, lines are lost; the console has those that matter."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Leaves out the stack trace that logging would print for every line."""
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def log_to(file: Path) -> None:
@@ -96,7 +107,7 @@ def log_to(file: Path) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    to_file, to_console = logging.FileHandler(file), ConsoleHandler()
+    to_file, to_console = LogFile(file), ConsoleHandler()
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(to_file)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,14 +37,13 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def describe(status: Mapping[str, Any], now: float) -> str:
+def describe(status: Mapping[str, Any]) -> str:
     """One screen about a learner.
 
     Args:
         status: What it answered.
-        now: Seconds since the epoch.
     """
-    progress, success = status["progress"], status["success"]
+    progress, success, now = status["progress"], status["success"], status["now"]
     lines = [
         f"{status['state']}, version {progress['version']:,} of {progress['steps']:,}, "
         f"up {duration(now - status['started_at'])}, lerobot_policy_pi_rl {status['package']}",
@@ -80,7 +78,7 @@ def describe_actor(actor: Mapping[str, Any], now: float) -> str:
 
 def duration(seconds: float) -> str:
     """Such as `3 h 5 min`, `12 min 4 s`, `7 s`."""
-    whole = max(0, int(seconds))
+    whole = int(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:
         return f"{hours} h {minutes} min"
@@ -108,7 +106,7 @@ def status(arguments: Sequence[str] | None = None) -> str:
     host, port = parse_address(given.learner)
     security = SecurityConfig(given.token_file, given.certificate, given.key, given.authority, given.mutual)
     answer = ask_status(host, port, read_actor_access(security))
-    return json.dumps(answer, indent=2) if given.json else describe(answer, time.time())
+    return json.dumps(answer, indent=2) if given.json else describe(answer)
 
 
 def main() -> None:
