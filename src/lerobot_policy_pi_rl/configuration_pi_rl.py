@@ -114,6 +114,12 @@ class PIRLConfig(PreTrainedConfig):
     # Rank of the adapters, and the factor by which their output is scaled, times the rank.
     lora_rank: int = 16
     lora_alpha: int = 32
+    # A stock base does not keep the activations inside its blocks for the backward pass, but computes them again there:
+    # less memory, more time, the same numbers.
+    gradient_checkpointing: bool = False
+    # A stock base's velocity, which every denoising step computes, is compiled by `torch.compile` when it is first used
+    # (again for another batch size). Set it alike for learner and actors: compiled numbers are rounded otherwise.
+    compile: bool = False
     # Exploration during online training.
     explorer: ExplorerConfig = field(default_factory=ExplorerConfig)
 
@@ -167,6 +173,7 @@ class PIRLConfig(PreTrainedConfig):
             f"{self.trainable!r} is unknown; choose one of {list(TRAINABLE)}",
         )
         check(self.lora_rank >= 1, "policy.lora_rank", f"must be at least 1, got {self.lora_rank}")
+        self._check_stock_options()
         check(self.chunk_size >= 1, "policy.chunk_size", f"must be at least 1, got {self.chunk_size}")
         check(
             1 <= self.n_action_steps <= self.chunk_size,
@@ -179,6 +186,19 @@ class PIRLConfig(PreTrainedConfig):
             "flow_cps needs at least 2 denoising steps, because its last one has no noise",
         )
         check_base(self)
+
+    def _check_stock_options(self) -> None:
+        for name in ("gradient_checkpointing", "compile"):
+            check(
+                self.stock is not None or not getattr(self, name),
+                f"policy.{name}",
+                "is for bases that are policies of LeRobot's, such as pi0; set it to false",
+            )
+        check(
+            not (self.gradient_checkpointing and self.compile),
+            "policy.compile",
+            "compiled blocks are not computed again; set it or policy.gradient_checkpointing to false",
+        )
 
     def _resolve_base(self) -> None:
         """Finds the base, and agrees with it on what both have a setting for; this policy's own wins."""

@@ -123,8 +123,15 @@ def small_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the configuration and the processor of a small SmolVLM, as SmolVLA reads them from the hub."""
+def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with configuration and processor of a small SmolVLM, as SmolVLA reads them from the hub, by dtype."""
+    return {
+        dtype: save_smolvlm(tmp_path_factory.mktemp("smolvlm"), dtype) for dtype in ("float32", "bfloat16")
+    }
+
+
+def save_smolvlm(folder: Path, dtype: str) -> Path:
+    """Saves them; SmolVLA's own weights get the dtype of the language model."""
     from transformers import (
         SmolVLMConfig,
         SmolVLMImageProcessor,
@@ -132,9 +139,10 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         SmolVLMVideoProcessor,
     )
 
-    folder, tokenizer = tmp_path_factory.mktemp("smolvlm"), small_tokenizer()
+    tokenizer = small_tokenizer()
     text = {
         "model_type": "llama",
+        "dtype": dtype,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -294,7 +302,7 @@ def toy() -> type:
 
 @pytest.fixture
 def make_stock(
-    smolvlm: Path, clip: Path, internvl: Path, qwen: Path, small_gemma: None, toy: type
+    smolvlm: dict[str, Path], clip: Path, internvl: Path, qwen: Path, small_gemma: None, toy: type
 ) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
     chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
@@ -328,7 +336,9 @@ def make_stock(
         if name == "toy":
             return toy(**chunk | settings)
         if name == "smolvla":
-            own = {"vlm_model_name": str(smolvlm), "load_vlm_weights": False, "num_vlm_layers": 2}
+            # It has no setting for its precision.
+            vlm = smolvlm[settings.pop("dtype", "float32")]
+            own = {"vlm_model_name": str(vlm), "load_vlm_weights": False, "num_vlm_layers": 2}
             own |= {"resize_imgs_with_padding": (PIXELS, PIXELS), "num_steps": 3}
             return SmolVLAConfig(**padded | own | settings)
         if name == "xvla":
@@ -342,6 +352,13 @@ def stock_chunk_from(stock: Any, batch: Batch, noise: Tensor) -> Tensor:
     """A stock policy's own chunk from given noise, which X-VLA takes from nowhere but `torch.randn`."""
     with patch.object(torch, "randn", lambda *_, dtype=None, **__: noise.to(dtype, copy=True)):
         return stock.predict_action_chunk(dict(batch), noise=noise.clone())
+
+
+def precision(name: str, dtype: str) -> dict[str, Any]:
+    """The setting of a stock policy that gives it a dtype, or a part of it; nothing if it has none."""
+    same = dict.fromkeys(("smolvla", "pi0", "pi05", "xvla"), "dtype")
+    field = (same | {"evo1": "vlm_dtype", "vla_jepa": "torch_dtype"}).get(name)
+    return {} if field is None else {field: dtype}
 
 
 def explorer(name: str) -> ExplorerConfig:

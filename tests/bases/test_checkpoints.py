@@ -21,7 +21,7 @@ from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
 from lerobot_policy_pi_rl.scripts.export import export
 
-from .conftest import BASES, equal, explorer, features, own_chunk, stock_chunk
+from .conftest import BASES, equal, explorer, features, own_chunk, precision, stock_chunk
 
 pytest.importorskip("transformers")
 
@@ -55,13 +55,14 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
     assert torch.equal(ours[1](chunk), theirs[1](chunk))
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, "float32") for name in BASES] + [("smolvla", "bfloat16"), ("pi0", "bfloat16")]
+)
 def test_a_checkpoint_is_exported_as_a_stock_one(
-    save_stock: Callable[[str], Path], name: str, tmp_path: Path
+    save_stock: Callable[..., Path], name: str, dtype: str, tmp_path: Path
 ) -> None:
-    config = PIRLConfig(
-        base_path=str(save_stock(name)), device="cpu", num_inference_steps=2, explorer=explorer(name)
-    )
+    folder = save_stock(name, **precision(name, dtype))
+    config = PIRLConfig(base_path=str(folder), device="cpu", num_inference_steps=2, explorer=explorer(name))
     policy = PIRLPolicy(config)
     with torch.no_grad():
         # As if trained.

@@ -12,11 +12,12 @@ from lerobot_policy_pi_rl.bases.lora import is_adapter
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, Batch, awaken, equal, own_chunk, stock_chunk, stock_loss
+from .conftest import BASES, Batch, awaken, equal, own_chunk, precision, stock_chunk, stock_loss
 
 pytest.importorskip("transformers")
 
 DTYPES = [(name, "float32") for name in BASES] + [
+    ("smolvla", "bfloat16"),
     ("pi0", "bfloat16"),
     ("pi05", "bfloat16"),
     ("xvla", "bfloat16"),
@@ -36,9 +37,7 @@ def make_policy(make_config: MakeConfig) -> Callable[..., PIRLPolicy]:
 
     def make(name: str, dtype: str = "float32", **settings: Any) -> PIRLPolicy:
         torch.manual_seed(0)
-        field = {"pi0": "dtype", "pi05": "dtype", "evo1": "vlm_dtype", "vla_jepa": "torch_dtype"}.get(name)
-        stock = {} if field is None else {field: dtype}
-        policy = PIRLPolicy(make_config(name, stock, **settings)).eval()
+        policy = PIRLPolicy(make_config(name, precision(name, dtype), **settings)).eval()
         awaken(policy)
         return policy
 

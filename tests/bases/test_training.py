@@ -18,7 +18,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, awaken
+from .conftest import BASES, awaken, precision
 
 pytest.importorskip("transformers")
 
@@ -31,9 +31,11 @@ MakeAlgorithm = Callable[..., PIRLAlgorithm]
 def make_algorithm(make_config: Callable[..., PIRLConfig]) -> MakeAlgorithm:
     """Makes an algorithm around a small stock policy with seeded weights."""
 
-    def make(name: str = "smolvla", trainable: str = "expert", **settings: Any) -> PIRLAlgorithm:
+    def make(
+        name: str = "smolvla", trainable: str = "expert", dtype: str = "float32", **settings: Any
+    ) -> PIRLAlgorithm:
         torch.manual_seed(1)
-        config = make_config(name, trainable=trainable)
+        config = make_config(name, precision(name, dtype), trainable=trainable)
         defaults = {"critic_warmup": 0, "critic_hidden_dims": [16], "minibatch_size": 6, "epochs": 2}
         policy = PIRLPolicy(config)
         awaken(policy)
@@ -104,6 +106,19 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     heads = {id(weight) for weight in base._head.parameters()}
     moved = {key for key, p in algorithm.policy.named_parameters() if not torch.equal(p, before[key])}
     assert heads <= {id(p) for key, p in algorithm.policy.named_parameters() if key in moved}
+
+
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05", "xvla"])
+def test_an_update_in_bfloat16_is_checked_within_its_own_tolerance(
+    make_algorithm: MakeAlgorithm, name: str
+) -> None:
+    algorithm = make_algorithm(name, dtype="bfloat16")
+    # Parts of all but X-VLA stay in float32.
+    assert torch.bfloat16 in {parameter.dtype for parameter in algorithm.policy.parameters()}
+    assert algorithm.ratio_tolerance == 0.1
+    stats = algorithm.update(iter([collect(algorithm)]))
+    assert stats.extra["ratio_first_error"] <= 0.1
+    assert make_algorithm(name).ratio_tolerance == 1e-3
 
 
 @pytest.mark.parametrize("name", BASES)

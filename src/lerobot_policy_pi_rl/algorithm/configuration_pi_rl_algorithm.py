@@ -182,7 +182,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Training ends when the best checkpoint would have to be brought back more often than this.
     max_rollbacks: int = 3
 
-    # Largest distance of the first minibatch's ratio from 1; null takes 1e-3 in float32 and 0.1 in bfloat16.
+    # Largest distance of the first minibatch's ratio from 1; null takes 1e-3, and 0.1 where a part of the policy is in
+    # bfloat16.
     ratio_tolerance: float | None = None
 
     # Filled in by LeRobot with the policy's configuration.

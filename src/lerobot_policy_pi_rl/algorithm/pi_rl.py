@@ -158,7 +158,9 @@ class PIRLAlgorithm(RLAlgorithm):
         self.stopping: Callable[[], bool] = lambda: False
         # Where demonstrations come from, if `demonstration_weight` asks for them.
         self.demonstrations: Demonstrations | None = None
-        tolerance = 1e-3 if next(policy.parameters()).dtype == torch.float32 else 0.1
+        # Some bases keep a part of their weights in float32, the first ones among them.
+        is_precise = all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+        tolerance = 1e-3 if is_precise else 0.1
         self.ratio_tolerance = tolerance if config.ratio_tolerance is None else config.ratio_tolerance
 
     def _make_critic(self) -> Critic | None:

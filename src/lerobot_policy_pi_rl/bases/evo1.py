@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .adapter import Context, Velocity
+from .adapter import Context
 from .stock import StockBase, pooled
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Evo1Base(StockBase):
     vlm_lora = r".*\.language_model\.layers\..*\.self_attn\.[qkvo]_proj"
     # Not its attention: adapters beside torch's own would be passed over.
     expert_lora = r"model\.action_head\.(seq_pool_proj|.*\.ff\.[02]|.*\.(fc1|fc2|W1|W2|W3)\.linear)"
+    blocks = r".*\.layers?\.\d+|model\.action_head\.transformer_blocks\.\d+"
     real: Tensor
     times: Tensor
 
@@ -86,8 +87,8 @@ class Evo1Base(StockBase):
             return context | {"pooled": tokens}
         return context | {"real": real, "pooled": pooled(tokens, real)}
 
-    def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
-        """Velocity of the states `[B, H, D]` at the times `[B]`, by the modules of the stock policy's own step."""
+    def forward(self, context: Context, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and features of `velocity`, by the modules of the stock policy's own step."""
         policy: Any = self.policy
         head = self._model.action_head
         with policy._maybe_autocast():
@@ -101,4 +102,4 @@ class Evo1Base(StockBase):
             hidden = head.norm_out(hidden)
             summary = head.seq_pool_proj(hidden.flatten(1)) if self.chunk_size > 1 else hidden[:, 0]
             ahead = head.mlp_head(summary, embodiment).view_as(x_t) * self.real
-        return Velocity(-ahead, hidden.float())
+        return -ahead, hidden.float()

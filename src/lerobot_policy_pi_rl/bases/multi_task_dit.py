@@ -31,6 +31,7 @@ class MultiTaskDiTBase(StockBase):
     encoder_source = "observation"
     vlm_lora = r"observation_encoder\.vision_encoders?\..*\.self_attn\.(q|k|v|out)_proj"
     expert_lora = r"noise_predictor\.(input_proj|output_proj|.*\.attn\.(qkv|out)_proj|.*\.mlp\.[02])"
+    blocks = r".*\.encoder\.layers\.\d+|noise_predictor\.transformer_blocks\.\d+"
     times: Tensor
 
     def __init__(self, config: "PIRLConfig") -> None:

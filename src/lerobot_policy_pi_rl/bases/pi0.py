@@ -24,6 +24,7 @@ class PI05Base(StockBase):
     expert_lora = (
         r".*\.gemma_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|time|state).*(proj|mlp_in|mlp_out)"
     )
+    blocks = r".*\.layers\.\d+"
 
     @property
     def _encoder_dim(self) -> int:

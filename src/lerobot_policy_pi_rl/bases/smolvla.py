@@ -7,6 +7,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from torch import Tensor
 
 from .adapter import Context
+from .checkpointing import checkpoint_method
 from .stock import StockBase
 
 
@@ -23,6 +24,13 @@ class SmolVLABase(StockBase):
     )
     vlm_lora = r".*\.text_model\.layers\..*\.self_attn\.[qkvo]_proj"
     expert_lora = r".*\.lm_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|state).*(proj|mlp_in|mlp_out)"
+    # It takes the layers of VLM and expert apart; what is large in them are attention and MLP.
+    blocks = r".*\.vision_model\..*\.layers\.\d+|.*\.(text_model|lm_expert)\.layers\.\d+\.mlp"
+
+    def _checkpoint_blocks(self) -> None:
+        super()._checkpoint_blocks()
+        for attention in ("forward_attn_layer", "forward_cross_attn_layer"):
+            checkpoint_method(self._model.vlm_with_expert, attention)
 
     @property
     def _encoder_dim(self) -> int:

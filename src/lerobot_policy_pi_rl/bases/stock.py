@@ -4,8 +4,8 @@ import io
 import logging
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,8 +15,9 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import config_error
+from ..errors import check, config_error
 from .adapter import Context, FlowBase, Velocity
+from .checkpointing import checkpoint_method
 from .lora import insert_adapters, is_adapter, merge_adapters
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class StockBase(FlowBase):
         vlm_lora: Layers of the VLM, or of what else encodes, that get an adapter: a regular expression of their names.
         expert_lora: The same of the action expert.
         encoder_source: The critic's name for what encodes.
+        blocks: Modules whose activations `policy.gradient_checkpointing` does not keep: a regular expression of their
+            names. They are called as modules, and give a key/value cache by its name, if any.
     """
 
     root: ClassVar[str] = "model."
@@ -51,6 +54,7 @@ class StockBase(FlowBase):
     encoder_source: ClassVar[str] = "vlm"
     vlm_lora: ClassVar[str]
     expert_lora: ClassVar[str]
+    blocks: ClassVar[str] = ""
     policy: "PreTrainedPolicy"
 
     def __init__(self, config: "PIRLConfig") -> None:
@@ -77,6 +81,12 @@ class StockBase(FlowBase):
         self.feature_dim = self._feature_dim
         self.critic_dims = {"expert": self.feature_dim, self.encoder_source: self._encoder_dim}
         self._choose_trained(config.trainable)
+        self._head_inputs = _Inputs()
+        self._head_hook = self._head.register_forward_pre_hook(self._head_inputs)
+        if config.gradient_checkpointing:
+            self._checkpoint_blocks()
+        if config.compile:
+            self.compile()
 
     def _insert_adapters(self, config: "PIRLConfig") -> None:
         targets = {
@@ -99,8 +109,20 @@ class StockBase(FlowBase):
             whole = whole and not self._is_one_of(self.frozen_modules, name)
             parameter.requires_grad_(whole or is_adapter(name))
 
+    def _checkpoint_blocks(self) -> None:
+        modules = self.policy.named_modules()
+        blocks = [module for name, module in modules if name and re.fullmatch(self.blocks, name)]
+        check(
+            bool(blocks),
+            "policy.gradient_checkpointing",
+            f"the adapter of {self.policy.name!r} names no blocks that could be computed again; set it to false",
+        )
+        for block in blocks:
+            checkpoint_method(block)
+
     def export(self) -> "PreTrainedPolicy":
         """The stock policy, with adapters merged into it; this base is not to be used afterwards."""
+        self._head_hook.remove()
         merge_adapters(self.policy)
         return self.policy
 
@@ -174,9 +196,15 @@ class StockBase(FlowBase):
 
     def velocity(self, context: Context, x_t: Tensor, t: Tensor) -> Velocity:
         """Velocity of the states `[B, H, D]` at the times `[B]`, and what its head read."""
-        with _inputs_of(self._head) as seen:
-            velocity = self._velocity(context, x_t, t)
-        return Velocity(velocity, seen[-1])
+        return Velocity(*self(context, x_t, t))
+
+    def forward(self, context: Context, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Velocity and features of `velocity`; what `policy.compile` compiles."""
+        seen: list[Tensor] = []
+        self._head_inputs.kept = seen
+        velocity = self._velocity(context, x_t, t)
+        self._head_inputs.kept = None
+        return velocity, seen[-1]
 
     @torch.no_grad()
     def critic_features(self, context: Context, source: str = "expert") -> Tensor:
@@ -264,15 +292,18 @@ def missing_tensors(own: Mapping[str, Tensor], names: Collection[str]) -> list[s
     return sorted(name for name, t in own.items() if name not in names and t.data_ptr() not in here)
 
 
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a module is given."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+class _Inputs:
+    """A forward pre-hook that collects what a module is given, while there is a list for it.
+
+    It stays where it is, because what is compiled does not notice hooks that come and go.
+    """
+
+    kept: list[Tensor] | None = None
+
+    def __call__(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """Keeps the first argument."""
+        if self.kept is not None:
+            self.kept.append(given[0])
 
 
 def pack_cache(cache: Any) -> Context:

@@ -27,6 +27,10 @@ class VLAJEPABase(StockBase):
         r"model\.action_model\.(model\..*\.attn1\.to_(q|k|v|out\.0)|model\..*\.ff\.net\.(0\.proj|2)"
         r"|(action_encoder|state_encoder|action_decoder)\.layer\d)"
     )
+    blocks = (
+        r".*\.language_model\.layers\.\d+|.*\.visual\.blocks\.\d+"
+        r"|model\.action_model\.model\.transformer_blocks\.\d+"
+    )
     buckets: Tensor
 
     def __init__(self, config: "PIRLConfig") -> None:

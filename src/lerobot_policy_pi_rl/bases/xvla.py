@@ -35,6 +35,7 @@ class XVLABase(StockBase):
     vlm_lora = r".*\.language_model\.encoder\.layers\..*\.self_attn\.(q|k|v|out)_proj"
     # The layers around the blocks have weights for each domain, and are no linear layers that could have an adapter.
     expert_lora = r"model\.transformer\.blocks\..*\.(qkv|proj|fc1|fc2)"
+    blocks = r".*\.layers\.\d+|.*\.vision_tower\.blocks\.\d+\.\d+|model\.transformer\.blocks\.\d+"
     is_logit: Tensor
 
     def __init__(self, config: "PIRLConfig") -> None:
