@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
 GRID ?= single_task
-# Tests at a time. A debugger needs JOBS=0.
+# Fast tests at a time; the slow ones run alone. A debugger needs JOBS=0.
 JOBS ?= 2
 
 # The first interpreter on this machine that is new enough.
@@ -36,7 +36,7 @@ $(READY): requirements.lock pyproject.toml | $(BIN)/python
 	@touch $@
 
 test: setup  ## the tests
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --durations=15 $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations=15 $(ARGS)
 
 check: setup  ## lint, format, types and the import contract
 	$(BIN)/ruff check

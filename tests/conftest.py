@@ -40,8 +40,15 @@ GRACE_S = 5.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the fast tests first; the order is otherwise that of the files."""
+    """Runs the fast tests first; the order is otherwise that of the files.
+
+    The slow ones run one after another in one worker: they start several processes each, and some go on with what the
+    one before has started.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker(pytest.mark.xdist_group("slow"))
 
 
 def pytest_unconfigure() -> None:
