@@ -39,6 +39,8 @@ PYTHON_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserve
 GRACE_S = 5.0
 
 
+# Before xdist reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs the fast tests first; the order is otherwise that of the files.
 
