@@ -39,18 +39,9 @@ PYTHON_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserve
 GRACE_S = 5.0
 
 
-# Before xdist reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the fast tests first; the order is otherwise that of the files.
-
-    The slow ones run one after another in one worker: they start several processes each, and some go on with what the
-    one before has started.
-    """
+    """Runs the fast tests first; the order is otherwise that of the files."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-    for item in items:
-        if item.get_closest_marker("slow") is not None:
-            item.add_marker(pytest.mark.xdist_group("slow"))
 
 
 def pytest_unconfigure() -> None:
