@@ -10,7 +10,6 @@ import torch
 from lerobot.rl.algorithms.base import RLAlgorithm
 from lerobot.rl.algorithms.configs import TrainingStats
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
 
 from ..bases.adapter import Context, take
 from ..errors import config_error
@@ -24,6 +23,7 @@ from .contexts import Contexts
 from .critic import Critic
 from .decisions import DecisionBatch
 from .losses import explained_variance, policy_loss, value_loss
+from .optimizer import PreciseAdam
 from .storage import Rollout, minibatches
 
 # Rows of a rollout that the reference policy scores at once.
@@ -150,7 +150,7 @@ class PIRLAlgorithm(RLAlgorithm):
         self.device = next(policy.parameters()).device
         self.critic = self._make_critic()
         self.reference = self._freeze_copy(policy) if config.kl_coef > 0 else None
-        self.optimizers: dict[str, Optimizer] = {}
+        self.optimizers: dict[str, PreciseAdam] = {}
         self.seed = 0
         # Called in every update as soon as the policy is improved; the critic is trained after that.
         self.policy_ready: Callable[[], None] = lambda: None
@@ -187,16 +187,14 @@ class PIRLAlgorithm(RLAlgorithm):
 
     # LeRobot's contract: optimizers, weights, state
 
-    def make_optimizers_and_scheduler(self) -> dict[str, Optimizer]:
+    def make_optimizers_and_scheduler(self) -> dict[str, PreciseAdam]:
         """Builds the optimizers of the policy and of the critic, if there is one."""
-        self.optimizers = {"policy": Adam(self._policy_parameters(), lr=self.config.lr, eps=1e-5, fused=True)}
+        self.optimizers = {"policy": PreciseAdam(self._policy_parameters(), self.config.lr)}
         if self.critic is not None:
-            self.optimizers["critic"] = Adam(
-                self.critic.parameters(), lr=self.config.critic_lr, eps=1e-5, fused=True
-            )
+            self.optimizers["critic"] = PreciseAdam(self.critic.parameters(), self.config.critic_lr)
         return self.optimizers
 
-    def get_optimizers(self) -> dict[str, Optimizer]:
+    def get_optimizers(self) -> dict[str, PreciseAdam]:
         """The optimizers, by name."""
         return self.optimizers
 
@@ -460,11 +458,13 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def _policy_step(self, material: Material, rows: Tensor, averages: Averages, last_epoch: Averages) -> int:
         """One gradient step, in as many parts as fit into memory at a time. Returns how many steps were skipped."""
-        self.optimizers["policy"].zero_grad(set_to_none=True)
+        optimizer = self.optimizers["policy"]
+        optimizer.zero_grad(set_to_none=True)
         for micro in self._micro_batches(rows):
             part = material.batch.rows(micro)
             loss = self._policy_loss(material.contexts.rows(micro), part, averages, last_epoch)
             (loss * (len(micro) / len(rows))).backward()
+            optimizer.gather()
         supervised = self._supervised_loss() if self.config.demonstration_weight > 0 else None
         if supervised is not None:
             (self.config.demonstration_weight * supervised).backward()
@@ -522,6 +522,7 @@ class PIRLAlgorithm(RLAlgorithm):
     def _step(self, name: str, averages: Averages) -> int:
         """Takes a gradient step; a non-finite gradient is never applied. Returns how many steps were skipped."""
         optimizer = self.optimizers[name]
+        optimizer.gather()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip_norm)
         if not math.isfinite(norm):

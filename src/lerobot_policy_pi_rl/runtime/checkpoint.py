@@ -98,7 +98,7 @@ class TrainingState:
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
     algorithm: RLAlgorithm
-    optimizers: dict[str, Optimizer]
+    optimizers: Mapping[str, Optimizer]
     counters: Mapping[str, Any]
 
 
@@ -247,7 +247,7 @@ def changed_settings(checkpoint_dir: Path, config: TrainPipelineConfig) -> list[
 def load(
     checkpoint_dir: Path,
     algorithm: RLAlgorithm,
-    optimizers: dict[str, Optimizer],
+    optimizers: Mapping[str, Optimizer],
     device: str | torch.device = "cpu",
 ) -> Resumed:
     """Restores algorithm, optimizers and random state in place; the policy is built from `pretrained_model` before.

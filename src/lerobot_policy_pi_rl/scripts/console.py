@@ -10,7 +10,9 @@ from pathlib import Path
 from threading import Event
 
 from draccus.utils import DraccusException
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.errors import HfHubHTTPError
 from lerobot.utils.import_utils import register_third_party_plugins
 from tqdm import tqdm
 
@@ -56,13 +58,24 @@ def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
         arguments: A command line; one whose checkpoint is a `pi_rl` policy, or no base, is left as it is.
     """
     path = next((a.partition("=")[2] for a in arguments if a.startswith(f"{POLICY_PATH}=")), None)
-    if path is None or not (Path(path) / CONFIG_NAME).is_file():
-        # On the hub, too, is what `policy.base_path` is for.
-        return list(arguments)
-    if json.loads((Path(path) / CONFIG_NAME).read_text()).get("type") not in STOCK:
+    config = _find_config(path) if path else None
+    if config is None or json.loads(config.read_text()).get("type") not in STOCK:
         return list(arguments)
     kept = [a for a in arguments if not a.startswith(f"{POLICY_PATH}=")]
     return [*kept, "--policy.type=pi_rl", f"--policy.base_path={path}"]
+
+
+def _find_config(path: str) -> Path | None:
+    """The configuration of a checkpoint in a folder, or on the hub; None if there is none."""
+    if (Path(path) / CONFIG_NAME).is_file():
+        return Path(path) / CONFIG_NAME
+    if Path(path).exists():
+        return None
+    try:
+        return Path(hf_hub_download(path, CONFIG_NAME))
+    except (OSError, ValueError, HfHubHTTPError):
+        # No name of the hub, not there, or out of reach: LeRobot asks for it again, and says so.
+        return None
 
 
 # Errors that say what to do; anything else is a defect and keeps its stack trace.

@@ -1,0 +1,95 @@
+"""Adam that loses no small step in weights of few bits."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+# In a state dict: the float32 copy of a weight, beside its moments.
+COPY = "weight"
+
+
+class PreciseAdam(Adam):
+    """Adam on float32 copies of the weights that have fewer bits.
+
+    A weight in bfloat16 has 8 significant bits: a step below about 1/500 of it would be rounded away, each time. The
+    copy adds the steps up, and the weight is the copy, rounded. Weights in float32 are trained as they are, exactly as
+    by `Adam`.
+
+    Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.1.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, eps: float = 1e-5) -> None:
+        """Copies what needs a copy.
+
+        Args:
+            parameters: What is trained; must not be changed by anybody else.
+            lr: Learning rate.
+            eps: Added to the root of the second moment.
+        """
+        self._weights = list(parameters)
+        self._trained = [weight if _is_precise(weight) else _copy(weight) for weight in self._weights]
+        super().__init__(self._trained, lr=lr, eps=eps, fused=True)
+
+    @property
+    def _pairs(self) -> list[tuple[int, nn.Parameter, nn.Parameter]]:
+        """Number, weight and copy of every weight that has one."""
+        both = enumerate(zip(self._weights, self._trained, strict=True))
+        return [(number, weight, copy) for number, (weight, copy) in both if weight is not copy]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients."""
+        super().zero_grad(set_to_none)
+        for _, weight, _ in self._pairs:
+            weight.grad = None
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Adds the gradients of the weights to those of their copies.
+
+        To be called after each part of a minibatch: a sum of many parts in few bits stops growing. Afterwards the
+        gradients are those of the parameters in `param_groups`.
+        """
+        for _, weight, copy in self._pairs:
+            if weight.grad is None:
+                continue
+            if copy.grad is None:
+                copy.grad = torch.zeros_like(copy)
+            copy.grad += weight.grad
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Takes one step and rounds the copies into their weights."""
+        self.gather()
+        loss = super().step(closure)
+        for _, weight, copy in self._pairs:
+            weight.copy_(copy)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's, and the copies: the weights in a checkpoint are rounded."""
+        packed = super().state_dict()
+        for number, _, copy in self._pairs:
+            packed["state"][number] = {**packed["state"].get(number, {}), COPY: copy.detach()}
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave; load the weights before."""
+        state = {number: dict(own) for number, own in state_dict["state"].items()}
+        for number, weight, copy in self._pairs:
+            copy.copy_(state.get(number, {}).pop(COPY, weight))
+        # Adam begins its moments where there is no state at all.
+        state = {number: own for number, own in state.items() if own}
+        super().load_state_dict({**state_dict, "state": state})
+
+
+def _is_precise(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float64)
+
+
+def _copy(weight: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(weight.detach().float())

@@ -1,0 +1,94 @@
+"""Adam on float32 copies of weights in bfloat16."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from lerobot_policy_pi_rl.algorithm.optimizer import PreciseAdam
+
+# Far below the rounding of a weight near 1 in bfloat16, 1/256.
+SMALL = 1e-4
+
+
+def weights(dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter((1 + torch.rand(size, generator=generator)).to(dtype)) for size in (7, 3)]
+
+
+def gradients(count: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(9)
+    return [[torch.randn(7, generator=generator), torch.randn(3, generator=generator)] for _ in range(count)]
+
+
+def follow(optimizer: Adam, trained: list[nn.Parameter], steps: list[list[Tensor]]) -> None:
+    for step in steps:
+        optimizer.zero_grad()
+        for weight, gradient in zip(trained, step, strict=True):
+            weight.grad = gradient.to(weight.dtype)
+        optimizer.step()
+
+
+def test_in_float32_it_is_adam_to_the_bit() -> None:
+    ours, plain = weights(torch.float32), weights(torch.float32)
+    optimizer = PreciseAdam(ours, lr=1e-2)
+    follow(optimizer, ours, gradients(5))
+    follow(Adam(plain, lr=1e-2, eps=1e-5, fused=True), plain, gradients(5))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_small_steps_add_up_in_bfloat16() -> None:
+    ours, plain, exact = weights(torch.bfloat16), weights(torch.bfloat16), weights(torch.bfloat16)
+    exact = [nn.Parameter(weight.detach().float()) for weight in exact]
+    downhill = [[torch.ones(7), torch.ones(3)]] * 100
+    follow(PreciseAdam(ours, lr=SMALL), ours, downhill)
+    follow(Adam(plain, lr=SMALL, eps=1e-5, fused=True), plain, downhill)
+    follow(Adam(exact, lr=SMALL, eps=1e-5, fused=True), exact, downhill)
+    for start, a, b, c in zip(weights(torch.bfloat16), ours, plain, exact, strict=True):
+        # Nothing has happened without the copies: that is what they are for.
+        assert torch.equal(b, start)
+        assert torch.equal(a, c.to(torch.bfloat16))
+        assert (a < start).all()
+
+
+def test_parts_of_a_minibatch_add_up_in_bfloat16() -> None:
+    (weight,) = trained = [nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))]
+    optimizer = PreciseAdam(trained, lr=SMALL)
+    for _ in range(1000):
+        (weight * 1.0).sum().backward()
+        optimizer.gather()
+    (copy,) = optimizer.param_groups[0]["params"]
+    assert copy.grad.item() == 1000
+    assert weight.grad is None
+    optimizer.zero_grad()
+    assert copy.grad is None
+
+
+def test_a_weight_without_a_gradient_stays() -> None:
+    first, second = trained = weights(torch.bfloat16)
+    before = second.detach().clone()
+    optimizer = PreciseAdam(trained, lr=0.1)
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    assert torch.equal(second, before)
+    assert not torch.equal(first, weights(torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_lerobot_saves_and_loads_the_copies(tmp_path: Path, done: int) -> None:
+    trained, steps = weights(torch.bfloat16), gradients(6)
+    optimizer = PreciseAdam(trained, lr=SMALL)
+    follow(optimizer, trained, steps[:done])
+    save_optimizer_state({"policy": optimizer}, tmp_path)
+    resumed = [nn.Parameter(weight.detach().clone()) for weight in trained]
+    follow(optimizer, trained, steps[done:])
+    again = PreciseAdam(resumed, lr=1.0)
+    load_optimizer_state({"policy": again}, tmp_path)
+    follow(again, resumed, steps[done:])
+    ours, theirs = optimizer.state_dict()["state"], again.state_dict()["state"]
+    assert all(torch.equal(ours[n][key], theirs[n][key]) for n in ours for key in ours[n])
+    assert all(torch.equal(a, b) for a, b in zip(trained, resumed, strict=True))
