@@ -36,6 +36,7 @@ GOOD = Findings(
     ode_successes=40,
     tries=8,
     solved=(4,) * 16 + (0,) * 4 + (8,) * 12,
+    tasks=("reach",) * 32,
     ratio_error=0.0,
     ratio_tolerance=1e-3,
     non_finite=0,
@@ -144,6 +145,34 @@ def test_a_policy_that_is_always_right_and_seldom_hopeless_is_done_with() -> Non
 Measured = tuple[Findings, int]
 
 
+SEVERAL = {"tasks": ("push",) * 8 + ("reach",) * 8 + ("press",) * 8 + ("pick",) * 8}
+
+
+def test_a_task_that_is_never_solved_is_named_and_keeps_rl_from_no_other() -> None:
+    some = but(**SEVERAL, solved=(0,) * 8 + (4,) * 8 + (8,) * 8 + (0, *(3,) * 7))
+    assert some.hopeless == ("push",)
+    # 25 % of all starts belong to the hopeless task; only the others decide.
+    assert (some.never, some.without(some.hopeless).never) == (9 / 32, 1 / 24)
+    advice = advise(some)
+    assert advice.signal
+    assert "It has none for 1 of 4 tasks" in advice.verdict
+    assert advice.changes[0].endswith(": push")
+    assert any(
+        line.split() == ["push", "0.00", "of", "8", "starts", "x", "8", "tries"] for line in table(some)
+    )
+
+
+def test_several_tasks_without_any_success_are_no_signal() -> None:
+    advice = advise(but(**SEVERAL, solved=(0,) * 32))
+    assert not advice.signal
+    assert "exploring solved 0 of 256 episodes" in advice.verdict
+
+
+def test_one_task_is_no_list_of_tasks() -> None:
+    assert (GOOD.by_task, but(solved=(0,) * 32).hopeless) == ({}, ())
+    assert len(table(GOOD)) == 9
+
+
 @pytest.fixture
 def measured(make_cfg: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Measures with a configuration of its own; `spoil` may change the player first."""
@@ -158,7 +187,7 @@ def measured(make_cfg: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         spoil(player)
         ended: list[int] = []
         findings = check.measure(cfg, player, mine, ended.append)
-        assert sum(ended) == check.count_episodes(cfg)
+        assert sum(ended) == check.count_episodes(cfg, mine)
         return findings, sum(ended)
 
     yield run

@@ -13,7 +13,6 @@ from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import minibatches
 from ..bases.adapter import take
 from ..configuration_pi_rl import ExplorerConfig
-from ..errors import check
 from .collector import Collected, Collector, Group
 from .evaluation import Choose, Evaluation, Turn, by_exploring, by_ode, play
 from .findings import LATE, Findings
@@ -23,6 +22,8 @@ from .seeds import VALIDATION_SEED
 # How exploration is measured: each of the starts this often. Eight tries tell a start that is never solved from one
 # that is solved every third time in 19 of 20 cases.
 STARTS, TRIES = 32, 8
+# With many tasks there are more starts, so many for each task.
+STARTS_PER_TASK = 4
 
 
 class _Tally:
@@ -59,15 +60,15 @@ class _Tally:
         self._progress(int((turn.outcome.done & turn.counted).sum()))
 
 
-def count_episodes(cfg: PIRLTrainConfig) -> int:
-    """Episodes that `measure` reports as progress.
+def count_starts(groups: list[Group]) -> int:
+    """How many starts are tried with the noise of exploration."""
+    tasks = {task for group in groups for task in group.envs.tasks}
+    return max(STARTS, STARTS_PER_TASK * len(tasks))
 
-    Raises:
-        ConfigError: If the ODE is given no start.
-    """
-    count = int(cfg.eval.n_episodes)
-    check(count >= 1, "eval.n_episodes", f"must be at least 1 start for the ODE, got {count}")
-    return count + STARTS * TRIES
+
+def count_episodes(cfg: PIRLTrainConfig, groups: list[Group]) -> int:
+    """Episodes that `measure` reports as progress."""
+    return int(cfg.eval.n_episodes) + count_starts(groups) * TRIES
 
 
 def measure(
@@ -78,21 +79,21 @@ def measure(
     It uses the starts of validation and of training, never those of a reported evaluation.
 
     Args:
-        cfg: Validated configuration.
+        cfg: Validated configuration, with at least one start for the ODE (`eval.n_episodes`).
         player: The policy.
         groups: Its environments.
         progress: Told how many more episodes have ended.
     """
     policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
-    count = cfg.eval.n_episodes
+    count, explored = int(cfg.eval.n_episodes), count_starts(groups)
     limits = action_range(env_cfg)
     ode, exploring = _Tally(limits, progress), _Tally(limits, progress)
-    starts = VALIDATION_SEED + np.arange(max(count, STARTS))
+    starts = VALIDATION_SEED + np.arange(max(count, explored))
     deployed = play(player, groups, starts[:count], ode.guard(by_ode(player)), watch=ode.watch)
     # One round after the other, so that a start always has the same environment and with it the same task.
     choose = exploring.guard(by_exploring(player))
     rounds = [
-        play(player, groups, starts[:STARTS], choose, noise=(number + 1,), watch=exploring.watch)
+        play(player, groups, starts[:explored], choose, noise=(number + 1,), watch=exploring.watch)
         for number in range(TRIES)
     ]
     limit, solved = _time_limit(env_cfg, [deployed, *rounds]), _solved_lengths([deployed, *rounds])
@@ -110,6 +111,7 @@ def measure(
         ode_successes=int(deployed.success.sum()),
         tries=TRIES,
         solved=tuple(np.sum([part.success for part in rounds], axis=0).tolist()),
+        tasks=tuple(rounds[0].tasks),
         ratio_error=ratio_error,
         ratio_tolerance=algorithm.ratio_tolerance,
         non_finite=non_finite,

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from .wire import Scalar
@@ -32,6 +32,7 @@ class Findings:
         ode_successes: How many of them it solved.
         tries: How often each start was tried while exploring.
         solved: In how many of these tries each start was solved.
+        tasks: Task text of each of these starts.
         ratio_error: Largest distance from 1 of the probability ratio of decisions that nothing has changed since.
         ratio_tolerance: What the learner allows.
         non_finite: Decisions with a number that is not finite.
@@ -54,6 +55,7 @@ class Findings:
     ode_successes: int
     tries: int
     solved: tuple[int, ...]
+    tasks: tuple[str, ...]
     ratio_error: float
     ratio_tolerance: float
     non_finite: int
@@ -96,6 +98,29 @@ class Findings:
         """Share of the other starts."""
         return 1 - self.never - self.always
 
+    @property
+    def by_task(self) -> dict[str, tuple[int, ...]]:
+        """`solved` of each task's starts; empty if there is only one task."""
+        pairs = list(zip(self.tasks, self.solved, strict=True))
+        names = sorted(set(self.tasks))
+        return (
+            {name: tuple(n for task, n in pairs if task == name) for name in names} if len(names) > 1 else {}
+        )
+
+    @property
+    def hopeless(self) -> tuple[str, ...]:
+        """Those of several tasks that no try solved, from any start."""
+        return tuple(task for task, solved in self.by_task.items() if not any(solved))
+
+    def without(self, tasks: Collection[str]) -> "Findings":
+        """The same, as if some tasks had not been tried while exploring."""
+        kept = [row for row, task in enumerate(self.tasks) if task not in tasks]
+        return replace(
+            self,
+            solved=tuple(self.solved[row] for row in kept),
+            tasks=tuple(self.tasks[row] for row in kept),
+        )
+
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a success rate.
@@ -130,10 +155,24 @@ class Advice:
 
 
 def advise(findings: Findings) -> Advice:
-    """Says whether RL has a signal and, if not or if it could be better, what to change."""
-    obstacle = _defect(findings) or _no_signal(findings)
-    if obstacle is not None:
-        return obstacle
+    """Says whether RL has a signal and, if not or if it could be better, what to change.
+
+    A task that is never solved keeps RL from none of the others: of several tasks, those that are not hopeless decide.
+    """
+    defect = _defect(findings)
+    if defect is not None:
+        return defect
+    if not findings.hopeless or len(findings.hopeless) == len(findings.by_task):
+        return _no_signal(findings) or _signal(findings)
+    hopeful = findings.without(findings.hopeless)
+    advice, hopeless = _no_signal(hopeful) or _signal(hopeful), ", ".join(findings.hopeless)
+    verdict = f"{advice.verdict} It has none for {len(findings.hopeless)} of {len(findings.by_task)} tasks."
+    change = f"collect more demonstrations of what exploring never solved, or leave it out: {hopeless}"
+    return Advice(advice.signal, verdict, (change, *advice.changes))
+
+
+def _signal(findings: Findings) -> Advice:
+    """There is something to learn from."""
     verdict = (
         f"RL has a signal here: {_percent(findings.sometimes)} of the starts are solved in some tries and not in "
         f"others, and {_percent(findings.never)} never."

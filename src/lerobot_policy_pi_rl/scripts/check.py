@@ -11,7 +11,7 @@ import torch
 from lerobot.configs import parser
 from tqdm import tqdm
 
-from ..errors import config_error
+from ..errors import check, config_error
 from ..runtime.check import count_episodes, measure
 from ..runtime.collector import make_groups
 from ..runtime.findings import Advice, Findings, advise, wilson
@@ -49,14 +49,15 @@ def examine(cfg: PIRLTrainConfig) -> Advice:
 def _measure(cfg: PIRLTrainConfig) -> Findings:
     """Measures with a progress bar."""
     _, algorithm, env = parts(cfg)
-    episodes = count_episodes(cfg)
+    starts = int(cfg.eval.n_episodes)
+    check(starts >= 1, "eval.n_episodes", f"must be at least 1 start for the ODE, got {starts}")
     with contextlib.ExitStack() as stack:
         # First of all, because it forks.
         groups = make_groups(env, algorithm.collection)
         for group in groups:
             stack.callback(group.envs.close)
         player = make_player(cfg)
-        bar = stack.enter_context(tqdm(total=episodes, desc="check", unit="episode"))
+        bar = stack.enter_context(tqdm(total=count_episodes(cfg, groups), desc="check", unit="episode"))
         return measure(cfg, player, groups, bar.update)
 
 
@@ -81,7 +82,14 @@ def table(findings: Findings) -> list[str]:
         ),
         "collection": f"{findings.steps_per_s:,.0f} environment steps/s",
     }
-    return [f"{name:<22}{text.replace('%', ' %')}" for name, text in rows.items()]
+    width = max([22, *(len(task) + 4 for task in findings.by_task)])
+    rows |= {f"  {task}": _of_task(findings, solved) for task, solved in findings.by_task.items()}
+    return [f"{name:<{width}}{text.replace('%', ' %')}" for name, text in rows.items()]
+
+
+def _of_task(findings: Findings, solved: tuple[int, ...]) -> str:
+    starts = len(solved)
+    return f"{sum(solved) / (starts * findings.tries):.2f} of {starts} starts x {findings.tries} tries"
 
 
 def _solved_episodes(findings: Findings) -> str:
