@@ -173,6 +173,20 @@ def test_reductions_of_the_log_probability(make_algorithm: MakeAlgorithm) -> Non
         assert algorithm.reduce(per_step, executed).item() == expected
 
 
+def test_the_divergence_is_that_of_whole_decisions(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    """Adam's steps hardly depend on the reduction, and neither must what the learning rate follows."""
+    kl = {}
+    for reduction in ("sum", "mean_steps", "mean"):
+        torch.manual_seed(0)
+        algorithm = make_algorithm(
+            {"recording": "joint"}, log_prob_reduction=reduction, lr_schedule="constant", kl_stop=1e9
+        )
+        kl[reduction] = iterate(algorithm, collect).extra["approx_kl"]
+    # A mean of 4 recorded steps would show a sixteenth of it, one over the action's components as well still less.
+    assert kl["mean_steps"] == pytest.approx(kl["sum"], rel=0.5)
+    assert kl["mean"] == pytest.approx(kl["sum"], rel=0.5)
+
+
 # One update
 
 

@@ -1,6 +1,8 @@
-"""Runs in real environments with pictures, rendered in software: LeRobot's `metaworld` (EGL) and `pusht`."""
+"""Runs in real environments with pictures, rendered in software: LeRobot's `metaworld` and `gym_hil` (EGL), `pusht`."""
 
+import json
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 from lerobot_policy_pi_rl.runtime.observations import ObservationPath, offered_features
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+
+from .conftest import Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -98,3 +102,39 @@ def test_pusht_s_stated_size_is_not_its_own() -> None:
         ConfigError, match=r"\(3, 384, 384\), but .* \(3, 96, 96\); set env.observation_height"
     ):
         path.from_environment(raw, vector.tasks)
+
+
+def test_gym_hil_from_pixels(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """LeRobot's simulation of a Franka arm, two cameras, through its `gym_manipulator` environment and processors."""
+    try:
+        version("gym-hil")  # not imported: other tests put a stand-in in its place
+    except PackageNotFoundError:
+        pytest.skip("gym-hil is not installed")
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    shapes = {"action": ("ACTION", [4]), "observation.state": ("STATE", [18])}
+    shapes |= {f"observation.images.{name}": ("VISUAL", [3, 128, 128]) for name in ("front", "wrist")}
+    features = {key: {"type": kind, "shape": shape} for key, (kind, shape) in shapes.items()}
+    run = make_run(
+        "--env.type=gym_manipulator",
+        "--env.name=gym_hil",
+        "--env.task=PandaPickCube-v0",
+        "--env.fps=10",
+        f"--env.features={json.dumps(features)}",
+        f"--env.features_map={json.dumps({key: key for key in features})}",
+        "--env.processor.control_mode=gamepad",
+        "--env.processor.gripper.use_gripper=true",
+        "--env.processor.reset.control_time_s=0.3",
+        "--policy.chunk_size=2",
+        "--policy.n_action_steps=2",
+        "--algorithm.collection.num_envs=1",
+        "--algorithm.collection.eval_envs=0",
+        "--algorithm.collection.decisions=3",
+        "--steps=2",
+        "--save_freq=2",
+    )
+    assert run.train(without=["--env.episode_length", "--env.reward"]).wait(500) == 0
+    assert [row["rollout/decisions"] for row in run.rows()] == [3, 3]
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in run.rows())
+    # Cut after three steps of a tenth of a second, which is the middle of a decision.
+    assert sum(row["rollout/episodes"] for row in run.rows()) > 0
+    assert (run.checkpoint() / "pretrained_model" / "config.json").is_file()

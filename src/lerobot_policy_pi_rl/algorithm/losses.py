@@ -12,12 +12,10 @@ class PolicyLoss:
 
     Attributes:
         loss: To be minimised.
-        approx_kl: Divergence of the new policy from the proximal one (k3 estimator), nats per decision.
         clip_fraction: Share of decisions whose ratio left the clip range.
     """
 
     loss: Tensor
-    approx_kl: Tensor
     clip_fraction: Tensor
 
 
@@ -55,9 +53,8 @@ def policy_loss(
     if weight is not None:
         objective = weight * objective
     with torch.no_grad():
-        approx_kl = approximate_kl(log_ratio)
         clip_fraction = ((ratio - 1).abs() > clip_ratio).to(ratio.dtype).mean()
-    return PolicyLoss(-objective.mean(), approx_kl, clip_fraction)
+    return PolicyLoss(-objective.mean(), clip_fraction)
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from .contexts import Contexts
 from .critic import Critic
 from .decisions import DecisionBatch
-from .losses import explained_variance, policy_loss, value_loss
+from .losses import approximate_kl, explained_variance, policy_loss, value_loss
 from .optimizer import PreciseAdam
 from .storage import Rollout, minibatches
 
@@ -404,13 +404,16 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def reduce(self, per_step: Tensor, executed: Tensor) -> Tensor:
         """Reduces a quantity per chunk step `[B, H]` to one per decision `[B]`, as `log_prob_reduction` says."""
-        total = executed_sum(per_step, executed)
-        if self.config.log_prob_reduction == "sum":
-            return total
-        total = total / self.policy.recorded_steps()
-        if self.config.log_prob_reduction == "mean_steps":
-            return total
-        return total / (executed * self.policy.base.real_action_dim)
+        return executed_sum(per_step, executed) / self._terms(executed)
+
+    def _terms(self, executed: Tensor) -> Tensor:
+        """Of how many terms the reduction takes the mean, for each decision, `[B]`; 1 for the sum."""
+        terms = torch.ones_like(executed)
+        if self.config.log_prob_reduction != "sum":
+            terms = terms * self.policy.recorded_steps()
+        if self.config.log_prob_reduction == "mean":
+            terms = terms * executed * self.policy.base.real_action_dim
+        return terms
 
     @torch.no_grad()
     def check_ratio(self, material: Material, rows: Tensor, version: Tensor) -> float:
@@ -478,22 +481,24 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def _policy_loss(self, context: Context, part: Batch, averages: Averages, last_epoch: Averages) -> Tensor:
         config, score = self.config, self._score(context, part)
-        result = policy_loss(
-            self._log_ratio(part, score), part.advantage, config.clip_ratio, config.dual_clip, part.weight
-        )
+        log_ratio = self._log_ratio(part, score)
+        result = policy_loss(log_ratio, part.advantage, config.clip_ratio, config.dual_clip, part.weight)
         entropy = executed_sum(score.entropy, part.executed).mean()
         loss = result.loss - config.entropy_coef * entropy
         if part.reference is not None:
             kl = self._reference_kl(part, score)
             loss = loss + config.kl_coef * kl
             averages.add(reference_kl=kl)
+        # Of whole decisions, however their log-probability is reduced: a mean of twenty terms would make a step look
+        # four hundred times smaller than it is, and the learning rate would follow.
+        approx_kl = approximate_kl((log_ratio * self._terms(part.executed)).detach())
         averages.add(
             policy_loss=result.loss,
-            approx_kl=result.approx_kl,
+            approx_kl=approx_kl,
             clip_fraction=result.clip_fraction,
             entropy=entropy,
         )
-        last_epoch.add(approx_kl=result.approx_kl)
+        last_epoch.add(approx_kl=approx_kl)
         return loss
 
     def _reference_kl(self, part: Batch, score: Score) -> Tensor:
