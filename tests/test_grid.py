@@ -81,7 +81,7 @@ def evaluate(output: Path, rates: Sequence[float]) -> None:
     (output / "eval_info.json").write_text(json.dumps({"per_task": per_task, "overall": overall}))
 
 
-def learn(output: Path, env_steps: int) -> None:
+def learn(output: Path, env_steps: int, speed: int = 1) -> None:
     """Writes what `lerobot-pi-rl-train` writes."""
     for name in ("000010", "000025"):
         for part in ("pretrained_model", "training_state"):
@@ -92,7 +92,13 @@ def learn(output: Path, env_steps: int) -> None:
     last = output / "checkpoints/last"
     config = {"algorithm": {"stop_success": None}, "policy": {"online_steps": 100}, "steps": 1000}
     (last / "pretrained_model/train_config.json").write_text(json.dumps(config))
-    counters = {"env_steps": env_steps, "version": 25, "best_success": 0.9, "best_version": 0}
+    counters = {
+        "env_steps": env_steps,
+        "decisions": 20,
+        "version": 25,
+        "best_success": 0.9,
+        "best_version": 0,
+    }
     (last / "training_state/counters.json").write_text(json.dumps(counters))
     with (output / "metrics.jsonl").open("w") as file:
         for step in range(26):
@@ -101,7 +107,11 @@ def learn(output: Path, env_steps: int) -> None:
                 print(json.dumps({**place, "eval/success": step / 25}), file=file)
             if step:
                 row = {**place, "progress/seconds": step / 2, "rollout/success": step / 100, "ppo/lr": 1e-4}
-                print(json.dumps(row), file=file)
+                # The iteration after a validation waits for it.
+                wait = 9.0 if step % 10 == 1 else 0.25
+                parts = {"wait": wait, "update": 0.2, "critic": 0.05}
+                row |= {f"speed/{name}_seconds": seconds for name, seconds in parts.items()}
+                print(json.dumps(row | {"rollout/decisions": 10 * speed}), file=file)
 
 
 @pytest.fixture
@@ -463,6 +473,29 @@ def test_the_summary_has_rows_curves_a_table_and_a_picture(run: Run, tmp_path: P
     assert (folder / "table.md").read_text() == text
     assert (folder / "curves.png").stat().st_size < 150_000
     assert len(list((folder / "curves").iterdir())) == 4
+
+
+def test_speed_is_compared_within_a_seed_and_validations_are_left_out(
+    run: Run, commands: Commands, tmp_path: Path
+) -> None:
+    def learn_at_a_speed(output: Path, budget: int) -> None:
+        # Machines and seeds differ; the other variant does 1.5 and 2 times as much as the first one beside it.
+        first, other = {0: (2, 3), 1: (4, 8)}[int(output.parents[2].name.removeprefix("seed_"))]
+        learn(output, budget, other if "joint" in output.parent.name else first)
+
+    commands.learn = learn_at_a_speed
+    cells = plan.select(plan.parse(CONTENT).cells, ["task=reach-v3"])
+    assert run(cells) == []
+    rows = {
+        (row.variant, row.seed): row for cell in cells if (row := report.row_of(cell, tmp_path / "stages"))
+    }
+    # Ten decisions in half a second, times the speed; with the waits for validations it would be 8.4.
+    assert rows["default", 0].decisions_per_s == pytest.approx(40)
+    assert rows["joint", 1].decisions_per_s == pytest.approx(160)
+    assert rows["joint", 1].decisions == 20
+    lines = report.table(list(rows.values()))
+    assert lines[2].endswith("| 60 | 1.00 (1.00 to 1.00) |")
+    assert lines[3].endswith("| 110 | 1.75 (1.50 to 2.00) |")
 
 
 def test_a_partial_summary_has_the_supervised_policy_and_forgets_no_cell(run: Run, tmp_path: Path) -> None:

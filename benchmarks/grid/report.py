@@ -47,6 +47,8 @@ class Row:
         last_interval: The same of `last`.
         per_task: The three by task, where there are several.
         env_steps: Of PI-RL.
+        decisions: Of PI-RL, those that were learned from.
+        decisions_per_s: Of PI-RL, as `decision_rate` measures it.
         iterations: Of PI-RL.
         best_iteration: After which `best` was saved.
         rl_minutes: Wall time of PI-RL, start-up and validation included.
@@ -68,6 +70,8 @@ class Row:
     last_interval: tuple[float, float] | None
     per_task: dict[str, dict[str, float]] | None
     env_steps: int | None
+    decisions: int | None
+    decisions_per_s: float | None
     iterations: int | None
     best_iteration: int | None
     rl_minutes: float | None
@@ -157,6 +161,8 @@ def row_of(cell: Cell, output: Path = OUTPUT) -> Row | None:
         last_interval=intervals.get("last"),
         per_task=by_task,
         env_steps=run.get("env_steps"),
+        decisions=run.get("decisions"),
+        decisions_per_s=decision_rate(made.train.output) if complete else None,
         iterations=run.get("version"),
         best_iteration=run.get("best_version"),
         rl_minutes=round(made.train.result()["seconds"] / 60, 2) if complete else None,
@@ -190,6 +196,20 @@ def read_counters(run: Path) -> dict[str, Any]:
     """Counters of the end of a run; the best version is that of the link, set after the last checkpoint as well."""
     counters = json.loads((run / "checkpoints/last/training_state/counters.json").read_text())
     return counters | {"best_version": int((run / "checkpoints/best").resolve().name)}
+
+
+def decision_rate(run: Path) -> float:
+    """Decisions per second of a run, collecting and learning together.
+
+    Left out are iterations that wait for a validation, start-up, checkpoints, and pauses between resumes.
+    """
+    lines = read_metrics(run / "metrics.jsonl")
+    # The iteration after a version is the one that waits for its validation.
+    validated = {line["step"] + 1 for line in lines if "eval/success" in line}
+    counted = [line for line in lines if "rollout/decisions" in line and line["step"] not in validated]
+    parts = ("speed/wait_seconds", "speed/update_seconds", "speed/critic_seconds")
+    seconds = sum(line[part] for line in counted for part in parts)
+    return round(sum(line["rollout/decisions"] for line in counted) / max(seconds, 1e-9), 1)
 
 
 def curve_of(run: Path) -> Curve:
@@ -234,6 +254,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         "worst seed: before, best (95 %)",
         "environment steps",
         "minutes of PI-RL",
+        "decisions/s",
+        "over the first variant's",
     )
     lines = [head, ("---",) * len(head)]
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -255,9 +277,21 @@ def table(rows: Sequence[Row]) -> list[str]:
                 _worst(done),
                 _middle([row.env_steps for row in done], "{:,.0f}"),
                 _middle([row.rl_minutes for row in done], "{:.1f}"),
+                _middle([row.decisions_per_s for row in done], "{:,.0f}"),
+                _spread(_over_first(done, rows)),
             )
         )
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _over_first(group: Sequence[Row], rows: Sequence[Row]) -> list[float | None]:
+    """Decisions per second over those of the first variant with the same task and seed, where both are there."""
+    first = {(row.task, row.seed): row.decisions_per_s for row in reversed(rows)}
+    ratios: list[float | None] = []
+    for row in group:
+        base = first[row.task, row.seed]
+        ratios.append(row.decisions_per_s / base if row.decisions_per_s and base else None)
+    return ratios
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -305,7 +305,7 @@ def test_another_protocol_version_is_refused() -> None:
     with serving(make_service()) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         with pytest.raises(grpc.RpcError) as refusal:
             services_pb2_grpc.LearnerServiceStub(channel).Ready(services_pb2.Empty(), metadata=hello)
-        assert "protocol: learner 1, actor 99" in refusal.value.details()
+        assert "protocol: learner 2, actor 99" in refusal.value.details()
 
 
 def test_the_stock_learner_is_recognised() -> None:

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent / "processes"))
 from line_processes import (
     LineProcess,
     LineRun,
-    Proxy,
     at,
     die_in_checkpoint,
     die_in_episode,
@@ -35,12 +34,15 @@ from line_processes import (
     tell_quotas,
     tell_work,
 )
+from network import Proxy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 QUOTA = 16
 END_S = 10.0
 """Seconds in which a process that is asked to leave has left."""
+KEEPALIVE_S = 30.0
+"""Seconds after which gRPC itself gives up a connection from which nothing comes."""
 GROWTH = 10e6
 """Bytes of noise in a process' memory; what the soak would pile up without bounds is many times that."""
 
@@ -214,6 +216,33 @@ def test_a_connection_that_falls_silent_is_given_up_and_made_anew(
     run.await_rows(lambda rows: len(rows) >= done + 2, "the run goes on")
     assert all(row["rollout/decisions"] == QUOTA for row in run.rows())
     ends_soon(run, learner, actor)
+
+
+def test_an_actor_whose_machine_is_gone_is_replaced_by_another_with_its_number(
+    make_line_run: MakeRun, make_proxy: Callable[[int], Proxy]
+) -> None:
+    run = make_line_run("--steps=1000000")
+    learner = run.learner(faults=[at(slow_down, 0.02)])
+    proxy = make_proxy(run.port)
+    lost = run.actor(0, f"--policy.actor_learner_config.learner_port={proxy.port}")
+    run.await_rows(lambda rows: len(rows) >= 2, "it works")
+    proxy.stall()
+    lost.kill()
+    done, began = len(run.rows()), time.monotonic()
+    another = run.actor(0)
+    # The one that the kill interrupted may still be complete.
+    run.await_rows(lambda rows: len(rows) >= done + 3, "the run goes on")
+    assert time.monotonic() - began < KEEPALIVE_S
+    assert re.search(r"Actor 0 at \S+ gave no sign of life for 4 s; \S+ takes its number", run.log("learner"))
+    assert all(row["rollout/decisions"] == QUOTA for row in run.rows())
+
+    # Of two that live, the second is told, and the first one works on.
+    third = run.actor(0)
+    assert "actor 0 is already connected from" in third.failure()
+    done = len(run.rows())
+    run.await_rows(lambda rows: len(rows) >= done + 2, "the first one works on")
+    assert run.rows()[-1]["actors/left"] == 1
+    ends_soon(run, learner, another)
 
 
 # The disk

@@ -1,4 +1,4 @@
-"""The actor's side of the wire: one channel to the learner, three background streams, bounded waits.
+"""The actor's side of the wire: one channel to the learner, four background streams, bounded waits.
 
 gRPC's core starts with the first `connect`, not with the import: whatever the actor forks, it forks before.
 """
@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunks, send_bytes_in_chunks
 
 from .access import TOKEN_VARIABLE, Access, find_tls_fault
-from .service import STATUS_METADATA
+from .service import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, STATUS_METADATA
 from .wire import (
     PROTOCOL,
     Handshake,
@@ -135,7 +135,7 @@ class Outbox:
 
 
 class _Link:
-    """One connection: a channel, its three streams and their threads. Used once; a reconnect makes another.
+    """One connection: a channel, its four streams and their threads. Used once; a reconnect makes another.
 
     What `__init__` sets below `_changed` is guarded by it.
     """
@@ -154,6 +154,8 @@ class _Link:
         self._stub = services_pb2_grpc.LearnerServiceStub(self._channel)
         self._parameters: Any = None
         self._senders: list[threading.Thread] = []
+        self._over = threading.Event()
+        self._heartbeat = threading.Thread(target=self._show_life, name="pi-rl-heartbeat", daemon=True)
         self._receiver = threading.Thread(target=self._receive, name="pi-rl-parameters", daemon=True)
 
     def call_ready(self, settings: Mapping[str, Any]) -> None:
@@ -189,6 +191,7 @@ class _Link:
         finally:
             patience.cancel()
         self._receiver.start()
+        self._heartbeat.start()
         self._start_sender("decisions", self._stub.SendTransitions, services_pb2.Transition, self.decisions)
         self._start_sender(
             "interactions", self._stub.SendInteractions, services_pb2.InteractionMessage, self.interactions
@@ -215,7 +218,7 @@ class _Link:
         if self._parameters is not None:
             self._parameters.cancel()
         self._channel.close()
-        for thread in (*self._senders, self._receiver):
+        for thread in (*self._senders, self._heartbeat, self._receiver):
             if thread.ident is not None:
                 thread.join(1.0)
 
@@ -223,6 +226,7 @@ class _Link:
         """Marks the connection broken; the first reason stays."""
         with self._changed:
             self.broken = self.broken or reason
+        self._over.set()
         self.decisions.end()
         self.interactions.end()
 
@@ -231,6 +235,15 @@ class _Link:
         sender = threading.Thread(target=self._send, args=arguments, name=f"pi-rl-{name}", daemon=True)
         self._senders.append(sender)
         sender.start()
+
+    def _show_life(self) -> None:
+        """Sends signs of life until the connection ends."""
+
+        def beats() -> Iterator[Any]:
+            while not self._over.wait(HEARTBEAT_SECONDS):
+                yield services_pb2.InteractionMessage()
+
+        self._call(self._stub.SendInteractions, beats(), self._over.is_set, [HEARTBEAT_METADATA])
 
     def _receive(self) -> None:
         """Keeps the newest payload of the parameters stream."""
@@ -256,12 +269,22 @@ class _Link:
     def _send(self, call: Callable[..., Any], message: Any, outbox: Outbox) -> None:
         """Sends an outbox until it ends."""
         chunks = (chunk for payload in outbox for chunk in send_bytes_in_chunks(payload, message))
+        self._call(call, chunks, lambda: outbox.finished)
+
+    def _call(
+        self,
+        call: Callable[..., Any],
+        chunks: Iterator[Any],
+        finished: Callable[[], bool],
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Sends chunks until they are over; if the stream ends before that, the connection is broken."""
         reason = "the learner ended the connection"
         try:
-            call(chunks, metadata=self._metadata(self._handshake))
+            call(chunks, metadata=[*self._metadata(self._handshake), *metadata])
         except grpc.RpcError as error:
             reason = _reason(error)
-        if not outbox.finished:
+        if not finished():
             self.fail(reason)
             # The last weights may still be on their way; after them, without this stream, the others end too.
             self._receiver.join(LAST_WEIGHTS_SECONDS)

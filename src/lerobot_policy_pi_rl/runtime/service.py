@@ -3,7 +3,8 @@
 Proto and rpc names are LeRobot's. What differs: an actor introduces itself (`wire.Handshake`) and is refused
 without the access token or with other settings, every connected actor gets the newest weights whenever there are
 new ones, and what arrives goes to bounded inboxes as raw bytes, so that no network thread ever decodes and a slow
-learner slows its actors down. An actor that sends too much is slowed, one that sends nonsense is cut off.
+learner slows its actors down. An actor that sends too much is slowed, one that sends nonsense is cut off, and one
+that gives no sign of life loses its number to whoever comes with it.
 """
 
 import contextlib
@@ -44,7 +45,7 @@ from .wire import (
 
 logger = logging.getLogger(__name__)
 
-STREAMS_PER_ACTOR = 3
+STREAMS_PER_ACTOR = 4
 REMEMBERED = 1024
 """Most events that wait, and most sessions of each kind that are remembered: whoever calls makes new ones."""
 WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
@@ -60,11 +61,18 @@ OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
 STATUS_METADATA = ("pi-rl-status", "1")
 """With it a call of `StreamParameters` asks for the learner's status instead of weights."""
 
+HEARTBEAT_METADATA = ("pi-rl-heartbeat", "1")
+"""With it a call of `SendInteractions` carries signs of life, empty chunks, instead of statistics."""
+HEARTBEAT_SECONDS = 1.0
+"""How often an actor sends one, whatever it is at: it may collect for minutes and have nothing else to say."""
+MISSED_HEARTBEATS = 4
+"""After so many in a row that did not come, an actor's number goes to another process that asks for it."""
+
 GRPC_OPTIONS = [
     # With port sharing, gRPC's default, a second learner on the same port would get half of the actors.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_SIZE),
-    # Calls at once on one connection; an actor has four.
+    # Calls at once on one connection; an actor has five.
     ("grpc.max_concurrent_streams", 16),
     # The settings of `Ready` travel as metadata, whose default limit is 8 KiB.
     ("grpc.max_metadata_size", 2**20),
@@ -232,6 +240,10 @@ class Inbox:
         return item
 
 
+Refusal = tuple[grpc.StatusCode, str, str]
+"""Why a call is refused: code, a few words, what exactly."""
+
+
 @dataclass(frozen=True)
 class _Published:
     """The newest weights; `sequence` counts publications, for versions may repeat after a resume."""
@@ -241,23 +253,33 @@ class _Published:
     payload: bytes
 
 
+Stream = Literal["parameters", "decisions", "interactions", "heartbeat"]
+
+
 class _Link:
     """One open parameters stream, which is what makes an actor connected."""
 
-    def __init__(self, info: ActorInfo, session: str) -> None:
+    def __init__(self, info: ActorInfo, session: str, parameters: grpc.ServicerContext) -> None:
         self.info = info
         self.session = session
         self.open = True
         self.rejected = 0
-        # The call with which it fills each inbox, and how fast it may.
-        self.calls: dict[Inbox, grpc.ServicerContext] = {}
-        self.buckets: dict[Inbox, Bucket] = {}
+        # Chunks that it sent: any of them shows that it lives.
+        self.heard = 0
+        # Its calls, and how fast it may send with each.
+        self.calls: dict[Stream, grpc.ServicerContext] = {"parameters": parameters}
+        self.buckets: dict[Stream, Bucket] = {}
+
+    def cut(self) -> None:
+        """Ends its calls, also those that wait for a peer who is no longer there."""
+        for call in list(self.calls.values()):
+            call.cancel()
 
 
 class PIRLLearnerService(LearnerService):
     """LeRobot's learner service for many actors, with versions, settings and limits.
 
-    What `__init__` sets below `_changed` is guarded by it: newest weights, links, sessions, counters.
+    What `__init__` sets below `_changed` is guarded by its lock: newest weights, links, sessions, counters.
     """
 
     def __init__(self, settings: Mapping[str, Any], max_actors: int, limits: Limits) -> None:
@@ -281,7 +303,10 @@ class PIRLLearnerService(LearnerService):
         self.max_actors = max_actors
         self._limits = limits
         self._events: queue.Queue[ActorEvent] = queue.Queue(REMEMBERED)
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        # For signs of life, of which each would otherwise wake every stream of weights.
+        self._heard = threading.Condition(lock)
         self._newest: _Published | None = None
         self._report: dict[str, Any] = {}
         self._links: dict[int, _Link] = {}
@@ -368,10 +393,7 @@ class PIRLLearnerService(LearnerService):
             if link.rejected < self._limits.rejected_messages:
                 return
             self._cut_off.append(link.session)
-            calls = list(link.calls.values())
-        self._leave(link)
-        for call in calls:
-            call.cancel()
+        self._disconnect(link)
         self._count_rejected(
             "cut off", f"Cut off actor {actor}: {link.rejected} of its messages were rejected"
         )
@@ -400,6 +422,7 @@ class PIRLLearnerService(LearnerService):
         self.interactions.close()
         with self._changed:
             self._changed.notify_all()
+            self._heard.notify_all()
             self._changed.wait_for(lambda: not self._links, drain_s)
 
     # The four calls of LeRobot's service
@@ -410,10 +433,7 @@ class PIRLLearnerService(LearnerService):
         differences = settings_differences(self._settings, hello.settings or {})
         if differences:
             self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "settings", "\n".join(differences))
-        with self._changed:
-            refusal = self._occupied(hello)
-            if refusal is None:
-                self._admitted.append((hello.actor, hello.session))
+        refusal = self._admit(hello, context.peer())
         if refusal is not None:
             self._refuse(context, *refusal)
         context.send_initial_metadata(OWN_METADATA)
@@ -424,7 +444,7 @@ class PIRLLearnerService(LearnerService):
 
         To a caller that asks for the status it sends that, once.
         """
-        if STATUS_METADATA in [tuple(pair) for pair in context.invocation_metadata()]:
+        if _shows(context, STATUS_METADATA):
             yield from send_bytes_in_chunks(json.dumps(self.status()).encode(), services_pb2.Parameters)
             return
         link = self._join(context)
@@ -441,11 +461,17 @@ class PIRLLearnerService(LearnerService):
 
     def SendTransitions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
         """Takes decisions into their inbox."""
-        return self._receive(request_iterator, context, self.decisions, self._limits.message_bytes)
+        return self._receive(
+            request_iterator, context, "decisions", self.decisions, self._limits.message_bytes
+        )
 
     def SendInteractions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
-        """Takes interactions into their inbox."""
-        return self._receive(request_iterator, context, self.interactions, MAX_INTERACTION_BYTES)
+        """Takes interactions into their inbox, or notes that the caller lives."""
+        if _shows(context, HEARTBEAT_METADATA):
+            return self._listen(request_iterator, context)
+        return self._receive(
+            request_iterator, context, "interactions", self.interactions, MAX_INTERACTION_BYTES
+        )
 
     # Behind the calls
 
@@ -456,7 +482,49 @@ class PIRLLearnerService(LearnerService):
         except WireError as error:
             self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "not an actor", str(error))
 
-    def _occupied(self, hello: Handshake) -> tuple[grpc.StatusCode, str, str] | None:
+    def _admit(self, hello: Handshake, peer: str) -> Refusal | None:
+        """Notes an actor that may connect; says why another one may not.
+
+        Its number may belong to a process that is gone, together with its machine or its network, which nobody has
+        heard of: that one is given a few seconds to show that it lives.
+        """
+        while True:
+            with self._changed:
+                refusal, holder = self._occupied(hello), self._links.get(hello.actor)
+                if refusal is None:
+                    self._admitted.append((hello.actor, hello.session))
+            taken = refusal is not None and refusal[0] == grpc.StatusCode.ALREADY_EXISTS
+            if not taken or holder is None or self._lives(holder):
+                return refusal
+            if holder.open:
+                silence = MISSED_HEARTBEATS * HEARTBEAT_SECONDS
+                self._warn(
+                    f"Actor {hello.actor} at {holder.info.peer} gave no sign of life for {silence:.0f} s; "
+                    f"{peer} takes its number"
+                )
+            self._disconnect(holder)
+
+    def _lives(self, link: _Link) -> bool:
+        """Whether an actor gives a sign of life soon; while the learner ends, all of them live."""
+        with self._heard:
+            before = link.heard
+
+            def known() -> bool:
+                return link.heard > before or not link.open or self.shutdown_event.is_set()
+
+            # In parts: a pause of this process must not be taken for one of the actor.
+            return (
+                any(self._heard.wait_for(known, HEARTBEAT_SECONDS) for _ in range(MISSED_HEARTBEATS))
+                and link.open
+            )
+
+    def _note_life(self, link: _Link) -> None:
+        """Notes that an actor has sent something."""
+        with self._heard:
+            link.heard += 1
+            self._heard.notify_all()
+
+    def _occupied(self, hello: Handshake) -> Refusal | None:
         """Why there is no place for this actor, or None. Needs the lock."""
         if hello.session in self._cut_off:
             text = (
@@ -475,7 +543,8 @@ class PIRLLearnerService(LearnerService):
     def _join(self, context: grpc.ServicerContext) -> _Link:
         """Registers an actor's parameters stream."""
         hello = self._introduced(context)
-        link = _Link(ActorInfo(hello.actor, context.peer(), time.monotonic()), hello.session)
+        link = _Link(ActorInfo(hello.actor, context.peer(), time.monotonic()), hello.session, context)
+        before = None
         with self._changed:
             refusal = self._occupied(hello)
             if refusal is None and (hello.actor, hello.session) not in self._admitted:
@@ -489,6 +558,9 @@ class PIRLLearnerService(LearnerService):
                 self._changed.notify_all()
         if refusal is not None:
             self._refuse(context, *refusal)
+        if before is not None:
+            # The same process, whose old connection may be one that no longer says anything, not even that it ended.
+            self._disconnect(before)
         # gRPC calls this however the stream ends, also when the actor's process was killed.
         if not context.add_callback(lambda: self._leave(link)):
             self._leave(link)
@@ -504,11 +576,17 @@ class PIRLLearnerService(LearnerService):
         for inbox in (self.decisions, self.interactions):
             inbox.wake()
 
+    def _disconnect(self, link: _Link) -> None:
+        """Takes an actor off the list and ends its calls; what has arrived of a message is dropped."""
+        self._leave(link)
+        link.cut()
+
     def _close(self, link: _Link) -> None:
         """Marks a link closed and tells everybody who waits. Needs the lock."""
         link.open = False
         self._tell(ActorEvent("left", link.info))
         self._changed.notify_all()
+        self._heard.notify_all()
 
     def _tell(self, event: ActorEvent) -> None:
         """Queues an event; a learner that does not look loses the later ones."""
@@ -528,58 +606,86 @@ class PIRLLearnerService(LearnerService):
         return self._newest is not None and self._newest.sequence > sent
 
     def _receive(
-        self, chunks: Iterator[Any], context: grpc.ServicerContext, inbox: Inbox, max_bytes: int
+        self,
+        chunks: Iterator[Any],
+        context: grpc.ServicerContext,
+        stream: Stream,
+        inbox: Inbox,
+        max_bytes: int,
     ) -> Any:
         """Puts every whole message of a stream into an inbox until the stream ends."""
-        hello = self._introduced(context)
-        with self._changed:
-            link = self._links.get(hello.actor)
         if self.shutdown_event.is_set():
             return services_pb2.Empty()
-        if link is None or link.session != hello.session:
-            self._refuse(
-                context, grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "open StreamParameters first"
-            )
+        link = self._attach(context, stream)
         context.add_callback(inbox.wake)
-        with self._changed:
-            before, link.calls[inbox] = link.calls.get(inbox), context
-            bucket = link.buckets.setdefault(inbox, self._make_bucket())
-        if before is not None:
-            before.cancel()
+        actor = link.info.actor
 
         def wanted() -> bool:
             return link.open and context.is_active()
 
         def deliver(payload: bytes) -> None:
-            if inbox.put(Received(hello.actor, payload), wanted):
+            if inbox.put(Received(actor, payload), wanted):
                 self._count("messages", "bytes", len(payload))
 
-        whole = whole_messages(
-            self._paced(chunks, hello.actor, bucket, wanted),
-            max_bytes,
-            lambda reason: self.reject(hello.actor, reason),
-        )
+        def reject(reason: str) -> None:
+            # What is left of a connection that was given up is nobody's fault.
+            if link.open:
+                self.reject(actor, reason)
+
+        whole = whole_messages(self._paced(chunks, link, stream, wanted), max_bytes, reject)
         try:
             receive_bytes_in_chunks(whole, SimpleNamespace(put=deliver), self.shutdown_event)
         except grpc.RpcError:
-            logger.debug("A stream of actor %d broke off", hello.actor)
+            logger.debug("A stream of actor %d broke off", actor)
         return services_pb2.Empty()
+
+    def _listen(self, chunks: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        """Notes the signs of life of a stream until it ends."""
+        if self.shutdown_event.is_set():
+            return services_pb2.Empty()
+        link = self._attach(context, "heartbeat")
+        try:
+            for _ in self._paced(chunks, link, "heartbeat", lambda: link.open):
+                pass
+        except grpc.RpcError:
+            logger.debug("The heartbeat of actor %d broke off", link.info.actor)
+        return services_pb2.Empty()
+
+    def _attach(self, context: grpc.ServicerContext, stream: Stream) -> _Link:
+        """Gives a connected actor one more call; refuses callers that are not connected."""
+        hello = self._introduced(context)
+        with self._changed:
+            link = self._links.get(hello.actor)
+            if link is not None and link.session == hello.session:
+                before, link.calls[stream] = link.calls.get(stream), context
+                link.buckets.setdefault(stream, self._make_bucket())
+            else:
+                link = None
+        if link is None:
+            self._refuse(
+                context, grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "open StreamParameters first"
+            )
+        if before is not None:
+            before.cancel()
+        return link
 
     def _make_bucket(self) -> Bucket:
         rate = self._limits.messages_per_s
         return Bucket(rate, max(1.0, rate * BURST_SECONDS))
 
     def _paced(
-        self, chunks: Iterator[Any], actor: int, bucket: Bucket, wanted: Callable[[], bool]
+        self, chunks: Iterator[Any], link: _Link, stream: Stream, wanted: Callable[[], bool]
     ) -> Iterator[Any]:
-        """The chunks of a stream, no more messages per second than an actor may send.
+        """The chunks of a stream, no more messages per second than an actor may send; each shows that it lives.
 
         A message has one chunk that is not full, its last; any further one counts as a message.
         """
+        bucket = link.buckets[stream]
         for chunk in chunks:
+            self._note_life(link)
             pause = bucket.take() if len(chunk.data) < CHUNK_SIZE else 0.0
             if pause:
-                self._slow(actor, pause)
+                self._slow(link.info.actor, pause)
             if not wanted():
                 return
             yield chunk
@@ -625,6 +731,11 @@ class PIRLLearnerService(LearnerService):
         self._count_rejected(reason, f"Refused {context.peer()}: {'; '.join(text.splitlines())}")
         context.abort(code, text)
         raise AssertionError("grpc's abort always raises")
+
+
+def _shows(context: grpc.ServicerContext, pair: tuple[str, str]) -> bool:
+    """Whether a call carries a pair of metadata."""
+    return pair in [tuple(each) for each in context.invocation_metadata()]
 
 
 class _Lenient(grpc.ServerInterceptor):

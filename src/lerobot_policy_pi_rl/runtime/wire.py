@@ -22,8 +22,8 @@ from torch import Tensor
 from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 
-PROTOCOL = 1
-"""Version of everything in this file; actor and learner must agree."""
+PROTOCOL = 2
+"""Version of everything in this file and of the calls that carry it; actor and learner must agree."""
 
 Scalar = bool | int | float | str
 

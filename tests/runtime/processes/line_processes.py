@@ -1,23 +1,19 @@
-"""Learners and actors on `Line` in real processes of their own, what befalls them there, and a network between them.
+"""Learners and actors on `Line` in real processes of their own, and what befalls them there.
 
 The processes are forked from one that has imported everything, so that a start takes tenths of a second.
 """
 
-import contextlib
 import importlib.util
 import itertools
 import logging
 import multiprocessing
 import os
 import signal
-import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from threading import Condition, Thread
 from types import ModuleType
 from typing import Any
 
@@ -296,91 +292,6 @@ class LineRun(neighbour().Run):
     def await_true(self, condition: Callable[[], Any], what: str, timeout: float = 90) -> None:
         """Waits until something becomes true; fails at once when a process reports an unexpected error."""
         self.await_rows(lambda _: condition(), what, timeout)
-
-
-class Proxy:
-    """Forwards TCP connections to a port of the loopback interface, and does to them what networks do."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        # Guards what is below.
-        self._changed = Condition()
-        self._stalled = False
-        self._connections: list[socket.socket] = []
-        # Bytes towards the target after which all connections break; None never.
-        self._left: int | None = None
-        Thread(target=self._accept, daemon=True).start()
-
-    def stall(self) -> None:
-        """Forwards nothing from now on, and says nothing of it."""
-        with self._changed:
-            self._stalled = True
-
-    def go_on(self) -> None:
-        """Forwards again, also what came in the meantime."""
-        with self._changed:
-            self._stalled = False
-            self._changed.notify_all()
-
-    def cut(self) -> None:
-        """Breaks all connections at once."""
-        with self._changed:
-            broken, self._connections, self._left = self._connections, [], None
-            self._changed.notify_all()
-        for connection in broken:
-            # One that has ended by itself is closed already.
-            with contextlib.suppress(OSError):
-                # A reset, whatever has not been read yet.
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
-
-    def cut_after(self, size: int) -> None:
-        """Breaks all connections when so many more bytes have gone to the target."""
-        with self._changed:
-            self._left = size
-
-    def close(self) -> None:
-        """Ends it."""
-        self._listener.close()
-        self.go_on()
-        self.cut()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                far = socket.create_connection(("127.0.0.1", self._target))
-            except OSError:
-                near.close()
-                continue
-            with self._changed:
-                self._connections += [near, far]
-            for source, sink, towards in ((near, far, True), (far, near, False)):
-                Thread(target=self._forward, args=(source, sink, towards), daemon=True).start()
-
-    def _forward(self, source: socket.socket, sink: socket.socket, towards: bool) -> None:
-        try:
-            while data := source.recv(4096):
-                with self._changed:
-                    self._changed.wait_for(lambda: not self._stalled)
-                    breaks = towards and self._left is not None and self._left < len(data)
-                    data = data[: self._left] if breaks else data
-                    if towards and self._left is not None:
-                        self._left -= len(data)
-                sink.sendall(data)
-                if breaks:
-                    self.cut()
-        except OSError:
-            return
-        # The other side hears of the end.
-        for end in (source, sink):
-            end.close()
 
 
 def at(fault: Callable[..., None], *arguments: Any) -> Fault:
