@@ -102,6 +102,10 @@ class PIRLConfig(PreTrainedConfig):
     Command line: `--policy.type=pi_rl`.
     """
 
+    # Set while a checkpoint of this policy is loaded: its base needs no weights of its own before that. Not annotated,
+    # so it is no setting and is not saved.
+    weights_follow = False
+
     # The flow policy that acts. Null means that of `base_path` or, without one, the compact base with its defaults.
     base: BaseConfig | None = None
     # Checkpoint of a stock LeRobot policy to start from, a folder or a name on the hub: its configuration, its weights

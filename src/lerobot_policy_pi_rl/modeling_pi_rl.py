@@ -250,9 +250,13 @@ class PIRLPolicy(PreTrainedPolicy):
         cls, pretrained_name_or_path: str | Path, *, config: Any = None, **kwargs: Any
     ) -> Any:
         """Loads a checkpoint of this policy, whatever base it once began with; see `PreTrainedPolicy`."""
-        if isinstance(config, PIRLConfig):
-            config.base_path = None
-        return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+        if not isinstance(config, PIRLConfig):
+            return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+        config.base_path, config.weights_follow = None, True
+        try:
+            return super().from_pretrained(pretrained_name_or_path, config=config, **kwargs)
+        finally:
+            config.weights_follow = False
 
     def load_checkpoint(self, folder: Path) -> None:
         """Takes over the weights of a `pretrained_model` folder, in place."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .bases.configuration import TASK_EMBEDDING, CompactConfig
 from .configuration_pi_rl import PIRLConfig
+from .errors import check
 
 # A state component that hardly moved in the demonstrations is divided by this share of the feature's largest
 # deviation, not by its own: a quaternion that was constant to 1e-9 must not explode when it moves by 1e-3.
@@ -109,9 +110,16 @@ def make_pi_rl_pre_post_processors(
     """
     if config.stock is not None:
         overrides = {"device_processor": {"device": config.device}} if config.base_path else {}
-        return make_pre_post_processors(
+        own = make_pre_post_processors(
             config.stock, config.base_path, dataset_stats=dataset_stats, preprocessor_overrides=overrides
         )
+        check(
+            not any(getattr(step, "use_relative_action", False) for step in own[1].steps),
+            "policy.base_path",
+            "has actions relative to the state, which are not supported: LeRobot connects their decoder with the state "
+            "only where it loads its own GR00T; take a checkpoint with absolute actions",
+        )
+        return own
     steps = make_default_policy_processor_steps(
         config, floor_deviations(dataset_stats), normalizer_device=config.device
     )

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +14,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.factory import get_policy_class
+from lerobot.policies.groot import groot_n1_7, processor_groot
+from lerobot.policies.groot.configuration_groot import GrootConfig
 from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -20,6 +23,7 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.utils import populate_queues
 from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
+from lerobot.utils import import_utils
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
@@ -27,7 +31,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 # `toy` is the third party's of docs/bases.md.
-BASES = ("smolvla", "pi0", "pi05", "xvla", "multi_task_dit", "evo1", "vla_jepa", "toy")
+BASES = ("smolvla", "pi0", "pi05", "xvla", "multi_task_dit", "evo1", "vla_jepa", "groot", "toy")
 ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
@@ -86,6 +90,33 @@ SMALL_XVLA = {
     "num_denoising_steps": 3,
     "tokenizer_max_length": 16,
 }
+# Sizes of a small GR00T: two of its blocks read text, two images.
+DIT = {
+    "positional_embeddings": None,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "dropout": 0.2,
+    "final_dropout": True,
+}
+SMALL_GROOT = {
+    "backbone_embedding_dim": 16,
+    "select_layer": 2,
+    "hidden_size": 16,
+    "input_embedding_dim": 16,
+    "max_state_dim": 8,
+    "max_action_dim": 8,
+    "action_horizon": CHUNK,
+    "max_num_embodiments": 12,
+    "max_seq_len": 16,
+    "diffusion_model_cfg": DIT
+    | {"num_layers": 4, "norm_type": "ada_norm", "output_dim": 16, "interleave_self_attention": True},
+    "vl_self_attention_cfg": DIT | {"num_layers": 1},
+}
+# How Qwen3-VL's processor writes pictures and words.
+CHAT = (
+    "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+)
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
 
 Batch = dict[str, Any]
@@ -119,6 +150,7 @@ def small_tokenizer() -> Any:
         bos_token="<bos>",
         eos_token="<eos>",
         extra_special_tokens=SPECIAL,
+        chat_template=CHAT,
     )
 
 
@@ -245,10 +277,34 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_processor=Qwen2VLImageProcessor(patch_size=8, size=pixels),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(patch_size=8),
-        chat_template="{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
-        "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
+        chat_template=CHAT,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gr00t(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
+    """Folder with a small GR00T in NVIDIA's layout, the base model of LeRobot's policy."""
+    folder = tmp_path_factory.mktemp("gr00t")
+    config = groot_n1_7.GR00TN17Config(model_name=str(qwen), **SMALL_GROOT)
+    torch.manual_seed(0)
+    model = groot_n1_7.GR00TN17(config)
+    awaken(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def groot_packages(monkeypatch: pytest.MonkeyPatch, qwen: Path) -> None:
+    """Lets GR00T's processor find a small Qwen3-VL, and stands in for the one function that it takes from dm-tree."""
+
+    def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
+        return type(structure)({key: function(value) for key, value in structure.items()})
+
+    monkeypatch.setattr(processor_groot, "GROOT_N1_7_BACKBONE_MODEL", str(qwen))
+    if groot_n1_7.tree is None:
+        monkeypatch.setattr(groot_n1_7, "tree", SimpleNamespace(map_structure=map_structure))
+        monkeypatch.setitem(import_utils._require_package_cache, "tree", True)
 
 
 @pytest.fixture
@@ -302,7 +358,14 @@ def toy() -> type:
 
 @pytest.fixture
 def make_stock(
-    smolvlm: dict[str, Path], clip: Path, internvl: Path, qwen: Path, small_gemma: None, toy: type
+    smolvlm: dict[str, Path],
+    clip: Path,
+    internvl: Path,
+    qwen: Path,
+    gr00t: Path,
+    groot_packages: None,
+    small_gemma: None,
+    toy: type,
 ) -> MakeStock:
     """Makes the configuration of a small stock policy by its name."""
     chunk = {"device": "cpu", "chunk_size": CHUNK, "n_action_steps": 3, **features()}
@@ -333,6 +396,9 @@ def make_stock(
             own |= {"action_model_type": "DiT-test", "action_hidden_size": 16, "action_num_layers": 2}
             own |= {"num_embodied_action_tokens_per_instruction": 4, "num_action_tokens_per_timestep": 2}
             return VLAJEPAConfig(**chunk | own | {"enable_world_model": False} | settings)
+        if name == "groot":
+            own = {"base_model_path": str(gr00t), "num_inference_timesteps": 3, "use_bf16": False}
+            return GrootConfig(**padded | own | settings)
         if name == "toy":
             return toy(**chunk | settings)
         if name == "smolvla":
@@ -356,6 +422,9 @@ def stock_chunk_from(stock: Any, batch: Batch, noise: Tensor) -> Tensor:
 
 def precision(name: str, dtype: str) -> dict[str, Any]:
     """The setting of a stock policy that gives it a dtype, or a part of it; nothing if it has none."""
+    if name == "groot":
+        # Its weights are in float32 either way.
+        return {"use_bf16": dtype == "bfloat16"}
     same = dict.fromkeys(("smolvla", "pi0", "pi05", "xvla"), "dtype")
     field = (same | {"evo1": "vlm_dtype", "vla_jepa": "torch_dtype"}).get(name)
     return {} if field is None else {field: dtype}
@@ -371,6 +440,9 @@ def awaken(policy: nn.Module) -> None:
     generator = torch.Generator().manual_seed(4)
     for name, parameter in policy.named_parameters():
         if "adaLN_modulation" in name and not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        if name.endswith((".W", ".b")):
+            # GR00T's weights for each embodiment begin close to zero.
             nn.init.normal_(parameter, std=0.3, generator=generator)
 
 
@@ -408,15 +480,40 @@ def own_chunk(policy: PIRLPolicy, batch: Batch, seed: int = 7) -> Tensor:
     """The chunk of a `pi_rl` policy, from the same initial noise; as much of it as the stock policy gives."""
     torch.manual_seed(seed)
     chunk = policy.predict_action_chunk(dict(batch))
-    given = policy.config.n_action_steps if policy.config.base.type == "multi_task_dit" else None
+    gives_all = policy.config.base.type not in ("multi_task_dit", "groot")
+    given = None if gives_all else policy.config.n_action_steps
     return chunk[:, :given]
 
 
-@pytest.fixture
-def batch() -> Batch:
-    """Preprocessed observations of two rows, whose prompts are not equally long, and their demonstrated chunks."""
-    generator = torch.Generator().manual_seed(0)
+def statistics(stock: Any) -> dict[str, dict[str, Tensor]]:
+    """Those of a data set, at random."""
     return {
+        key: {stat: torch.rand(*feature.shape) + 0.5 for stat in STATISTICS}
+        for key, feature in {**stock.input_features, **stock.output_features}.items()
+        if feature.type is not FeatureType.VISUAL
+    }
+
+
+def packed(stock: Any, batch: Batch) -> Batch:
+    """What a small GR00T's own preprocessor makes of a batch that the other bases can read as it is."""
+    preprocessor, _ = make_pre_post_processors(stock, dataset_stats=statistics(stock))
+    return preprocessor(batch)
+
+
+@pytest.fixture
+def name() -> str:
+    """The base of a test without parameters."""
+    return "pi0"
+
+
+@pytest.fixture
+def batch(name: str, make_stock: MakeStock) -> Batch:
+    """Preprocessed observations of two rows, whose prompts are not equally long, and their demonstrated chunks.
+
+    GR00T's prompts are: the stock policy reads their padding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = {
         CAMERA: torch.rand(2, 3, PIXELS, PIXELS, generator=generator),
         OBS_STATE: torch.randn(2, STATE_DIM, generator=generator),
         OBS_LANGUAGE_TOKENS: torch.tensor([[4, 5, 6, 7], [4, 6, 0, 0]]),
@@ -426,8 +523,9 @@ def batch() -> Batch:
         ACTION: torch.randn(2, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(2, CHUNK, dtype=torch.bool),
         # What of it EVO1 reads, the others have in their tokens.
-        "task": ["pick the cube up", "pick the"],
+        "task": ["pick the cube up", "pick up the cube" if name == "groot" else "pick the"],
     }
+    return packed(make_stock(name), rows) if name == "groot" else rows
 
 
 @pytest.fixture
@@ -459,12 +557,7 @@ def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callab
         policy = get_policy_class(name)(config)
         awaken(policy)
         policy.save_pretrained(folder)
-        stats = {
-            key: {stat: torch.rand(*feature.shape) + 0.5 for stat in STATISTICS}
-            for key, feature in {**config.input_features, **config.output_features}.items()
-            if feature.type is not FeatureType.VISUAL
-        }
-        for processor in make_pre_post_processors(config, dataset_stats=stats):
+        for processor in make_pre_post_processors(config, dataset_stats=statistics(config)):
             processor.save_pretrained(folder)
         return folder
 

@@ -14,7 +14,9 @@ def checkpoint(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05", "smolvla", "xvla", "multi_task_dit", "evo1", "vla_jepa"])
+@pytest.mark.parametrize(
+    "kind", ["pi0", "pi05", "smolvla", "xvla", "multi_task_dit", "evo1", "vla_jepa", "groot"]
+)
 def test_a_stock_checkpoint_is_wrapped_on_its_way_in(tmp_path: Path, kind: str) -> None:
     path = checkpoint(tmp_path / kind, kind)
     arguments = [f"--policy.path={path}", "--seed=3", "--policy.explorer.kind=flow_noise"]

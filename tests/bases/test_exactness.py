@@ -7,7 +7,6 @@ import pytest
 import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 
-from lerobot_policy_pi_rl.bases.adapter import take
 from lerobot_policy_pi_rl.bases.lora import is_adapter
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
@@ -23,6 +22,7 @@ DTYPES = [(name, "float32") for name in BASES] + [
     ("xvla", "bfloat16"),
     ("evo1", "bfloat16"),
     ("vla_jepa", "bfloat16"),
+    ("groot", "bfloat16"),
 ]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
@@ -156,7 +156,7 @@ def test_the_critic_reads_real_tokens_only(
     else:
         torch.testing.assert_close(padded, features, rtol=1e-4, atol=1e-4)
     # Beside a longer prompt, too, which some policies pad the shorter one to.
-    alone = base.critic_features(base.encode(take(batch, torch.tensor([1]))), source)
+    alone = base.critic_features(base.encode(base.take(batch, torch.tensor([1]))), source)
     # VLA-JEPA runs its VLM in bfloat16 autocast, wherever it can.
     tolerance = 2e-2 if name == "vla_jepa" else 1e-4
     torch.testing.assert_close(alone, features[1:], rtol=tolerance, atol=tolerance)
@@ -165,7 +165,8 @@ def test_the_critic_reads_real_tokens_only(
 @pytest.mark.parametrize("name", BASES)
 def test_the_expert_s_features_know_the_state(make_policy: MakePolicy, batch: Batch, name: str) -> None:
     base = make_policy(name).base
-    moved = dict(batch) | {OBS_STATE: batch[OBS_STATE] + 1}
+    key = "state" if name == "groot" else OBS_STATE
+    moved = dict(batch) | {key: batch[key] + 1}
     one, two = (base.critic_features(base.encode(dict(b)), "expert") for b in (batch, moved))
     # pi0.5 reads its state from the prompt, which the processor writes.
     assert torch.equal(one, two) is (name == "pi05")

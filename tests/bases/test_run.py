@@ -143,6 +143,8 @@ def train(
         ("multi_task_dit", "all"),
         ("evo1", "expert_lora"),
         ("vla_jepa", "expert"),
+        ("groot", "expert"),
+        ("groot", "expert_lora"),
         ("toy", "expert"),
     ],
 )

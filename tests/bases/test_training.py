@@ -13,12 +13,11 @@ from lerobot_policy_pi_rl.algorithm.contexts import Contexts
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
-from lerobot_policy_pi_rl.bases.adapter import take
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, awaken, precision
+from .conftest import BASES, awaken, packed, precision
 
 pytest.importorskip("transformers")
 
@@ -46,22 +45,24 @@ def make_algorithm(make_config: Callable[..., PIRLConfig]) -> MakeAlgorithm:
     return make
 
 
-def observations() -> dict[str, Any]:
+def observations(policy: PIRLPolicy | None = None) -> dict[str, Any]:
     """Preprocessed observations with prompts of different lengths."""
     generator = torch.Generator().manual_seed(5)
     length = torch.randint(1, 5, (COUNT, 1), generator=generator)
-    return {
+    seen = {
         "observation.images.top": torch.rand(COUNT, 3, 32, 32, generator=generator),
         OBS_STATE: torch.randn(COUNT, 5, generator=generator),
         OBS_LANGUAGE_TOKENS: torch.randint(4, 8, (COUNT, 4), generator=generator),
         OBS_LANGUAGE_ATTENTION_MASK: torch.arange(4) < length,
         "task": [" ".join(["cube"] * int(words)) for words in length],
     }
+    is_groot = policy is not None and policy.base.policy.name == "groot"
+    return packed(policy.config.stock, seen) if is_groot else seen
 
 
 def collect(algorithm: PIRLAlgorithm) -> Rollout:
     """One decision of each of twelve environments, all of which end."""
-    seen = observations()
+    seen = observations(algorithm.policy)
     algorithm.policy.eval()
     sample = algorithm.policy.explore(dict(seen), torch.Generator().manual_seed(0))
     flags = torch.zeros(COUNT, dtype=torch.bool)
@@ -165,7 +166,7 @@ def test_contexts_are_kept_if_they_stay_and_fit(
     rows = torch.tensor([7, 2])
     context = contexts.rows(rows)
     assert sum(encoded) == (COUNT if expected else COUNT + 2)
-    direct = encode(take(observations(), rows))
+    direct = encode(policy.base.take(observations(), rows))
     for key, value in direct.items():
         torch.testing.assert_close(context[key].float(), value.float(), rtol=0, atol=1e-5)
 
@@ -177,7 +178,7 @@ def test_kept_contexts_of_different_lengths_are_padded(make_algorithm: MakeAlgor
     contexts = Contexts(policy, seen, "vlm", 5, 1e9, torch.device("cpu"))
     assert contexts.kept
     rows, x = torch.tensor([7, 2]), torch.randn(2, 6, 8)
-    kept, direct = contexts.rows(rows), policy.encode(take(seen, rows[1:]))
+    kept, direct = contexts.rows(rows), policy.encode(policy.base.take(seen, rows[1:]))
     assert kept["tokens"].shape[1] > direct["tokens"].shape[1]
     velocities = (
         policy.base.velocity(

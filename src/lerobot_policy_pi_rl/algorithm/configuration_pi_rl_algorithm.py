@@ -183,7 +183,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     max_rollbacks: int = 3
 
     # Largest distance of the first minibatch's ratio from 1; null takes 1e-3, and 0.1 where a part of the policy is in
-    # bfloat16.
+    # bfloat16, or all of it runs in bfloat16 autocast.
     ratio_tolerance: float | None = None
 
     # Filled in by LeRobot with the policy's configuration.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bases.adapter import Context, take
+from ..bases.adapter import Context
 from ..modeling_pi_rl import PIRLPolicy
 
 
@@ -51,7 +51,7 @@ class Contexts:
     @torch.no_grad()
     def _encode_all(self, critic_source: str | None, rows_at_once: int, budget_bytes: float) -> None:
         base = self._policy.base
-        count = next(len(value) for value in self._batch.values() if isinstance(value, Tensor))
+        count = base.rows(self._batch)
         keeps = base.context_is_fixed
         pieces: list[Context] = []
         features: list[Tensor] = []
@@ -82,7 +82,7 @@ class Contexts:
         return {name: value[rows].to(self._device, non_blocking=True) for name, value in self._kept.items()}
 
     def _part(self, rows: Tensor) -> dict[str, Any]:
-        return take(self._batch, rows)
+        return self._policy.base.take(self._batch, rows)
 
     def _put_away(self, context: Context) -> Context:
         away = {name: value.to(self._storage) for name, value in context.items()}

@@ -11,7 +11,7 @@ from lerobot.rl.algorithms.base import RLAlgorithm
 from lerobot.rl.algorithms.configs import TrainingStats
 from torch import Tensor, nn
 
-from ..bases.adapter import Context, take
+from ..bases.adapter import Context
 from ..errors import config_error
 from ..flow.density import kl_divergence
 from ..flow.sampler import Score, executed_sum
@@ -158,9 +158,7 @@ class PIRLAlgorithm(RLAlgorithm):
         self.stopping: Callable[[], bool] = lambda: False
         # Where demonstrations come from, if `demonstration_weight` asks for them.
         self.demonstrations: Demonstrations | None = None
-        # Some bases keep a part of their weights in float32, the first ones among them.
-        is_precise = all(parameter.dtype == torch.float32 for parameter in policy.parameters())
-        tolerance = 1e-3 if is_precise else 0.1
+        tolerance = 1e-3 if policy.base.is_float32 else 0.1
         self.ratio_tolerance = tolerance if config.ratio_tolerance is None else config.ratio_tolerance
 
     def _make_critic(self) -> Critic | None:
@@ -453,7 +451,7 @@ class PIRLAlgorithm(RLAlgorithm):
             return None
         means, stds = [], []
         for rows in torch.arange(len(chain), device=chain.device).split(ROWS_AT_ONCE):
-            context = self.reference.encode(take(batch, rows))
+            context = self.reference.encode(self.reference.base.take(batch, rows))
             steps = self.reference.score(context, chain[rows], step[rows]).steps
             means.append(steps.mean)
             stds.append(steps.std)

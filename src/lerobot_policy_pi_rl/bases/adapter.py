@@ -62,6 +62,14 @@ class FlowBase(nn.Module, ABC):
     critic_dims: dict[str, int]
     step_lengths: tuple[float, ...] | None = None
 
+    def rows(self, batch: dict[str, Any]) -> int:
+        """Number of observations of a preprocessed batch."""
+        return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+
+    def take(self, batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+        """The given observations (int64) of a preprocessed batch: rows of its tensors, unless it has another layout."""
+        return take(batch, rows)
+
     @abstractmethod
     def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation into a context with B rows."""
@@ -93,6 +101,12 @@ class FlowBase(nn.Module, ABC):
     @abstractmethod
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The base's supervised flow-matching loss, a scalar."""
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether all of it computes in float32, so that a density is the same wherever it is computed."""
+        # Some policies keep a part of their weights in float32, the first ones among them.
+        return all(parameter.dtype == torch.float32 for parameter in self.parameters())
 
     def sample(self, context: Context, noise: Tensor, num_steps: int) -> Tensor:
         """The base's own sampler, without exploration; Euler's steps on the velocity unless it has another.

@@ -2,11 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import draccus
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.evo1.configuration_evo1 import Evo1Config
+from lerobot.policies.groot.configuration_groot import (
+    GrootConfig,
+    infer_groot_n1_7_action_execution_horizon,
+    infer_groot_n1_7_action_horizon,
+)
+from lerobot.policies.groot.groot_n1_7 import GR00T_N1_7_DEFAULTS
+from lerobot.policies.groot.utils import read_json
 from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -106,11 +114,13 @@ class StockFields:
     Attributes:
         steps: Field with the number of denoising steps K.
         chunk: Field with the number of actions H of a chunk.
+        sizes: Reads the sizes, where these fields alone do not say them.
         check: Raises a `ConfigError` for a `pi_rl` configuration with a base that PI-RL cannot train.
     """
 
     steps: str
     chunk: str
+    sizes: Callable[[Any], Sizes] | None
     check: Callable[[Any], None] | None
 
 
@@ -129,6 +139,8 @@ def get_sizes(base: Any) -> Sizes:
     if base.type not in STOCK:
         raise config_error("policy.base.type", f"{base.type!r} has no adapter; have {['compact', *STOCK]}")
     fields = STOCK[base.type]
+    if fields.sizes is not None:
+        return fields.sizes(base)
     return Sizes(getattr(base, fields.chunk), base.n_action_steps, getattr(base, fields.steps))
 
 
@@ -157,6 +169,7 @@ def register_base_config(
     config_class: type,
     steps_field: str = "num_inference_steps",
     chunk_field: str = "chunk_size",
+    sizes: Callable[[Any], Sizes] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> None:
     """Makes the configuration of a stock policy one that `policy.base` can hold.
@@ -168,12 +181,13 @@ def register_base_config(
         config_class: The configuration, registered with LeRobot; it has `n_action_steps`.
         steps_field: Its field with the number of denoising steps.
         chunk_field: Its field with the number of actions of a chunk.
+        sizes: Takes the configuration; reads the sizes that it has where these fields alone do not say them.
         check: Takes the `pi_rl` configuration around such a base; raises `errors.config_error` for what cannot work.
     """
     name = PreTrainedConfig.get_choice_name(config_class)
     BaseConfig.register_subclass(name, config_class)
     BaseConfig.register(config_class)
-    STOCK[name] = StockFields(steps_field, chunk_field, check)
+    STOCK[name] = StockFields(steps_field, chunk_field, sizes, check)
 
 
 def load_stock_config(path: str) -> Any:
@@ -227,7 +241,38 @@ def _check_evo1(config: Any) -> None:
     )
 
 
+def _groot_sizes(base: Any) -> Sizes:
+    """No more actions than are known of its embodiment; as many steps as its model takes where it names none."""
+    where = base.base_model_path, base.embodiment_tag
+    chunk = infer_groot_n1_7_action_horizon(*where) or base.chunk_size
+    executed = infer_groot_n1_7_action_execution_horizon(*where) or base.n_action_steps
+    steps = GR00T_N1_7_DEFAULTS | read_json(Path(base.base_model_path) / "config.json")
+    return Sizes(
+        min(base.chunk_size, chunk),
+        min(base.n_action_steps, executed),
+        base.num_inference_timesteps or steps["num_inference_timesteps"],
+    )
+
+
+def _check_groot(config: Any) -> None:
+    base = config.base
+    check(
+        not base.use_relative_actions,
+        "policy.base.use_relative_actions",
+        "is not supported: LeRobot connects the decoder of relative actions with the state only where it loads its own "
+        "GR00T; train a policy with use_relative_actions=false",
+    )
+    known = infer_groot_n1_7_action_horizon(base.base_model_path, base.embodiment_tag)
+    check(
+        known is None or config.chunk_size <= known,
+        "policy.chunk_size",
+        f"{config.chunk_size} is more than the {known} actions of the embodiment {base.embodiment_tag!r}; set it to "
+        f"{known}, or leave it out",
+    )
+
+
 register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1)
+register_base_config(GrootConfig, "num_inference_timesteps", sizes=_groot_sizes, check=_check_groot)
 register_base_config(
     MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
 )
@@ -240,7 +285,7 @@ register_base_config(VLAJEPAConfig, "num_inference_timesteps")
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("eo1", "fastwam", "groot", "lingbot_va", "molmoact2", "wall_x")
+WITHOUT_ADAPTER = ("eo1", "fastwam", "lingbot_va", "molmoact2", "wall_x")
 
 
 def _register_refusal(name: str, reason: str) -> None:

@@ -71,7 +71,7 @@ class StockBase(FlowBase):
         # A stock checkpoint has none when it takes them from its data.
         stock.input_features = stock.input_features or dict(config.input_features or {})
         stock.output_features = stock.output_features or dict(config.output_features or {})
-        self.policy = make_stock_policy(stock, config.base_path)
+        self.policy = self._make_policy(stock, config)
         self.chunk_size = config.chunk_size
         self.real_action_dim = stock.action_feature.shape[0]
         # Not every policy pads its actions.
@@ -87,6 +87,10 @@ class StockBase(FlowBase):
             self._checkpoint_blocks()
         if config.compile:
             self.compile()
+
+    def _make_policy(self, stock: Any, config: "PIRLConfig") -> "PreTrainedPolicy":
+        """The stock policy, by its configuration."""
+        return make_stock_policy(stock, config.base_path)
 
     def _insert_adapters(self, config: "PIRLConfig") -> None:
         targets = {
@@ -231,12 +235,15 @@ class StockBase(FlowBase):
         return loss
 
 
-def make_stock_policy(stock: Any, path: str | None) -> "PreTrainedPolicy":
+def make_stock_policy(
+    stock: Any, path: str | None, policy_class: "type[PreTrainedPolicy] | None" = None
+) -> "PreTrainedPolicy":
     """Builds a stock policy.
 
     Args:
         stock: Its configuration.
         path: Checkpoint to load, a folder or a name on the hub; None for new weights.
+        policy_class: Its class, if it is to be built in a way of its own.
 
     Raises:
         ConfigError: If the weights of the checkpoint are not those that the policy has afterwards: some stock loaders
@@ -244,7 +251,7 @@ def make_stock_policy(stock: Any, path: str | None) -> "PreTrainedPolicy":
     """
     from lerobot.policies.factory import get_policy_class
 
-    policy_class = get_policy_class(stock.type)
+    policy_class = policy_class or get_policy_class(stock.type)
     if path is None:
         return policy_class(stock)
     if hasattr(stock, "load_vlm_weights"):

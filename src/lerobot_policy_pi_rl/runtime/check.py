@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..algorithm.pi_rl import PIRLAlgorithm
 from ..algorithm.storage import minibatches
-from ..bases.adapter import take
 from ..configuration_pi_rl import ExplorerConfig
 from .collector import Collected, Collector, Group
 from .evaluation import Choose, Evaluation, Turn, by_exploring, by_ode, play
@@ -175,7 +174,7 @@ def first_ratio_error(player: Player, algorithm: PIRLAlgorithm, collected: Colle
             value[rows].to(algorithm.device)
             for value in (decisions.chain, decisions.step, decisions.log_prob, decisions.executed)
         )
-        score = policy.score(policy.encode(take(batch, rows)), chain, step)
+        score = policy.score(policy.encode(policy.base.take(batch, rows)), chain, step)
         log_ratio = algorithm.reduce(score.log_prob - log_prob, executed)
         # `max` of Python would lose what is not a number.
         error = float(np.maximum(error, float((log_ratio.exp() - 1).abs().max())))

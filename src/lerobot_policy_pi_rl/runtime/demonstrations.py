@@ -7,7 +7,6 @@ from lerobot.datasets.factory import make_dataset
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..bases.adapter import take
 from ..errors import config_error
 from .pipeline import PIRLTrainConfig, Player
 
@@ -30,7 +29,7 @@ class DemonstrationSource:
             ConfigError: If the data set lacks something that the policy reads.
         """
         self._dataset: Any = make_dataset(cfg)
-        self._preprocess = player.preprocessor
+        self._preprocess, self._base = player.preprocessor, player.policy.base
         features = {
             **(player.policy.config.input_features or {}),
             **(player.policy.config.output_features or {}),
@@ -51,7 +50,7 @@ class DemonstrationSource:
         rows = torch.randint(len(self._dataset), (count,))
         if self._all is None:
             return self._rows(rows.tolist())
-        return take(self._all, rows)
+        return self._base.take(self._all, rows)
 
     def _rows(self, rows: Any) -> dict[str, Any]:
         batch = default_collate([self._dataset[row] for row in rows])

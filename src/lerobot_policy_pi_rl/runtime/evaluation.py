@@ -114,10 +114,9 @@ class _Share:
 def by_ode(player: Player) -> Choose:
     """Chooses as the policy is deployed, without exploration."""
     policy = player.policy
-    name = next(iter(policy.config.input_features))
 
     def choose(batch: dict[str, Tensor], generator: torch.Generator) -> Tensor:
-        noise = policy.base.initial_noise(len(batch[name]), generator.device, generator)
+        noise = policy.base.initial_noise(policy.base.rows(batch), generator.device, generator)
         return policy.predict_action_chunk(batch, noise=noise)
 
     return choose

@@ -375,7 +375,7 @@ def wire_spec(cfg: PIRLTrainConfig, player: Player) -> WireSpec:
     return WireSpec(
         observation=player.path.wire_fields(),
         chain=(player.policy.recorded_steps() + 1, base.chunk_size, base.action_dim),
-        action=(base.chunk_size, base.real_action_dim),
+        action=(policy_cfg.chunk_size, base.real_action_dim),
         denoising_steps=policy_cfg.num_inference_steps,
         max_rows=collection.num_envs * collection.decisions,
     )
