@@ -202,7 +202,7 @@ class Group:
         self.envs.send(chunks, self.next_start, self._cut_after == 1)
 
     def due(self, chunks: np.ndarray, steps: int) -> np.ndarray:
-        """The actions of chunks `[E, H, A]` to execute now, `[E, steps, A]`: not those of steps taken since the view."""
+        """The actions of chunks `[E, H, A]` to execute now, `[E, steps, A]`: not those of steps taken meanwhile."""
         return np.stack(
             [chunk[first : first + steps] for chunk, first in zip(chunks, self.delay, strict=True)]
         )
