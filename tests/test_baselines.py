@@ -73,7 +73,15 @@ class CountingEnvs:
         now = {"agent_pos": self._left[:, None].astype(np.float32)}
         ones = np.ones(self.num_envs, dtype=np.int64)
         return ChunkStep(
-            success.astype(np.float32), ones, success, done & ~success, success, now, now, np.zeros_like(done)
+            success.astype(np.float32),
+            ones,
+            success,
+            done & ~success,
+            success,
+            now,
+            now,
+            np.zeros_like(done),
+            np.zeros_like(ones),
         )
 
 

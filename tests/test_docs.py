@@ -56,6 +56,7 @@ def decisions_of(policy: PIRLPolicy) -> DecisionBatch:
         log_prob=sample.log_prob,
         action=sample.x,
         reward=torch.randn(ROWS),
+        delay=none,
         executed=torch.full((ROWS,), policy.config.n_action_steps),
         terminated=torch.ones(ROWS, dtype=torch.bool),
         truncated=none.bool(),

@@ -125,6 +125,7 @@ def collect(policy: PIRLPolicy, job: Job, batch: dict[str, Any], version: int) -
         log_prob=joined["log_prob"],
         action=joined["x"],
         reward=torch.arange(count).remainder(2).float(),
+        delay=torch.zeros(count, dtype=torch.int64),
         executed=torch.full((count,), policy.config.n_action_steps),
         terminated=~flags,
         truncated=flags,

@@ -38,6 +38,7 @@ def build_decisions(**columns: Any) -> DecisionBatch:
         "log_prob": torch.zeros(count, CHUNK),
         "action": torch.zeros(count, CHUNK, ACTION_DIM),
         "reward": torch.zeros(count),
+        "delay": torch.zeros(count, dtype=torch.int64),
         "executed": torch.full((count,), CHUNK),
         "terminated": flags,
         "truncated": flags,

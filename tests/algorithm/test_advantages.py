@@ -152,6 +152,7 @@ def _one_episode(reward: Tensor) -> DecisionBatch:
         log_prob=empty,
         action=empty,
         reward=reward,
+        delay=torch.zeros_like(rows),
         executed=rows,
         terminated=ended,
         truncated=torch.zeros_like(ended),

@@ -58,6 +58,7 @@ def _carrying_all(count: int, first: int) -> DecisionBatch:
         log_prob=torch.zeros(count, 3),
         action=torch.zeros(count, 3, 2),
         reward=torch.zeros(count),
+        delay=torch.zeros_like(rows),
         executed=torch.full((count,), 3),
         terminated=flags,
         truncated=flags,

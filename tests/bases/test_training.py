@@ -74,6 +74,7 @@ def collect(algorithm: PIRLAlgorithm) -> Rollout:
         log_prob=sample.log_prob,
         action=sample.x[..., :4],
         reward=(sample.x[:, 0, 0] > 0).float(),
+        delay=torch.zeros(COUNT, dtype=torch.int64),
         executed=torch.full((COUNT,), 3),
         terminated=~flags,
         truncated=flags,

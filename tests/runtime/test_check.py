@@ -287,7 +287,7 @@ def test_only_what_was_executed_from_the_given_starts_counts_as_clipped() -> Non
     """Two environments, chunks of three steps with one component; the range is -1 to 1."""
     tally = check._Tally((np.array([-1.0]), np.array([1.0])), lambda count: None)
     none = np.zeros(2, dtype=bool)
-    outcome = ChunkStep(np.zeros(2), np.array([2, 3]), none, none, none, {}, {}, none)
+    outcome = ChunkStep(np.zeros(2), np.array([2, 3]), none, none, none, {}, {}, none, np.zeros(2))
     action = np.array([[[1.5], [0.5], [9.0]], [[9.0], [9.0], [9.0]]])
     tally.watch(Turn(action, outcome, np.array([True, False]), 0.0, 0.0))
     # Of the first environment's two executed steps, one is out of range; the second has no start.

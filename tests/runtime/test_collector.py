@@ -1,7 +1,7 @@
 """The collector, on an environment that is stepped again by hand."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,10 @@ import torch
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
+from lerobot_policy_pi_rl.runtime.check import first_ratio_error
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.seeds import stream
 
@@ -166,6 +169,92 @@ def test_every_decision_is_what_the_environment_did(
     assert batch.terminated.any()
     assert batch.truncated.any()
     assert not batch.truncated[len(batch) - 4 :].all()
+
+
+AHEAD = [
+    LONG,
+    "--policy.chunk_size=5",
+    "--policy.n_action_steps=3",
+    "--algorithm.collection.lookahead_steps=2",
+]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_a_lookahead_chunks_continue_where_the_one_before_has_ended(
+    make_collector: MakeCollector, simulate: Simulate, workers: int
+) -> None:
+    """Each decision has seen what was there two steps before its first one, and its chunk begins with its third action.
+
+    Only the first one of an episode sees where it begins.
+    """
+    collector = make_collector(*AHEAD, f"--algorithm.collection.num_workers={workers}")
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    state, next_state = batch.observation[OBS_STATE].numpy(), batch.next_observation[OBS_STATE].numpy()
+    own = {row: next_state[place] for place, row in enumerate(batch.next_row.tolist())}
+    for env in range(4):
+        passed: list[np.ndarray] = []
+        for row in (batch.env == env).nonzero()[:, 0].tolist():
+            delay = int(batch.delay[row])
+            assert delay == (2 if passed else 0)
+            passed = passed or [state[row]]
+            np.testing.assert_array_equal(state[row], passed[-1 - delay])
+            chunk, begin = batch.action[row, delay : delay + 3].numpy(), passed[-1]
+            expected = simulate(begin, chunk)
+            for name in ("executed", "terminated", "truncated", "success"):
+                assert getattr(batch, name)[row].item() == expected[name] or is_cut(batch, row, name), name
+            assert batch.reward[row].item() == pytest.approx(expected["reward"], rel=1e-6)
+            passed += [simulate(begin, chunk[:count])["next"] for count in range(1, expected["executed"] + 1)]
+            if row in own:
+                np.testing.assert_array_equal(own[row], passed[max(len(passed) - 3, 0)])
+            if batch.terminated[row] or batch.truncated[row]:
+                passed = []
+    # Otherwise the loop above has shown less than it says.
+    assert batch.terminated.any()
+    assert batch.truncated.any()
+    # A quota ends and the simulation stands still: the next one goes on as if nothing was.
+    after = collector.collect(1).decisions
+    for last, first in zip(at(batch, 11), at(after, 12), strict=True):
+        goes_on = not (batch.terminated | batch.truncated)[last]
+        assert after.delay[first] == (2 if goes_on else 0)
+        if goes_on:
+            np.testing.assert_array_equal(after.observation[OBS_STATE][first].numpy(), own[last])
+
+
+def at(batch: DecisionBatch, index: int) -> list[int]:
+    """Rows of the decision of a number, environment by environment."""
+    return (batch.index == index).nonzero()[:, 0].tolist()
+
+
+def is_cut(batch: DecisionBatch, row: int, name: str) -> bool:
+    """Whether it is an environment's first episode, which ends on demand so that they are not all in step."""
+    return name == "truncated" and bool(batch.truncated[row]) and int(batch.index[row]) < 4
+
+
+def test_with_a_lookahead_the_density_covers_all_that_was_executed(make_collector: MakeCollector) -> None:
+    """It differs where a recorded number of a step up to the last executed one does, and nowhere else."""
+    collector = make_collector(*AHEAD)
+    collector.restart(0)
+    collected = collector.collect(0)
+    batch = collected.decisions
+    config = PIRLAlgorithmConfig(minibatch_size=8, policy_config=collector._player.policy.config)
+    algorithm = PIRLAlgorithm(collector._player.policy, config)
+
+    def error(rows: Tensor, step: int) -> float:
+        changed = batch.log_prob.clone()
+        changed[rows, step] += 1.0
+        return first_ratio_error(
+            collector._player,
+            algorithm,
+            replace(collected, decisions=replace(batch, log_prob=changed)),
+        )
+
+    fresh, whole = batch.delay == 0, batch.executed == 3
+    assert error(fresh & ~fresh, 0) <= algorithm.ratio_tolerance
+    assert error(fresh & whole, 2) > 0.5
+    assert error(fresh, 3) <= algorithm.ratio_tolerance
+    assert error(~fresh & whole, 4) > 0.5
+    assert error(~fresh & (batch.executed < 2), 3) <= algorithm.ratio_tolerance
 
 
 def test_two_groups_give_the_rows_of_one(make_collector: MakeCollector) -> None:

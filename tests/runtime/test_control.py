@@ -46,6 +46,18 @@ def test_a_late_step_is_counted_with_the_frames_it_missed(work: float, overruns:
     assert clock.statistics.seconds == pytest.approx(work)
 
 
+def test_it_tells_when_the_next_step_is_due() -> None:
+    clock, time = clocked()
+    assert clock.due is None
+    clock.wait()
+    assert clock.due == pytest.approx(100.1)
+    time.now += 0.35
+    clock.wait()
+    assert clock.due == pytest.approx(100.45)
+    clock.pause()
+    assert clock.due is None
+
+
 def test_nothing_is_caught_up_after_a_late_step() -> None:
     clock, time = clocked()
     clock.wait()

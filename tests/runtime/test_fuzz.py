@@ -74,6 +74,7 @@ def make_batch() -> DecisionBatch:
         log_prob=torch.randn(ROWS, HORIZON),
         action=torch.randn(ROWS, HORIZON, REAL),
         reward=torch.randn(ROWS),
+        delay=count * 0,
         executed=torch.full((ROWS,), HORIZON),
         terminated=count < 0,
         truncated=count < 0,

@@ -1,12 +1,14 @@
 """LeRobot's robot environment, driven through its real classes by a robot without hardware and a scripted person."""
 
+import contextlib
 import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from threading import Event
+from threading import Condition, Event, current_thread, main_thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,12 +29,14 @@ from lerobot.rl import gym_manipulator
 from lerobot.robots.so_follower import SOFollowerRobotConfig
 from safetensors.torch import load_file
 
+from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.actor import Actor
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
+from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
 from lerobot_policy_pi_rl.runtime.environments import ChunkStep, EnvironmentFailed
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
-from lerobot_policy_pi_rl.runtime.learner import Learner
+from lerobot_policy_pi_rl.runtime.learner import Learner, control_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 
@@ -77,8 +81,8 @@ def scripted(script: str = ".", control_time_s: float = 1.0, processor: Any = No
 def make_robot() -> Iterator[MakeRobot]:
     robots = []
 
-    def make(*arguments: Any, **settings: Any) -> RobotVector:
-        robots.append(RobotVector(scripted(*arguments, **settings)))
+    def make(*arguments: Any, lookahead: int = 0, **settings: Any) -> RobotVector:
+        robots.append(RobotVector(scripted(*arguments, **settings), lookahead=lookahead))
         robots[-1].reset(np.zeros(1))
         return robots[-1]
 
@@ -268,6 +272,221 @@ def test_control_is_counted_by_who_acted(make_robot: MakeRobot) -> None:
     assert robot.take_statistics().steps == 0
 
 
+# The next chunk, chosen while the current one is executed
+
+
+class Thoughts:
+    """A policy that notes what it has seen, and in which thread, and may take its time."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+        self.threads: list[str] = []
+        self.may_end, self.began = Event(), Event()
+        self.may_end.set()
+
+    def __call__(self, observation: dict[str, np.ndarray]) -> str:
+        self.seen.append(float(observation["observation.state"][0, 0]))
+        self.threads.append(current_thread().name)
+        self.began.set()
+        assert self.may_end.wait(20)
+        return f"thought {len(self.seen)}"
+
+
+def think_through(robot: RobotVector, think: Thoughts | None, steps: int = 5) -> ChunkStep:
+    """Executes a chunk as `execute` does, and the policy thinks."""
+    robot.send(chunk_of(steps), np.ones(1, dtype=np.int64))
+    return robot.receive(think)
+
+
+def test_the_next_chunk_is_chosen_for_what_is_seen_before_the_end(make_robot: MakeRobot) -> None:
+    robot, think = make_robot(lookahead=2), Thoughts()
+    outcome = think_through(robot, think)
+    np.testing.assert_allclose(commands(robot), [0.1, 0.2, 0.3, 0.4, 0.5])
+    assert robot.thought() == "thought 1"
+    np.testing.assert_allclose(think.seen, [0.3])
+    assert think.threads[0].startswith("policy")
+    assert outcome.delay.tolist() == [2]
+    np.testing.assert_allclose(outcome.observation["observation.state"], [[0.3] * 4])
+    # What an end would be valued by is what a decision that follows acts on.
+    np.testing.assert_allclose(outcome.final_observation["observation.state"], [[0.3] * 4])
+    # It was given once.
+    assert robot.thought() is None
+
+
+def test_the_robot_moves_on_while_the_policy_thinks(make_robot: MakeRobot) -> None:
+    """Until its chunk ends: the policy is not through before the last command has been sent."""
+    robot, think = make_robot(lookahead=2), Thoughts()
+    think.may_end.clear()
+    outcome = think_through(robot, think)
+    assert len(commands(robot)) == 5
+    assert outcome.delay.tolist() == [2]
+    think.may_end.set()
+    assert robot.thought() == "thought 1"
+
+
+def test_nothing_is_chosen_ahead_of_a_pause(make_robot: MakeRobot) -> None:
+    """After it, the newest observation there is will be acted on."""
+    robot = make_robot(lookahead=2)
+    outcome = think_through(robot, None)
+    assert robot.thought() is None
+    assert outcome.delay.tolist() == [0]
+    np.testing.assert_allclose(outcome.observation["observation.state"], [[0.5] * 4])
+    np.testing.assert_allclose(outcome.final_observation["observation.state"], [[0.3] * 4])
+
+
+def test_what_was_thought_of_an_episode_that_has_ended_is_forgotten(make_robot: MakeRobot) -> None:
+    robot, think = make_robot("....s", lookahead=2), Thoughts()
+    outcome = think_through(robot, think)
+    assert outcome.terminated.tolist() == [True]
+    assert outcome.executed.tolist() == [5]
+    assert len(think.seen) == 1
+    assert robot.thought() is None
+    assert outcome.delay.tolist() == [0]
+
+
+def test_a_person_does_not_wait_for_what_the_policy_thinks(make_robot: MakeRobot) -> None:
+    robot, think = make_robot("....iii.", lookahead=2), Thoughts()
+    think.may_end.clear()
+    follow = robot._follow
+
+    def followed(*arguments: Any) -> Any:
+        """The policy thinks from before the person's first step until after their last."""
+        assert think.began.wait(20)
+        moment = follow(*arguments)
+        think.may_end.set()
+        return moment
+
+    robot._follow = followed  # type: ignore[method-assign]
+    outcome = think_through(robot, think)
+    assert outcome.executed.tolist() == [4]
+    assert outcome.taken_over.tolist() == [True]
+    assert outcome.delay.tolist() == [0]
+    assert robot.thought() is None
+    # Two steps before the person's first one, and where they have left it.
+    np.testing.assert_allclose(outcome.final_observation["observation.state"], [[0.2] * 4])
+    np.testing.assert_allclose(outcome.observation["observation.state"], [[0.006, 0.5, -0.5, 1.0]], atol=1e-7)
+    assert robot.take_statistics().ahead == 0
+
+
+def test_an_end_near_the_start_is_valued_by_the_start(make_robot: MakeRobot) -> None:
+    robot = make_robot(".v", lookahead=4)
+    start = robot._observation["observation.state"].copy()
+    outcome = think_through(robot, None)
+    assert outcome.executed.tolist() == [2]
+    np.testing.assert_array_equal(outcome.final_observation["observation.state"], start)
+
+
+def test_an_error_of_the_policy_is_not_lost(make_robot: MakeRobot) -> None:
+    def fails(observation: Any) -> None:
+        raise ValueError("not today")
+
+    robot = make_robot(lookahead=2)
+    think_through(robot, fails)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not today"):
+        robot.thought()
+
+
+class SharedTime:
+    """Time passes when the robot sleeps, and while it waits for the policy, in steps of exactly what is needed."""
+
+    def __init__(self) -> None:
+        self.now, self._changed, self._robot_waits = 100.0, Condition(), False
+
+    def sleep(self, seconds: float) -> None:
+        """The robot's clock waits."""
+        with self._changed:
+            self.now += seconds
+            self._changed.notify_all()
+
+    def pass_until(self, ready: float) -> None:
+        """The policy is ready then, at whatever time its thread has begun."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._robot_waits or self.now >= ready, 20)
+            self.now = max(self.now, ready)
+
+    @contextlib.contextmanager
+    def robot_waits(self) -> Iterator[None]:
+        with self._changed:
+            self._robot_waits = True
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            self._robot_waits = False
+
+
+def control_with(
+    make_collector: Callable[..., Collector],
+    monkeypatch: pytest.MonkeyPatch,
+    lookahead: int,
+    thinking_s: float,
+) -> ControlStatistics:
+    """How six chunks of five steps go at ten steps a second with a policy that needs so many seconds for each."""
+    collector = make_collector(*ahead_arguments(".", lookahead), "--env.fps=10")
+    time, robot, policy = SharedTime(), collector._groups[0].envs, collector._player.policy
+    robot._clock = Clock(10, lambda: time.now, time.sleep)
+    explore, thought = policy.explore, robot.thought
+
+    def slow(*arguments: Any) -> Any:
+        if current_thread() is main_thread():
+            time.sleep(thinking_s)
+        else:
+            time.pass_until(robot._asked + thinking_s)
+        return explore(*arguments)
+
+    def waiting() -> Any:
+        with time.robot_waits():
+            return thought()
+
+    monkeypatch.setattr(policy, "explore", slow)
+    monkeypatch.setattr(robot, "thought", waiting)
+    collector.restart(0)
+    control = collector.collect(0).control
+    assert control is not None
+    # The first decision after a reset is nobody's wait.
+    assert (control.steps, control.decisions, control.intervals) == (30, 5, 29)
+    assert control.thinking_seconds == pytest.approx(5 * thinking_s)
+    return control
+
+
+def test_a_slow_policy_drops_frames_without_a_lookahead(
+    make_collector: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two of six chunks: a quarter of a second is two and a half periods, of which one is free."""
+    control = control_with(make_collector, monkeypatch, 0, 0.25)
+    assert (control.overruns, control.dropped_frames) == (5, 5)
+    assert control.ahead == 0
+
+
+def test_a_slow_policy_keeps_the_rate_with_a_lookahead(
+    make_collector: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps are three periods from what was seen to the first action: 0.05 seconds are left."""
+    control = control_with(make_collector, monkeypatch, 2, 0.25)
+    assert (control.overruns, control.dropped_frames) == (0, 0)
+    assert (control.ahead, control.late) == (5, 0)
+    assert control.margin_seconds == pytest.approx(5 * 0.05)
+
+
+def test_a_policy_that_is_slower_than_its_lookahead_is_counted(
+    make_collector: Callable[..., Collector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = control_with(make_collector, monkeypatch, 2, 0.45)
+    assert (control.overruns, control.dropped_frames) == (5, 5)
+    assert (control.ahead, control.late) == (5, 5)
+    assert control.margin_seconds == pytest.approx(-5 * 0.15)
+
+
+def test_how_chunks_come_in_time_is_told_where_any_were_chosen_ahead() -> None:
+    """Two actors: four chunks, one of them late, and 0.1 seconds left in all."""
+    one = ControlStatistics(decisions=4, ahead=3, late=1, margin_seconds=-0.1)
+    other = ControlStatistics(decisions=1, ahead=1, margin_seconds=0.2)
+    metrics = control_metrics([asdict(one), asdict(other)])
+    assert metrics["control/ahead_in_time"] == pytest.approx(0.75)
+    assert metrics["control/ahead_margin_s"] == pytest.approx(0.025)
+    assert "control/ahead_in_time" not in control_metrics([asdict(ControlStatistics(decisions=4))])
+
+
 # What can go wrong
 
 
@@ -407,6 +626,140 @@ def test_the_learner_scores_pictures_as_the_robots_actor_saw_them(
     torch.testing.assert_close(score.log_prob, batch.log_prob, atol=1e-4, rtol=1e-4)
 
 
+def ahead_arguments(script: str, lookahead: int = 2, *more: str) -> list[str]:
+    """A small run on the scripted robot in which chunks of seven are executed in part, five steps each."""
+    return [
+        *robot_arguments(script),
+        "--env.processor.reset.control_time_s=1000",
+        "--policy.chunk_size=7",
+        "--policy.n_action_steps=5",
+        f"--algorithm.collection.lookahead_steps={lookahead}",
+        *more,
+    ]
+
+
+def check_executed(collector: Collector, batch: DecisionBatch, lookahead: int) -> None:
+    """Compares decisions with what the robot was sent, where nobody interfered.
+
+    Each begins with the action for its time, and has seen what was there `delay` steps before; what it carries as its
+    own next observation was there `lookahead` steps before its end, or at the beginning of its episode.
+    """
+    sent = commands(collector._groups[0].envs)
+    seen = [0.0, *sent]
+    carried = dict(
+        zip(batch.next_row.tolist(), batch.next_observation["observation.state"][:, 0].tolist(), strict=True)
+    )
+    begin, episode = 0, 0
+    for row in range(len(batch)):
+        delay, end = int(batch.delay[row]), begin + int(batch.executed[row])
+        chunk = batch.action[row, delay : delay + end - begin, 0]
+        assert sent[begin:end] == pytest.approx(chunk.tolist(), abs=1e-6)
+        assert batch.observation["observation.state"][row, 0].item() == pytest.approx(seen[begin - delay])
+        if row in carried:
+            assert carried[row] == pytest.approx(seen[max(end - lookahead, episode)])
+        begin = end
+        if batch.terminated[row] or batch.truncated[row]:
+            episode = end
+    assert len(carried) >= 1
+
+
+def test_decisions_chosen_ahead_are_what_the_robot_did(make_collector: Callable[..., Collector]) -> None:
+    """An episode has nineteen steps: it ends in the lookahead of its fourth decision."""
+    collector = make_collector(*ahead_arguments("."), "--env.processor.reset.control_time_s=0.02")
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    assert batch.executed.tolist() == [5, 5, 5, 4, 5, 5]
+    assert batch.delay.tolist() == [0, 2, 2, 2, 0, 2]
+    assert batch.truncated.tolist() == [False, False, False, True, False, False]
+    assert batch.next_row.tolist() == [3, 5]
+    check_executed(collector, batch, lookahead=2)
+    # The weights change now: the robot holds, and looks again.
+    assert collector.collect(1).decisions.delay.tolist()[:2] == [0, 2]
+
+
+def test_a_success_in_the_lookahead_belongs_to_the_chunk_that_was_executed(
+    make_collector: Callable[..., Collector],
+) -> None:
+    """The ninth step is the fourth of the second chunk, while the third one is chosen."""
+    collector = make_collector(*ahead_arguments("........s" + "." * 200))
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    assert batch.executed.tolist() == [5, 4, 5, 5, 5, 5]
+    assert batch.reward.tolist() == [0, 1, 0, 0, 0, 0]
+    assert batch.terminated.tolist() == [False, True, False, False, False, False]
+    assert batch.delay.tolist() == [0, 2, 0, 2, 2, 2]
+    check_executed(collector, batch, lookahead=2)
+
+
+def test_what_was_chosen_ahead_of_an_intervention_is_not_sent(
+    make_collector: Callable[..., Collector],
+) -> None:
+    """A person takes the second chunk's last two steps; the third decision is made when they have let go."""
+    collector = make_collector(*ahead_arguments("........ii" + "." * 200))
+    collector.restart(0)
+    collected = collector.collect(0)
+    batch, sent = collected.decisions, commands(collector._groups[0].envs)
+    assert batch.executed.tolist() == [5, 3, 5, 5, 5, 5]
+    assert batch.delay.tolist() == [0, 2, 0, 2, 2, 2]
+    assert batch.truncated.tolist() == [False, True, False, False, False, False]
+    assert batch.index.tolist() == list(range(6))
+    assert sent[5:8] == pytest.approx(batch.action[1, 2:5, 0].tolist(), abs=1e-6)
+    # The person's two steps and the one in which they let go, then the next decision from its beginning.
+    np.testing.assert_allclose(sent[8:11], [0.008, 0.009, 0.009], atol=1e-7)
+    assert sent[11:16] == pytest.approx(batch.action[2, :5, 0].tolist(), abs=1e-6)
+    assert batch.observation["observation.state"][2, 0].item() == pytest.approx(0.009)
+    # The second was taken over after the eighth step, and is valued by what was seen two steps earlier.
+    place = batch.next_row.tolist().index(1)
+    assert batch.next_observation["observation.state"][place, 0].item() == pytest.approx(sent[5])
+    assert collected.demonstrations is not None
+    torch.testing.assert_close(collected.demonstrations.action[:, 0], torch.tensor([0.008, 0.009]))
+
+
+def test_a_person_at_the_first_step_of_a_chunk_chosen_ahead(make_collector: Callable[..., Collector]) -> None:
+    """Nothing of it was executed: it is not sent, and the one before is valued as at an end."""
+    collector = make_collector(*ahead_arguments("....." + "iii" + "." * 100))
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    assert batch.executed.tolist() == [5] * 6
+    assert batch.truncated.tolist()[:2] == [True, False]
+    assert batch.delay.tolist() == [0, 0, 2, 2, 2, 2]
+    place = batch.next_row.tolist().index(0)
+    torch.testing.assert_close(batch.next_observation["observation.state"][place], batch.action[0, 2])
+
+
+def test_a_robot_that_is_asked_to_stop_does_not_begin_what_was_chosen_ahead(
+    make_collector: Callable[..., Collector],
+) -> None:
+    collector = make_collector(*ahead_arguments("."))
+    collector.restart(0)
+    collector._stop.set()
+    with pytest.raises(Interrupted):
+        collector.collect(0)
+    assert len(commands(collector._groups[0].envs)) == 5
+    # The policy thinks no more when weights may be loaded again.
+    collector.restart(1)
+    assert collector._groups[0].envs.thought() is None
+
+
+def test_a_validation_looks_ahead_as_the_collection_does(make_collector: Callable[..., Collector]) -> None:
+    collector = make_collector(*ahead_arguments("......s" + "....f"))
+    robot, threads = collector._groups[0].envs, []
+    policy = collector._player.policy
+    choose = policy.predict_action_chunk
+
+    def noted(*arguments: Any, **more: Any) -> Any:
+        threads.append(current_thread() is main_thread())
+        return choose(*arguments, **more)
+
+    policy.predict_action_chunk = noted  # type: ignore[method-assign]
+    result = evaluate(collector._player, collector._groups, np.arange(2))
+    assert result.success.tolist() == [True, False]
+    assert result.length.tolist() == [7, 5]
+    # The first of each episode while the robot holds, and the one after it, of which the second one was in vain.
+    assert threads == [True, False, True, False]
+    assert robot.thought() is None
+
+
 def test_a_validation_start_that_was_helped_is_not_solved(make_collector: Callable[..., Collector]) -> None:
     collector = make_collector(*robot_arguments("..i..s" + ".....s"))
     result = evaluate(collector._player, collector._groups, np.arange(2))
@@ -500,6 +853,11 @@ def test_the_recipe_for_an_so101_drives_a_robot_of_that_kind(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
+        (
+            "--algorithm.collection.lookahead_steps=6",
+            "lookahead_steps.*at most policy.n_action_steps=5, got 6",
+        ),
+        ("--algorithm.collection.lookahead_steps=2", r"2 needs policy.chunk_size.* = 7, got 5"),
         ("--algorithm.collection.num_envs=2", r"num_envs.*must be 1 for env.type='gym_manipulator', got 2"),
         ("--algorithm.collection.eval_envs=1", r"eval_envs.*must be 0"),
         ("--env.name=gym_hil", r"env.robot.*does not fit"),
@@ -572,6 +930,21 @@ def test_what_a_person_shows_is_learned_from_and_found_again(
         run_here(make_cfg(*resumed), make_cfg(*resumed, validate=False))[2]["control/demonstrations"]
         > shown[1]
     )
+
+
+def test_a_run_looks_ahead(make_cfg: Callable[..., Any], free_port: int) -> None:
+    """What was chosen ahead is scored as it was sampled, and how it went is told."""
+    settings = [
+        *ahead_arguments("........s"),
+        f"--policy.actor_learner_config.learner_port={free_port}",
+        "--algorithm.critic_warmup=0",
+        "--steps=2",
+    ]
+    rows = run_here(make_cfg(*settings), make_cfg(*settings, validate=False))
+    assert [row["rollout/decisions"] for row in rows] == [6, 6]
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in rows)
+    # How much is up to the machine, on which nothing is fast enough for a thousand steps a second.
+    assert all({"control/ahead_in_time", "control/ahead_margin_s"} <= row.keys() for row in rows)
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def make_batch(
         log_prob=torch.randn(rows, horizon),
         action=torch.randn(rows, horizon, dims[1]),
         reward=torch.randn(rows),
+        delay=count * 0,
         executed=torch.randint(1, horizon + 1, (rows,)),
         terminated=count % 3 == 1,
         truncated=count % 3 == 2,
@@ -181,6 +182,11 @@ def test_finite_rows_of_no_rows() -> None:
     [
         ({"executed": torch.tensor([1, 0, 1])}, r"executed: values 0\.\.1, expected 1\.\.3"),
         ({"executed": torch.tensor([1, 4, 1])}, r"executed: values 1\.\.4, expected 1\.\.3"),
+        ({"delay": torch.tensor([0, -1, 0])}, r"delay: values -1\.\.0, expected 0\.\.2"),
+        (
+            {"delay": torch.tensor([0, 2, 0]), "executed": torch.tensor([3, 2, 1])},
+            r"delay \+ executed is 4, a chunk has 3 steps",
+        ),
         ({"step": torch.tensor([[0], [4], [1]])}, r"step: values 0\.\.4, expected 0\.\.3"),
         ({"step": torch.tensor([[0], [-1], [1]])}, "step"),
         ({"next_row": torch.tensor([3])}, r"next_row: values 3\.\.3, expected 0\.\.2"),

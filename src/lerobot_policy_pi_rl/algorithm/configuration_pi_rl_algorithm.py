@@ -33,6 +33,11 @@ class CollectionConfig:
     # How much the environments go to the tasks that fail, where one policy learns several: 0 deals them evenly, 1 in
     # proportion to the failures. They are dealt anew at every checkpoint (`save_freq`), at least one to each task.
     task_focus: float = 0.0
+    # Control steps by which the observation of a decision is older than its first executed action: a robot's next chunk
+    # is computed while it executes the last of these steps. The policy has `lookahead_steps + 1` periods of `env.fps`
+    # to think; 0 thinks between two chunks, in one period. At most policy.n_action_steps, and needs a
+    # policy.chunk_size of at least policy.n_action_steps + lookahead_steps.
+    lookahead_steps: int = 0
     # Environments that an actor keeps for validation alone; 0 validates in those of the collection (a robot), all of
     # whose episodes then begin anew.
     eval_envs: int = 32
@@ -58,6 +63,7 @@ class CollectionConfig:
             ("num_workers", 0),
             ("decisions", 1),
             ("group_size", 1),
+            ("lookahead_steps", 0),
             ("eval_envs", 0),
             ("max_staleness", 0),
             ("num_actors", 1),

@@ -26,7 +26,9 @@ class DecisionBatch:
             action dimensions and the recorded denoising steps.
         action: The chunk handed to the environment, in its own units, `[N, H, A]`.
         reward: Sum of the rewards of the executed steps, `[N]`.
-        executed: How many steps of the chunk were executed, `[N]` int64, between 1 and H.
+        delay: How many steps old the observation was when the chunk began to be executed, `[N]` int64. As many actions
+            at its beginning were left out: the chunk before was executed meanwhile.
+        executed: How many steps of the chunk were executed after these, `[N]` int64; `delay + executed` is at most H.
         terminated: The episode ended in this decision by the task's own rules (success), `[N]` bool.
         truncated: The episode was cut by the time limit in this decision, or a person took over, `[N]` bool.
         success: The task was solved in this decision, `[N]` bool.
@@ -44,6 +46,7 @@ class DecisionBatch:
     log_prob: Tensor
     action: Tensor
     reward: Tensor
+    delay: Tensor
     executed: Tensor
     terminated: Tensor
     truncated: Tensor
@@ -62,6 +65,15 @@ class DecisionBatch:
     def steps(self) -> int:
         """Number of environment steps these decisions executed."""
         return int(self.executed.sum())
+
+    @property
+    def scored(self) -> Tensor:
+        """Steps at the beginning of each chunk that its log-probability covers, `[N]` int64.
+
+        What was left out is covered, too: the density of the first steps of a chunk is exact, that of a part from its
+        middle is not (`flow.density`).
+        """
+        return self.delay + self.executed
 
     def select(self, rows: Tensor) -> "DecisionBatch":
         """Keeps the given rows, in the given order.

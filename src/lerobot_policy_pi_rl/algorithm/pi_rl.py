@@ -65,7 +65,7 @@ class Batch:
     Attributes:
         chain: `[N, S + 1, H, D]`.
         step: `[N, S]`.
-        executed: `[N]`.
+        scored: Steps of each chunk that its log-probability covers, `[N]`.
         log_prob: Reduced log-probability under the proximal policy, that before the update, `[N]`.
         weight: Probability under the proximal policy over that under the one that collected, `[N]`.
         advantage: Normalised, `[N]`.
@@ -74,7 +74,7 @@ class Batch:
 
     chain: Tensor
     step: Tensor
-    executed: Tensor
+    scored: Tensor
     log_prob: Tensor
     weight: Tensor
     advantage: Tensor
@@ -348,7 +348,7 @@ class PIRLAlgorithm(RLAlgorithm):
         batch = Batch(
             chain=chain,
             step=step,
-            executed=decisions.executed.to(self.device),
+            scored=decisions.scored.to(self.device),
             log_prob=proximal,
             weight=weight,
             advantage=advantage,
@@ -361,8 +361,8 @@ class PIRLAlgorithm(RLAlgorithm):
 
         Decisions that the current weights made have theirs recorded; only older ones are scored.
         """
-        executed = decisions.executed.to(self.device)
-        behaviour = self.reduce(decisions.log_prob.to(self.device), executed)
+        scored = decisions.scored.to(self.device)
+        behaviour = self.reduce(decisions.log_prob.to(self.device), scored)
         proximal, weight = behaviour.clone(), torch.ones_like(behaviour)
         older = (decisions.version < self.optimization_step).nonzero()[:, 0]
         # Split, no rows would be one part of no rows, which pi0's attention does not take.
@@ -371,7 +371,7 @@ class PIRLAlgorithm(RLAlgorithm):
             chain, step = decisions.chain[rows].to(self.device), decisions.step[rows].to(self.device)
             score = self.policy.score(contexts.rows(rows), chain, step)
             here = rows.to(self.device)
-            proximal[here] = self.reduce(score.log_prob, executed[here])
+            proximal[here] = self.reduce(score.log_prob, scored[here])
             weight[here] = (proximal[here] - behaviour[here]).exp()
         return proximal, weight
 
@@ -400,17 +400,17 @@ class PIRLAlgorithm(RLAlgorithm):
             advantage[rows] = normalise(targets.advantage[rows])
         return advantage, CriticBatch(features, value, targets.value_target)
 
-    def reduce(self, per_step: Tensor, executed: Tensor) -> Tensor:
+    def reduce(self, per_step: Tensor, scored: Tensor) -> Tensor:
         """Reduces a quantity per chunk step `[B, H]` to one per decision `[B]`, as `log_prob_reduction` says."""
-        return executed_sum(per_step, executed) / self._terms(executed)
+        return executed_sum(per_step, scored) / self._terms(scored)
 
-    def _terms(self, executed: Tensor) -> Tensor:
+    def _terms(self, scored: Tensor) -> Tensor:
         """Of how many terms the reduction takes the mean, for each decision, `[B]`; 1 for the sum."""
-        terms = torch.ones_like(executed)
+        terms = torch.ones_like(scored)
         if self.config.log_prob_reduction != "sum":
             terms = terms * self.policy.recorded_steps()
         if self.config.log_prob_reduction == "mean":
-            terms = terms * executed * self.policy.base.real_action_dim
+            terms = terms * scored * self.policy.base.real_action_dim
         return terms
 
     @torch.no_grad()
@@ -443,7 +443,7 @@ class PIRLAlgorithm(RLAlgorithm):
         return self.policy.score(context, part.chain, part.step)
 
     def _log_ratio(self, part: Batch, score: Score) -> Tensor:
-        return self.reduce(score.log_prob, part.executed) - part.log_prob
+        return self.reduce(score.log_prob, part.scored) - part.log_prob
 
     def _reference_steps(self, batch: dict[str, Any], chain: Tensor, step: Tensor) -> Gaussian | None:
         """The steps of the policy before reinforcement learning from the recorded states, `[N, S, H, D]`."""
@@ -481,7 +481,7 @@ class PIRLAlgorithm(RLAlgorithm):
         config, score = self.config, self._score(context, part)
         log_ratio = self._log_ratio(part, score)
         result = policy_loss(log_ratio, part.advantage, config.clip_ratio, config.dual_clip, part.weight)
-        entropy = executed_sum(score.entropy, part.executed).mean()
+        entropy = executed_sum(score.entropy, part.scored).mean()
         loss = result.loss - config.entropy_coef * entropy
         if part.reference is not None:
             kl = self._reference_kl(part, score)
@@ -489,7 +489,7 @@ class PIRLAlgorithm(RLAlgorithm):
             averages.add(reference_kl=kl)
         # Of whole decisions, however their log-probability is reduced: a mean of twenty terms would make a step look
         # four hundred times smaller than it is, and the learning rate would follow.
-        approx_kl = approximate_kl((log_ratio * self._terms(part.executed)).detach())
+        approx_kl = approximate_kl((log_ratio * self._terms(part.scored)).detach())
         averages.add(
             policy_loss=result.loss,
             approx_kl=approx_kl,
@@ -503,7 +503,7 @@ class PIRLAlgorithm(RLAlgorithm):
         assert part.reference is not None
         dims, correlation = self.policy.base.real_action_dim, self.policy.noise.correlation
         per_step = kl_divergence(score.steps, part.reference, dims, correlation).sum(1)
-        return executed_sum(per_step, part.executed).mean()
+        return executed_sum(per_step, part.scored).mean()
 
     def _supervised_loss(self) -> Tensor | None:
         """The base's own loss on a batch of demonstrations; None as long as nobody has shown any."""

@@ -246,11 +246,11 @@ def score(
 
 
 def executed_sum(per_step: Tensor, executed: Tensor) -> Tensor:
-    """Sums a quantity per chunk step over the executed steps only.
+    """Sums a quantity per chunk step over the first steps only, up to the last one that was executed.
 
     Args:
         per_step: `[B, H]`.
-        executed: Number of executed steps of each row, `[B]`.
+        executed: Number of these steps of each row, `[B]`.
 
     Returns:
         `[B]`.

@@ -170,12 +170,12 @@ def first_ratio_error(player: Player, algorithm: PIRLAlgorithm, collected: Colle
     for rows in minibatches(
         torch.arange(len(decisions)), algorithm.config.minibatch_size, torch.Generator().manual_seed(0)
     ):
-        chain, step, log_prob, executed = (
+        chain, step, log_prob, scored = (
             value[rows].to(algorithm.device)
-            for value in (decisions.chain, decisions.step, decisions.log_prob, decisions.executed)
+            for value in (decisions.chain, decisions.step, decisions.log_prob, decisions.scored)
         )
         score = policy.score(policy.encode(policy.base.take(batch, rows)), chain, step)
-        log_ratio = algorithm.reduce(score.log_prob - log_prob, executed)
+        log_ratio = algorithm.reduce(score.log_prob - log_prob, scored)
         # `max` of Python would lose what is not a number.
         error = float(np.maximum(error, float((log_ratio.exp() - 1).abs().max())))
     return error

@@ -3,9 +3,11 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Event
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +29,8 @@ from .seeds import TRAINING_SEEDS, stream, torch_seed
 from .tasks import count_by_task, deal
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class _Step:
     observation: dict[str, Tensor]
     sample: Sample
     action: Tensor
+    delay: np.ndarray
     outcome: ChunkStep
     ended: _Ended
 
@@ -107,24 +112,24 @@ class Group:
     def __init__(
         self,
         env_cfg: EnvConfig,
+        collection: CollectionConfig,
         number: int,
         first: int,
         num_envs: int,
         num_workers: int,
         same_start: int,
-        reward: str,
         device: str = "cpu",
     ) -> None:
         """Starts the environments.
 
         Args:
             env_cfg: Which environments.
+            collection: What their steps are worth, and how far ahead is looked.
             number: Number of the group.
             first: Number of the first one among those of all actors.
             num_envs: How many.
             num_workers: Processes for them.
             same_start: How many neighbouring environments begin their episodes from the same starts.
-            reward: As in `ChunkedVectorEnv`.
             device: Where a robot's reward classifier computes.
         """
         self.number, self.first, self._same_start = number, first, same_start
@@ -133,14 +138,22 @@ class Group:
         self.next_start = np.zeros(num_envs, dtype=np.int64)
         self.envs: Vector
         if isinstance(env_cfg, HILSerlRobotEnvConfig):
-            self.envs = RobotVector(env_cfg, device)
+            self.envs = RobotVector(env_cfg, device, collection.lookahead_steps)
         else:
             self.envs = ChunkedVectorEnv(
-                env_cfg, num_envs, num_workers, first=first, per_task=same_start, reward=reward
+                env_cfg,
+                num_envs,
+                num_workers,
+                first=first,
+                per_task=same_start,
+                reward=collection.reward,
+                lookahead=collection.lookahead_steps,
             )
         # Decisions after which a running episode is cut on demand, counted down; 0 is never.
         self._cut_after = np.zeros(num_envs, dtype=np.int64)
+        # What to act on next, and how many steps old that is.
         self.raw: Observation = {}
+        self.delay = np.zeros(num_envs, dtype=np.int64)
         self.episode_return = np.zeros(num_envs)
         self.episode_length = np.zeros(num_envs, dtype=np.int64)
 
@@ -159,7 +172,7 @@ class Group:
         self._starts = [stream(*key, number // self._same_start) for number in numbers]
         everywhere = np.ones(self.envs.num_envs, dtype=bool)
         self._draw_starts(everywhere)
-        self.raw = self.envs.reset(self.next_start)
+        self.begin(self.next_start)
         self._draw_starts(everywhere)
         self._cut_after[:] = 0
         if self._same_start == 1:
@@ -169,14 +182,41 @@ class Group:
         self.episode_return[:] = 0
         self.episode_length[:] = 0
 
+    def begin(self, seeds: np.ndarray) -> None:
+        """Begins the episodes of seeds `[E]`."""
+        self.raw = self.envs.reset(seeds)
+        self.delay = np.zeros(self.envs.num_envs, dtype=np.int64)
+
     def deal(self, numbers: np.ndarray) -> None:
         """Gives each environment the task of a number, `[E]`; `reset` must follow."""
         assert isinstance(self.envs, ChunkedVectorEnv)
         self.envs.deal(numbers)
 
+    def choose(self, think: Callable[[Observation], T]) -> T:
+        """What `think` says of what is to be acted on, from a robot's other thread where it was asked ahead."""
+        thought: T | None = self.envs.thought() if isinstance(self.envs, RobotVector) else None
+        return think(self.raw) if thought is None else thought
+
     def send(self, chunks: np.ndarray) -> None:
-        """Hands chunks `[E, H, A]` to the workers."""
+        """Hands the parts `[E, n, A]` of chunks that are to be executed to the workers."""
         self.envs.send(chunks, self.next_start, self._cut_after == 1)
+
+    def due(self, chunks: np.ndarray, steps: int) -> np.ndarray:
+        """The actions of chunks `[E, H, A]` to execute now, `[E, steps, A]`: not those of steps taken meanwhile."""
+        return np.stack(
+            [chunk[first : first + steps] for chunk, first in zip(chunks, self.delay, strict=True)]
+        )
+
+    def receive(self, think: Callable[[Observation], Any] | None) -> ChunkStep:
+        """Waits for what the chunks did.
+
+        Args:
+            think: What will be given to `choose` next; None where nothing will be chosen before a pause. A robot with
+                a lookahead calls it in a thread while it moves.
+        """
+        outcome = self.envs.receive(think) if isinstance(self.envs, RobotVector) else self.envs.receive()
+        self.raw, self.delay = outcome.observation, outcome.delay
+        return outcome
 
     def _draw_starts(self, where: np.ndarray) -> None:
         for place in where.nonzero()[0]:
@@ -236,7 +276,7 @@ def _split(
     bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, number, first + start, stop - start, workers, same_start, collection.reward, device)
+        Group(env_cfg, collection, number, first + start, stop - start, workers, same_start, device)
         for number, (start, stop) in enumerate(itertools.pairwise(bounds))
     ]
 
@@ -377,8 +417,8 @@ class Collector:
             acting = [number for number, count in enumerate(left) if count]
             number = acting[first_ready([self._groups[one].envs for one in acting])]
             group, decided = self._groups[number], pending[number]
-            outcome = group.envs.receive()
-            group.raw = outcome.observation
+            # The weights change after a quota, and with them the policy: nothing is chosen ahead then.
+            outcome = group.receive(partial(self._think, group) if left[number] > 1 else None)
             ended = group.account(outcome)
             if self._stop.is_set():
                 raise Interrupted
@@ -387,14 +427,19 @@ class Collector:
                 pending[number] = self._decide(group)
             yield number, _Step(*decided, outcome, ended)
 
-    def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor]:
+    def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor, np.ndarray]:
         """Explores for one group and hands its chunks to the workers."""
+        observation, sample, action = group.choose(partial(self._think, group))
+        delay = group.delay
+        group.send(group.due(action.numpy(), self._actions))
+        return observation, sample, action, delay
+
+    def _think(self, group: Group, raw: Observation) -> tuple[dict[str, Tensor], Sample, Tensor]:
+        """Explores for what one group has seen: the packed observation, what was recorded, and the chunks."""
         player, tasks = self._player, group.envs.tasks
-        observation = player.path.from_environment(group.raw, tasks)
+        observation = player.path.from_environment(raw, tasks)
         sample = player.policy.explore(player.preprocess(observation, tasks), self._generators[group.number])
-        action = self.to_environment(sample.x)
-        group.send(action[:, : self._actions].numpy())
-        return player.path.pack(observation), sample, action
+        return player.path.pack(observation), sample, self.to_environment(sample.x)
 
     def to_environment(self, x: Tensor) -> Tensor:
         """Actions in the environment's units `[N, H, A]` from a normalised chunk `[N, H, D]`."""
@@ -419,6 +464,7 @@ class Collector:
             step=torch.cat([step.sample.step for step in steps]).cpu(),
             log_prob=torch.cat([step.sample.log_prob for step in steps]).float().cpu(),
             action=torch.cat([step.action for step in steps]),
+            delay=torch.from_numpy(np.concatenate([step.delay for step in steps])),
             version=torch.full((count,), version),
             env=group.first + rows % envs,
             index=self._index + rows // envs,

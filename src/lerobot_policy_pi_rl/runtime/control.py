@@ -24,6 +24,9 @@ class ControlStatistics:
         dropped_frames: Whole periods of `1 / fps` in which no step was taken.
         decisions: Chunks that the policy chose.
         thinking_seconds: From an observation to the chunk for it.
+        ahead: How many of these chunks were chosen while the one before was executed.
+        late: How many of them were not there when their first step was due.
+        margin_seconds: By how much they were there before that, summed; what was late counts as negative.
     """
 
     steps: int = 0
@@ -35,6 +38,9 @@ class ControlStatistics:
     dropped_frames: int = 0
     decisions: int = 0
     thinking_seconds: float = 0.0
+    ahead: int = 0
+    late: int = 0
+    margin_seconds: float = 0.0
 
     def plus(self, **more: float) -> "ControlStatistics":
         """The same with some sums increased."""
@@ -59,8 +65,13 @@ class Clock:
             fps: Steps per second.
             now: Tells the time in seconds.
             sleep: Waits for some seconds.
+
+        Attributes:
+            now: Tells the time in seconds.
+            statistics: What was counted so far.
         """
-        self._period, self._now, self._sleep = 1 / fps, now, sleep
+        self._period, self._sleep = 1 / fps, sleep
+        self.now = now
         self._last: float | None = None
         self.statistics = ControlStatistics()
 
@@ -68,20 +79,25 @@ class Clock:
         """Lets the next step come whenever it comes."""
         self._last = None
 
+    @property
+    def due(self) -> float | None:
+        """When the next step is due; None while paused."""
+        return None if self._last is None else self._last + self._period
+
     def wait(self) -> None:
         """Waits until the next step is due, and notes when it is too late for that."""
-        now = self._now()
-        if self._last is None:
+        now, due = self.now(), self.due
+        if due is None:
             self._last = now
             return
-        late = now - (self._last + self._period)
+        late = now - due
         if late < 0:
             self._sleep(-late)
         # From when it was due, so that small errors do not add up.
-        start = max(now, self._last + self._period)
+        start = max(now, due)
         self.statistics = self.statistics.plus(
             intervals=1,
-            seconds=start - self._last,
+            seconds=start - due + self._period,
             overruns=int(late > TOLERANCE * self._period),
             # A little less than a whole period is one, in floating point.
             dropped_frames=max(0, int(late / self._period + 1e-9)),

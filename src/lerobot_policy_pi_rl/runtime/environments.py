@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -51,10 +51,13 @@ class ChunkStep:
         terminated: The episode ended by the task's own rules, `[N]` bool.
         truncated: The episode was cut by the time limit or on demand, `[N]` bool.
         success: The task was solved in this chunk, `[N]` bool; not where a person has helped in the episode.
-        final_observation: What was seen after the last executed step, before any reset, `[N, ...]`.
+        final_observation: What was seen after the last executed step, before any reset, `[N, ...]`; with a lookahead,
+            that many steps earlier (or at the episode's start), as the observation of a decision that would follow.
         observation: What to act on next, `[N, ...]`: the first observation of the next episode where one ended.
         taken_over: A person took over before the chunk was used up, `[N]` bool. They have let go since, or the episode
             has ended in their hands, which counts as truncated.
+        delay: How many steps old `observation` is, `[N]` int64: the next chunk is executed from its action of that
+            number on, because those before it belong to steps that have been taken.
     """
 
     reward: np.ndarray
@@ -65,6 +68,7 @@ class ChunkStep:
     final_observation: Observation
     observation: Observation
     taken_over: np.ndarray
+    delay: np.ndarray
 
     @property
     def done(self) -> np.ndarray:
@@ -148,15 +152,18 @@ def _attribute(env: gym.Env, *names: str) -> Any:
 class _Slot:
     """One environment and how it executes a chunk."""
 
-    def __init__(self, env: gym.Env, time_limit: int | None, reward: str) -> None:
+    def __init__(self, env: gym.Env, time_limit: int | None, reward: str, lookahead: int) -> None:
         """Takes an environment over.
 
         Args:
             env: As LeRobot makes it.
             time_limit: Steps after which the configuration wants an episode cut.
             reward: As in `ChunkedVectorEnv`.
+            lookahead: As in `ChunkedVectorEnv`.
         """
         self._env, self._success_is_reward, self._steps = env, reward == "success", 0
+        # The newest observations of the episode, the newest last.
+        self._seen: deque[Observation] = deque(maxlen=lookahead + 1)
         # LIBERO's own limit is only a number: `lerobot-eval` reads it and stops by itself.
         limits = [time_limit, _attribute(env, "_max_episode_steps")]
         self.time_limit = min((int(limit) for limit in limits if limit), default=0)
@@ -172,7 +179,9 @@ class _Slot:
         if hasattr(self._env.unwrapped, "init_state_id"):
             # LIBERO takes the next of its recorded starts at every reset, whatever the seed.
             self._env.unwrapped.init_state_id = int(seed)
-        return _flat(self._env.reset(seed=int(seed))[0])
+        self._seen.clear()
+        self._seen.append(_flat(self._env.reset(seed=int(seed))[0]))
+        return self._seen[0]
 
     def step(
         self, chunk: np.ndarray, reset_seed: int, cut: bool
@@ -194,11 +203,12 @@ class _Slot:
             total += float(solved if self._success_is_reward else reward)
             executed, self._steps = executed + 1, self._steps + 1
             success = success or solved
+            self._seen.append(_flat(observation))
             truncated = truncated or self._steps == self.time_limit
             if terminated or truncated:
                 break
         truncated = truncated or cut
-        final = _flat(observation)
+        final = self._seen[0]
         following = self.reset(reset_seed) if terminated or truncated else final
         return [total, executed, terminated, truncated and not terminated, success], final, following
 
@@ -227,8 +237,9 @@ class EnvDescription:
 class _Pool:
     """The environments of one process, served in order."""
 
-    def __init__(self, env_cfg: EnvConfig, places: list[int], reward: str) -> None:
+    def __init__(self, env_cfg: EnvConfig, places: list[int], reward: str, lookahead: int) -> None:
         self._limit, self._reward = getattr(env_cfg, "episode_length", None), reward
+        self._lookahead = lookahead
         self._factory = _Factory(env_cfg)
         self._slots: list[_Slot] = []
         # The task of each, and environments of tasks that they do not have at the moment.
@@ -246,7 +257,7 @@ class _Pool:
         return self.described()
 
     def _make(self, number: int) -> _Slot:
-        return _Slot(self._factory.make(number), self._limit, self._reward)
+        return _Slot(self._factory.make(number), self._limit, self._reward, self._lookahead)
 
     def described(self) -> list[EnvDescription]:
         """What each environment is."""
@@ -274,6 +285,7 @@ class _Pool:
             final_observation=_stack(list(finals)),
             observation=_stack(list(following)),
             taken_over=np.zeros(len(finals), dtype=bool),
+            delay=np.where((terminated > 0) | (truncated > 0), 0, self._lookahead),
         )
 
     def close(self) -> None:
@@ -442,6 +454,8 @@ class ChunkedVectorEnv:
         first: Number of the first environment where several vectors share the tasks: they are dealt from there on.
         per_task: How many neighbouring environments get the same task.
         reward: `environment`, or `success`: 1 for a step that reports success, else 0.
+        lookahead: Steps before the end of a chunk at which what to act on next is seen, as on a robot that moves while
+            its policy thinks; at most the chunk's length.
 
     Attributes:
         tasks: Task text of each environment.
@@ -464,6 +478,7 @@ class ChunkedVectorEnv:
         first: int = 0,
         per_task: int = 1,
         reward: str = "environment",
+        lookahead: int = 0,
     ) -> None:
         if num_envs < 1 or num_workers < 0:
             raise ValueError(
@@ -476,10 +491,10 @@ class ChunkedVectorEnv:
         self._pending: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
         places = [number // per_task for number in range(first, first + num_envs)]
         if num_workers == 0:
-            self._local = _Pool(env_cfg, places, reward)
+            self._local = _Pool(env_cfg, places, reward, lookahead)
             self._describe(self._local.described())
         else:
-            self._start(env_cfg, places, reward, min(num_workers, num_envs))
+            self._start(min(num_workers, num_envs), env_cfg, places, reward, lookahead)
             self._describe(itertools.chain(*self._gather("described", START_TIMEOUT)))
 
     def _describe(self, described: Iterable[EnvDescription]) -> None:
@@ -501,7 +516,9 @@ class ChunkedVectorEnv:
         else:
             self._describe(itertools.chain(*self._gather("deal", START_TIMEOUT, numbers)))
 
-    def _start(self, env_cfg: EnvConfig, places: list[int], reward: str, num_workers: int) -> None:
+    def _start(
+        self, num_workers: int, env_cfg: EnvConfig, places: list[int], reward: str, lookahead: int
+    ) -> None:
         forks = sys.platform == "linux"
         context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
         bounds = np.linspace(0, self.num_envs, num_workers + 1).astype(int)
@@ -509,7 +526,9 @@ class ChunkedVectorEnv:
             here, there = context.Pipe()
             inherited = [here, *(worker.pipe for worker in self._workers)] if forks else []
             process = context.Process(
-                target=_worker, args=(there, inherited, env_cfg, places[start:stop], reward), daemon=True
+                target=_worker,
+                args=(there, inherited, env_cfg, places[start:stop], reward, lookahead),
+                daemon=True,
             )
             process.start()
             there.close()

@@ -11,7 +11,7 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from .collector import Group, Interrupted
-from .environments import ChunkStep
+from .environments import ChunkStep, Observation
 from .pipeline import Player
 from .seeds import torch_seed
 
@@ -44,7 +44,7 @@ class Turn:
     """One decision of each of E environments, and what came of it.
 
     Attributes:
-        action: The chunks in the environment's units, `[E, H, A]`.
+        action: What was to be executed of the chunks, in the environment's units, `[E, n, A]`.
         outcome: What they did.
         counted: Environments that run one of the given starts, `[E]` bool; the others have none left.
         policy_seconds: From the observations to the chunks' being handed out.
@@ -66,11 +66,11 @@ class _Share:
     ) -> None:
         self.success = np.zeros(len(seeds), dtype=bool)
         self.length = np.zeros(len(seeds), dtype=np.int64)
-        self._player, self._envs, self._seeds, self._choose = player, group.envs, seeds, choose
+        self._player, self._group, self._seeds, self._choose = player, group, seeds, choose
         self._generator = torch.Generator(device=str(player.policy.config.device))
         self._generator.manual_seed(torch_seed(*map(int, seeds[:4]), len(seeds), *noise))
         self._running = np.arange(group.envs.num_envs)
-        self._raw = group.envs.reset(self._start(self._running))
+        group.begin(self._start(self._running))
         self._action = np.zeros(0)
         self._asked = self._sent = 0.0
 
@@ -82,31 +82,32 @@ class _Share:
     def send(self) -> None:
         """Decides and hands the chunks to the workers."""
         self._asked = time.perf_counter()
-        tasks = self._envs.tasks
-        observation = self._player.path.from_environment(self._raw, tasks)
-        self._action = self._chunks(self._player.preprocess(observation, tasks))
-        self._envs.send(self._action, self._start(self._running + self._envs.num_envs))
+        group = self._group
+        chunks = group.choose(self._think)
+        self._action = group.due(chunks, self._player.policy.config.n_action_steps)
+        group.envs.send(self._action, self._start(self._running + group.envs.num_envs))
         self._sent = time.perf_counter()
 
     def receive(self) -> Turn:
         """Takes in what the chunks did."""
-        outcome = self._envs.receive()
+        outcome = self._group.receive(self._think)
         env_seconds = time.perf_counter() - self._sent
         counted = self._running < len(self._seeds)
         self.length[self._running[counted]] += outcome.executed[counted]
         ended = outcome.done & counted
         self.success[self._running[ended]] = outcome.success[ended]
-        self._running[outcome.done] += self._envs.num_envs
-        self._raw = outcome.observation
+        self._running[outcome.done] += self._group.envs.num_envs
         return Turn(self._action, outcome, counted, self._sent - self._asked, env_seconds)
 
     def _start(self, numbers: np.ndarray) -> np.ndarray:
         """Seeds of numbered starts; an environment that has none left idles in one of the others'."""
         return self._seeds[numbers % len(self._seeds)]
 
-    def _chunks(self, batch: dict[str, Tensor]) -> np.ndarray:
-        player = self._player
-        chunk = self._choose(batch, self._generator)[:, : player.policy.config.n_action_steps]
+    def _think(self, raw: Observation) -> np.ndarray:
+        """Chunks in the environment's units, `[E, H, A]`."""
+        player, tasks = self._player, self._group.envs.tasks
+        batch = player.preprocess(player.path.from_environment(raw, tasks), tasks)
+        chunk = self._choose(batch, self._generator)
         action = player.path.env_postprocessor({ACTION: player.postprocessor(chunk)})[ACTION]
         return action.float().cpu().numpy()
 

@@ -576,6 +576,10 @@ def control_metrics(control: list[dict[str, Scalar]]) -> dict[str, float]:
         return {}
     sums = {name: total(control, name) for name in STATISTICS["control"]}
     steps = sums["steps"] + sums["person_steps"]
+    ahead = {
+        "control/ahead_in_time": 1 - sums["late"] / max(sums["ahead"], 1),
+        "control/ahead_margin_s": sums["margin_seconds"] / max(sums["ahead"], 1),
+    }
     return {
         "control/step_hz": sums["intervals"] / max(sums["seconds"], 1e-9),
         "control/policy_hz": sums["decisions"] / max(sums["thinking_seconds"], 1e-9),
@@ -583,6 +587,7 @@ def control_metrics(control: list[dict[str, Scalar]]) -> dict[str, float]:
         "control/dropped_frames": sums["dropped_frames"],
         "control/interventions": sums["interventions"],
         "control/intervention_rate": sums["person_steps"] / max(steps, 1),
+        **(ahead if sums["ahead"] else {}),
     }
 
 

@@ -91,6 +91,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
         """Checks what the algorithm needs of the rest."""
+        self._check_lookahead(algorithm.collection.lookahead_steps, policy)
         robot = isinstance(env, HILSerlRobotEnvConfig)
         if robot:
             self._check_robot(algorithm, env)
@@ -121,6 +122,24 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                     f"{algorithm.collection.decisions} is too few for algorithm.advantage='group': an episode of "
                     f"{length} steps takes {needed} decisions",
                 )
+
+    @staticmethod
+    def _check_lookahead(lookahead: int, policy: PIRLConfig) -> None:
+        """Checks that chunks are long enough to be executed from their middle on."""
+        executed, name = policy.n_action_steps, "algorithm.collection.lookahead_steps"
+        if lookahead > executed:
+            raise config_error(
+                name,
+                f"must be at most policy.n_action_steps={executed}, got {lookahead}: only the next chunk is computed "
+                "ahead",
+            )
+        if lookahead + executed > policy.chunk_size:
+            raise config_error(
+                name,
+                f"{lookahead} needs policy.chunk_size to be at least n_action_steps + lookahead_steps = "
+                f"{executed + lookahead}, got {policy.chunk_size}; take a policy with longer chunks, or execute less "
+                "of them",
+            )
 
     @staticmethod
     def _check_robot(algorithm: PIRLAlgorithmConfig, env: HILSerlRobotEnvConfig) -> None:
@@ -362,6 +381,7 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
                 "decisions": algorithm.collection.decisions,
                 "reward": algorithm.collection.reward,
                 "group_size": algorithm.collection.group_size,
+                "lookahead_steps": algorithm.collection.lookahead_steps,
                 "max_staleness": algorithm.collection.max_staleness,
             }
         },

@@ -1,14 +1,16 @@
 """LeRobot's robot environment (`gym_manipulator`) as a vector of one, which a person may take over at any step.
 
 A chunk is executed action by action at the control rate, in the actor's own process and through LeRobot's processors.
+With a lookahead, the next one is chosen in a thread while the robot executes the last steps of the current one.
 Where a person takes over, the decision ends: it has executed the steps before, and is valued by what was seen then.
 What the person does until they let go is kept apart, as a demonstration.
 """
 
 import contextlib
 import logging
-import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 MAX_RECORDED = 10_000
 # What LeRobot's simulation is called; any other name is a robot.
 SIMULATION = "gym_hil"
+
+# Chooses the next chunk for an observation.
+Think = Callable[[Observation], Any]
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,13 @@ class RobotVector:
     # It ends its episodes by the clock (`processor.reset.control_time_s`), and none is cut short on purpose.
     time_limits = np.zeros(1, dtype=np.int64)
 
-    def __init__(self, env_cfg: HILSerlRobotEnvConfig, device: str = "cpu") -> None:
+    def __init__(self, env_cfg: HILSerlRobotEnvConfig, device: str = "cpu", lookahead: int = 0) -> None:
         """Connects robot and teleoperator.
 
         Args:
             env_cfg: LeRobot's configuration.
             device: Where a reward classifier computes.
+            lookahead: Steps before the end of a chunk at which the next one begins to be chosen.
 
         Raises:
             EnvironmentFailed: They cannot be connected.
@@ -108,6 +114,12 @@ class RobotVector:
         self._interventions: list[Intervention] = []
         # When the policy got the observation that it thinks about.
         self._asked: float | None = None
+        self._lookahead = lookahead
+        # The newest observations of the policy's own steps, the newest last.
+        self._seen: deque[Observation] = deque(maxlen=lookahead + 1)
+        # What the policy thinks while the robot moves, and when it was ready. The robot keeps the actor's own thread.
+        self._pool = ThreadPoolExecutor(1, "policy")
+        self._thought: Future[tuple[Any, float]] | None = None
         try:
             with _failing("cannot be started"):
                 self._connect(device)
@@ -132,6 +144,7 @@ class RobotVector:
     def reset(self, seeds: np.ndarray) -> Observation:
         """Starts an episode; the seed means something in simulation only."""
         self._pending = self._asked = None
+        self._forget_thought()
         # Of validation, or of an episode that was abandoned.
         self._clock.take_statistics()
         return self._reset(int(seeds[0]))
@@ -141,22 +154,30 @@ class RobotVector:
         if self._pending is not None:
             raise RuntimeError("send was called twice: receive the first result before sending again")
         if self._asked is not None:
-            self._count(decisions=1, thinking_seconds=time.perf_counter() - self._asked)
+            self._count(decisions=1, thinking_seconds=self._clock.now() - self._asked)
         self._pending = (chunks[0], int(reset_seeds[0]), cut is not None and bool(cut[0]))
 
-    def receive(self) -> ChunkStep:
-        """Executes the chunk until its end, the episode's, or a person takes over; then waits until they let go."""
+    def receive(self, think: Think | None = None) -> ChunkStep:
+        """Executes the chunk until its end, the episode's, or a person takes over; then waits until they let go.
+
+        Args:
+            think: Chooses the next chunk. With a lookahead it is called in a thread, with what is seen that many steps
+                before the chunk's end; if the chunk gets there, that is what to act on next, and `thought` has the
+                choice. Without it the robot holds after the chunk, and what is seen then is acted on.
+        """
         if self._pending is None:
             raise RuntimeError("nothing to receive: call send first")
         (chunk, seed, cut), self._pending = self._pending, None
         reward, executed, solved, taken_over = 0.0, 0, False, False
-        for action in chunk:
+        for number, action in enumerate(chunk):
+            if think is not None and number == len(chunk) - self._lookahead:
+                self._begin_thought(think)
             last_seen = self._observation
             moment = self._step(torch.tensor(action, dtype=torch.float32))
             if moment.by_person:
                 moment, taken_over = self._follow(last_seen, moment), True
                 break
-            last_seen = moment.observation
+            self._seen.append(moment.observation)
             reward, executed, solved = reward + moment.reward, executed + 1, solved or moment.solved
             if moment.over:
                 break
@@ -165,22 +186,69 @@ class RobotVector:
         terminated = moment.terminated and not taken_over
         truncated = (moment.over or cut) and not terminated
         success = solved and not self._assisted
-        following = self._reset(seed) if terminated or truncated else moment.observation
-        self._asked = time.perf_counter()
+        # As old as the observations are from which the policy has learned to value what follows a chunk.
+        final, following, delay = self._seen[0], moment.observation, 0
+        if terminated or truncated:
+            following = self._reset(seed)
+        elif taken_over:
+            self._see_only(following)
+        elif self._thought is not None:
+            following, delay = final, self._lookahead
+        if delay == 0:
+            # What it was about has not come to pass; it ends before the policy thinks again.
+            self._forget_thought()
+            self._asked = self._clock.now()
         return ChunkStep(
             reward=np.array([reward], dtype=np.float32),
             executed=np.array([executed]),
             terminated=np.array([terminated]),
             truncated=np.array([truncated]),
             success=np.array([success]),
-            final_observation=last_seen,
+            final_observation=final,
             observation=following,
             taken_over=np.array([taken_over]),
+            delay=np.array([delay]),
         )
+
+    def thought(self) -> Any:
+        """What `think` has chosen for the observation to act on next, once it has; None where it was not asked."""
+        if self._thought is None:
+            return None
+        assert self._asked is not None
+        (choice, ready), self._thought = self._thought.result(), None
+        due = self._clock.due
+        margin = 0.0 if due is None else due - ready
+        self._count(
+            decisions=1,
+            thinking_seconds=ready - self._asked,
+            ahead=1,
+            late=int(margin < 0),
+            margin_seconds=margin,
+        )
+        self._asked = None
+        return choice
+
+    def _begin_thought(self, think: Think) -> None:
+        """Lets the policy think about what was seen last while the robot goes on."""
+        seen = self._observation
+        self._asked = self._clock.now()
+        self._thought = self._pool.submit(lambda: (think(seen), self._clock.now()))
+
+    def _forget_thought(self) -> None:
+        """Waits until the policy thinks no more: it has one set of weights and one state of its randomness."""
+        thought, self._thought = self._thought, None
+        if thought is not None:
+            thought.result()
+
+    def _see_only(self, observation: Observation) -> None:
+        """Begins anew: what was seen before no longer says what the policy would act on."""
+        self._seen.clear()
+        self._seen.append(observation)
 
     def take_statistics(self) -> ControlStatistics:
         """How control went since the last time; the pause that follows is not counted."""
         self._clock.pause()
+        self._forget_thought()
         self._asked = None
         return self._clock.take_statistics()
 
@@ -191,6 +259,7 @@ class RobotVector:
 
     def close(self) -> None:
         """Disconnects robot and teleoperator; may be called twice."""
+        self._pool.shutdown()
         (env, self._env), (teleop, self._teleop) = (self._env, None), (self._teleop, None)
         with _failing("cannot be disconnected"):
             if env is not None:
@@ -277,6 +346,7 @@ class RobotVector:
         self._assisted = False
         self._clock.pause()
         self._observation = _observed(self._transition)
+        self._see_only(self._observation)
         self._check_features()
         return self._observation
 

@@ -143,7 +143,7 @@ class WireSpec:
             "success": TensorField(torch.bool, ()),
             **{
                 name: TensorField(torch.int64, ())
-                for name in ("executed", "version", "env", "index", "task_index")
+                for name in ("delay", "executed", "version", "env", "index", "task_index")
             },
         }
         row = {
@@ -205,6 +205,7 @@ def as_transition(batch: DecisionBatch) -> Transition:
         "chain": batch.chain,
         "step": batch.step,
         "log_prob": batch.log_prob,
+        "delay": batch.delay,
         "executed": batch.executed,
         "success": batch.success,
         "version": batch.version,
@@ -361,6 +362,8 @@ def _check_ranges(tensors: Mapping[str, Tensor], spec: WireSpec, tasks: int) -> 
     rows = len(tensors["reward"])
     top = torch.iinfo(torch.int64).max
     _check_range(tensors, "executed", 1, spec.action[0])
+    _check_range(tensors, "delay", 0, spec.action[0] - 1)
+    _check_fits(tensors, spec.action[0])
     _check_range(tensors, "step", 0, spec.denoising_steps - 1)
     _check_range(tensors, "task_index", 0, tasks - 1)
     _check_range(tensors, "next_row", 0, rows - 1)
@@ -370,6 +373,15 @@ def _check_ranges(tensors: Mapping[str, Tensor], spec: WireSpec, tasks: int) -> 
     if len(next_row.unique()) != len(next_row):
         raise WireError("complementary_info.next_row names a row twice")
     _check_truths(tensors)
+
+
+def _check_fits(tensors: Mapping[str, Tensor], horizon: int) -> None:
+    """No chunk was executed beyond its end."""
+    reached = tensors["complementary_info.delay"] + tensors["complementary_info.executed"]
+    if len(reached) and int(reached.max()) > horizon:
+        raise WireError(
+            f"complementary_info: delay + executed is {int(reached.max())}, a chunk has {horizon} steps"
+        )
 
 
 def _check_truths(tensors: Mapping[str, Tensor]) -> None:
