@@ -18,8 +18,10 @@ from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import Collect
 from lerobot_policy_pi_rl.algorithm.configuration_security import SecurityConfig
 from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
+from lerobot_policy_pi_rl.envs.configuration_metaworld_camera import MetaworldCameraEnv
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 
+PACKAGE = "lerobot_policy_pi_rl"
 PAGE = Path(__file__).parent / "configuration.md"
 
 
@@ -87,6 +89,13 @@ SECTIONS = (
         "env",
         MetaworldStateEnv,
         "`--env.type=metaworld_state`; what it does is in [environments.md](environments.md).",
+    ),
+    Section(
+        "Environment: metaworld_camera",
+        "env",
+        MetaworldCameraEnv,
+        "`--env.type=metaworld_camera`: the same simulation behind a small camera, "
+        "[environments.md](environments.md#from-a-small-camera).",
     ),
 )
 
@@ -186,7 +195,7 @@ def _run_default(name: str) -> str:
 
 
 def table(section: Section) -> str:
-    """A section with one row for each field that the class itself declares."""
+    """A section with one row for each field that the class, or one of ours that it derives from, declares."""
     rows = "".join(
         f"| `{section.prefix}.{row.name}` | {_code(row.type)} | {_default(row.field)} | {_escape(row.meaning)} |\n"
         for row in documented_fields(section.config)
@@ -208,7 +217,15 @@ class Documented:
 
 
 def documented_fields(config: type) -> list[Documented]:
-    """Fields that a dataclass declares itself, each with the comment above it.
+    """Fields of a dataclass that are declared in this package, those of its bases first; LeRobot's are left out."""
+    ours = [one for one in reversed(config.__mro__) if one.__module__.startswith(PACKAGE)]
+    # A field that is declared again counts where it stands last.
+    found = {documented.name: documented for one in ours for documented in declared_fields(one)}
+    return list(found.values())
+
+
+def declared_fields(config: type) -> list[Documented]:
+    """Fields that a class declares itself, each with the comment above it.
 
     A field without a comment of its own belongs to the commented one above it.
 

@@ -103,11 +103,20 @@ def training_step(line: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def demonstrations_command(task: str, count: int, seed: int, root: Path) -> list[str]:
+def environment_arguments(recipe: str = "metaworld") -> list[str]:
+    """The environment of a recipe, but for the task, as it is named on the command line."""
+    env = json.loads((ROOT / f"recipes/{recipe}.json").read_text())["env"]
+    return [f"--env.{name}={value}" for name, value in env.items() if name != "task"]
+
+
+def demonstrations_command(
+    task: str, count: int, seed: int, root: Path, recipe: str = "metaworld"
+) -> list[str]:
     """Scripted experts, recorded as a LeRobotDataset."""
     return [
         "lerobot-pi-rl-demos",
         f"--task={task}",
+        *environment_arguments(recipe),
         f"--num_episodes={count}",
         f"--seed={seed}",
         f"--root={root}",
@@ -145,13 +154,15 @@ def improvement_command(
     ]
 
 
-def evaluation_command(task: str, checkpoint: Path, count: int, output: Path) -> list[str]:
+def evaluation_command(
+    task: str, checkpoint: Path, count: int, output: Path, recipe: str = "metaworld"
+) -> list[str]:
     """LeRobot's own evaluation, on held-out starts of each task."""
     return [
         "lerobot-eval",
         f"--policy.path={checkpoint}",
         "--policy.device=cpu",
-        "--env.type=metaworld_state",
+        *environment_arguments(recipe),
         f"--env.task={task}",
         f"--eval.n_episodes={count}",
         f"--eval.batch_size={min(50, count)}",

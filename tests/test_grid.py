@@ -171,6 +171,24 @@ def test_a_task_may_have_another_recipe(tmp_path: Path) -> None:
     assert (default.folder.name, other.folder.name) == ("pi_rl", "pi_rl_metaworld_mt10")
 
 
+def test_all_stages_are_in_the_environment_of_the_recipe(tmp_path: Path) -> None:
+    tasks = {
+        "reach-v3": {"demonstrations": 1},
+        "push-v3": {"demonstrations": 1, "recipe": "metaworld_camera"},
+    }
+    state, camera = (stages.stages(cell, tmp_path) for cell in plan.parse(changed(tasks=tasks)).cells[:2])
+    for made, kind in ((state, "metaworld_state"), (camera, "metaworld_camera")):
+        for stage in (made.demonstrations, made.before, made.best, made.last):
+            given = [argument for argument in stage.command if argument.startswith("--env.type")]
+            assert given == [f"--env.type={kind}"]
+    assert "--env.episode_length=100" in camera.demonstrations.command
+    assert "--env.episode_length=100" in camera.best.command
+    # What is recorded in one environment is not taken for a recording in the other.
+    assert state.demonstrations.folder.parent.name == "seed_0"
+    assert camera.demonstrations.folder.parent.parent.name == "seed_0"
+    assert "metaworld_camera" in camera.demonstrations.folder.parent.name
+
+
 def test_co_training_gets_the_demonstrations_of_its_cell(tmp_path: Path) -> None:
     content = changed(
         tasks={"reach-v3": {"demonstrations": 1}},

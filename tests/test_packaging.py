@@ -25,6 +25,8 @@ HEAVY_MODULES = (
     f"{NAME}.modeling_pi_rl",
     f"{NAME}.runtime",
     f"{NAME}.scripts",
+    f"{NAME}.envs.camera",
+    f"{NAME}.envs.metaworld_camera",
     f"{NAME}.envs.metaworld_state",
     "grpc",
     "matplotlib",

@@ -38,6 +38,8 @@ HEAVY = [
     "lerobot.rl.algorithms.sac.modeling_sac",
     "lerobot_policy_pi_rl.algorithm.pi_rl",
     "lerobot_policy_pi_rl.bases.compact",
+    "lerobot_policy_pi_rl.envs.camera",
+    "lerobot_policy_pi_rl.envs.metaworld_camera",
     "lerobot_policy_pi_rl.envs.metaworld_state",
     "lerobot_policy_pi_rl.flow",
     "lerobot_policy_pi_rl.modeling_pi_rl",

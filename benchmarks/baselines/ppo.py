@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-from lerobot_policy_pi_rl.envs.configuration_metaworld_state import ACTION_SIZE
+from lerobot_policy_pi_rl.envs.configuration_metaworld import ACTION_SIZE
 from lerobot_policy_pi_rl.processor_pi_rl import floor_deviations
 from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 from lerobot_policy_pi_rl.runtime.seeds import TRAINING_SEEDS, stream

@@ -67,7 +67,7 @@ class Cell:
         variant: Name of the variant.
         demonstrations: Number of demonstrations per task.
         num_evaluations: Held-out starts per task.
-        recipe: Name of the file in `recipes` that PI-RL runs with.
+        recipe: Name of the file in `recipes` that PI-RL runs with; its environment is that of all stages.
         overrides: Of the task and the variant.
     """
 

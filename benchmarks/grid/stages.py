@@ -9,7 +9,8 @@ The folders are named after what decides their content, so that cells and grids 
             pi_rl/                      as above, and
                 evaluation_best_<count>/, evaluation_last_<count>/
 
-A folder that belongs to overrides has their names behind its own.
+A folder that belongs to overrides has their names behind its own. Another environment than that of
+`recipes/metaworld.json` has a folder below the seed's.
 """
 
 import json
@@ -23,6 +24,7 @@ from examples.metaworld_demo import (
     ROOT,
     dataset_arguments,
     demonstrations_command,
+    environment_arguments,
     evaluation_command,
     improvement_command,
     supervised_command,
@@ -129,6 +131,8 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
     more = cell.overrides
     place = output / slug([cell.task]) / f"{cell.demonstrations}_demonstrations" / f"seed_{cell.seed}"
     place = place / _name("", more.demonstrations) if more.demonstrations else place
+    environment = environment_arguments(cell.recipe)
+    place = place / slug(environment) if environment != environment_arguments() else place
     demonstrations, supervised = place / "demonstrations", place / _name("supervised", more.supervised)
     # What evaluates otherwise, trains and validates in another environment or policy as well.
     train = supervised / _name("pi_rl" if cell.recipe == RECIPE else f"pi_rl_{cell.recipe}", more.train)
@@ -137,7 +141,7 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
         folder = made_by / _name(f"{name}_{cell.num_evaluations}", more.evaluation)
         checkpoint = made_by / "output/checkpoints" / link / "pretrained_model"
         command = evaluation_command(
-            cell.task, _relative(checkpoint), cell.num_evaluations, _relative(folder / "output")
+            cell.task, _relative(checkpoint), cell.num_evaluations, _relative(folder / "output"), cell.recipe
         )
         return Stage(title, folder, (*command, *more.evaluation), checkpoint=checkpoint, twin=twin)
 
@@ -150,7 +154,10 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
         demonstrations=Stage(
             f"{cell.demonstrations} demonstrations",
             demonstrations,
-            (*demonstrations_command(cell.task, cell.demonstrations, cell.seed, data), *more.demonstrations),
+            (
+                *demonstrations_command(cell.task, cell.demonstrations, cell.seed, data, cell.recipe),
+                *more.demonstrations,
+            ),
         ),
         supervised=Stage(
             "supervised training",

@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.feature_utils import dataset_to_policy_features
 
+from lerobot_policy_pi_rl.envs.configuration_metaworld_camera import MetaworldCameraEnv
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 from lerobot_policy_pi_rl.envs.demonstrations import (
     DemonstrationPlan,
@@ -25,7 +27,9 @@ def plan(**settings: object) -> DemonstrationPlan:
 
 def played(episodes: list[Episode]) -> np.ndarray:
     """All numbers of some episodes, for comparison."""
-    return np.concatenate([np.concatenate((episode.state, episode.action), axis=1) for episode in episodes])
+    return np.concatenate(
+        [np.concatenate((one.observation["agent_pos"], one.action), axis=1) for one in episodes]
+    )
 
 
 def test_the_command_writes_a_dataset_that_lerobot_reads(tmp_path: Path) -> None:
@@ -43,6 +47,39 @@ def test_the_command_writes_a_dataset_that_lerobot_reads(tmp_path: Path) -> None
         assert bool(ends[-1]["next.success"])
         assert float(sum(row["next.reward"] for row in ends)) == 1.0
     assert not any("video" in str(path) for path in root.rglob("*"))
+
+
+def test_the_camera_is_recorded_as_pictures_of_the_same_episodes(tmp_path: Path) -> None:
+    common = [f"--task={TASK}", "--num_episodes=2", "--seed=3", "--action_noise=0.2"]
+    assert (
+        main([*common, "--env.type=metaworld_camera", "--camera_size=32", f"--root={tmp_path / 'seen'}"]) == 0
+    )
+    assert main([*common, f"--root={tmp_path / 'known'}"]) == 0
+    seen, known = (
+        LeRobotDataset("local/metaworld-demos", root=tmp_path / name) for name in ("seen", "known")
+    )
+    assert len(seen) == len(known)
+    policy = dataset_to_policy_features(seen.meta.features)
+    assert policy["observation.image"].shape == (3, 32, 32)
+    assert seen.meta.features["observation.image"]["dtype"] == "image"
+    for index in range(len(seen)):
+        row, other = seen[index], known[index]
+        assert row["action"].tolist() == other["action"].tolist()
+        # The hand's position and the gripper's opening.
+        assert row["observation.state"].tolist() == other["observation.state"][:4].tolist()
+    env = MetaworldCameraEnv(task=TASK, camera_size=32).make_env(TASK)
+    first = env.reset(seed=3000)[0]["pixels"]
+    np.testing.assert_array_equal((seen[0]["observation.image"] * 255).permute(1, 2, 0).round(), first)
+    assert not any(path.suffix == ".mp4" for path in tmp_path.rglob("*"))
+
+
+def test_a_camera_size_without_a_camera_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"--task={TASK}", "--camera_size=32", f"--root={tmp_path / 'demos'}"]) == 1
+    error = capsys.readouterr().err
+    assert "add --env.type=metaworld_camera" in error
+    assert error.count("\n") == 1
 
 
 def test_the_same_seed_gives_the_same_demonstrations() -> None:
@@ -63,7 +100,7 @@ def test_noise_disturbs_the_executed_action_and_not_the_recorded_one() -> None:
     clean, noisy = (next(demonstrations(plan(action_noise=noise), TASK)) for noise in (0.0, 0.3))
     # The first decision is taken in the same state; what was executed shows in the next one.
     np.testing.assert_array_equal(noisy.action[0], clean.action[0])
-    assert not np.array_equal(noisy.state[1], clean.state[1])
+    assert not np.array_equal(noisy.observation["agent_pos"][1], clean.observation["agent_pos"][1])
 
 
 def test_failures_are_kept_only_when_asked() -> None:

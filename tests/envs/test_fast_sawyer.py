@@ -14,20 +14,10 @@ from lerobot_policy_pi_rl.envs import fast_sawyer
 from lerobot_policy_pi_rl.envs.fast_sawyer import DRAW_DEPENDENT_SETTLING, FastSawyer, make_simulation
 from lerobot_policy_pi_rl.envs.tasks import all_tasks, expert_name
 
+from .conftest import make_stock
+
 SEEDS = (3, 100_077)
 EXPERT_STEPS = 60
-
-
-def make_stock(task: str, seed: int) -> SawyerXYZEnv:
-    """A freshly made environment of MetaWorld that shows its goal and draws it from a seed."""
-    env = ALL_V3_ENVIRONMENTS[task]()
-    env._partially_observable = False
-    env._freeze_rand_vec = False
-    env.seeded_rand_vec = True
-    env._set_task_called = True
-    del env.sawyer_observation_space
-    env.seed(seed)
-    return env
 
 
 def muddle(fast: FastSawyer) -> None:

@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import draccus
 import gymnasium as gym
 import numpy as np
 import pytest
 from lerobot.envs import make_env, preprocess_observation
-from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import env_to_policy_features
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3
 
@@ -19,12 +17,9 @@ from lerobot_policy_pi_rl.envs.metaworld_state import MetaworldStateGym, observe
 from lerobot_policy_pi_rl.envs.tasks import MT10, all_tasks
 from lerobot_policy_pi_rl.errors import ConfigError
 
+from .conftest import Command
+
 STILL = np.zeros(4, dtype=np.float32)
-
-
-@dataclass
-class Command:
-    env: EnvConfig
 
 
 def play(env: MetaworldStateGym, seed: int, steps: int = 15) -> np.ndarray:

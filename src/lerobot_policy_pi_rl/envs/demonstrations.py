@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from lerobot.utils.constants import ACTION, DONE, OBS_STATE, REWARD
+from lerobot.configs import FeatureType
+from lerobot.utils.constants import ACTION, DONE, REWARD
 
-from lerobot_policy_pi_rl.envs.configuration_metaworld_state import ACTION_SIZE, MetaworldStateEnv
+from lerobot_policy_pi_rl.envs.configuration_metaworld import ACTION_SIZE, MetaworldConfig
 from lerobot_policy_pi_rl.envs.tasks import expert_name
 from lerobot_policy_pi_rl.errors import check
 
 if TYPE_CHECKING:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from lerobot_policy_pi_rl.envs.metaworld_state import MetaworldStateGym
+    from lerobot_policy_pi_rl.envs.metaworld import MetaworldGym
 
 SUCCESS = "next.success"
 # Demonstration seed s starts its episodes from the reset seeds 1000 s to 1000 s + 999, so all of them lie below 50,000;
@@ -39,14 +40,14 @@ class Episode:
 
     Attributes:
         task: Task text.
-        state: What the policy sees before each action, `[T, 48]` float32.
+        observation: What the policy sees before each action, in the environment's names, `[T, ...]` each.
         action: What the expert wants, within the action bounds, `[T, 4]` float32.
         reward: Reward of each step, `[T]` float32.
         success: The step solved the task, `[T]` bool.
     """
 
     task: str
-    state: np.ndarray
+    observation: dict[str, np.ndarray]
     action: np.ndarray
     reward: np.ndarray
     success: np.ndarray
@@ -66,7 +67,7 @@ class DemonstrationPlan:
     """What to collect."""
 
     # Environment and tasks.
-    env: MetaworldStateEnv
+    env: MetaworldConfig
     # Episodes to keep per task.
     num_episodes: int = 10
     # Block of reset seeds, 0 to 49.
@@ -103,7 +104,7 @@ def make_expert(task: str) -> Expert:
     return getattr(policies, expert_name(task))()
 
 
-def demonstrate(env: "MetaworldStateGym", expert: Expert, seed: int, action_noise: float = 0.0) -> Episode:
+def demonstrate(env: "MetaworldGym", expert: Expert, seed: int, action_noise: float = 0.0) -> Episode:
     """Lets the expert play one episode.
 
     Args:
@@ -113,13 +114,13 @@ def demonstrate(env: "MetaworldStateGym", expert: Expert, seed: int, action_nois
         action_noise: Standard deviation of the noise on the executed action.
     """
     noise = np.random.default_rng(seed)
-    states, actions, rewards, successes = [], [], [], []
+    observations, actions, rewards, successes = [], [], [], []
     observation, _ = env.reset(seed=seed)
     done = False
     while not done:
         action = np.clip(expert.get_action(env.stock_state), -1, 1).astype(np.float32)
         disturbed = action + action_noise * noise.standard_normal(ACTION_SIZE).astype(np.float32)
-        states.append(observation["agent_pos"])
+        observations.append(observation)
         observation, reward, terminated, truncated, info = env.step(disturbed)
         actions.append(action)
         rewards.append(reward)
@@ -127,7 +128,7 @@ def demonstrate(env: "MetaworldStateGym", expert: Expert, seed: int, action_nois
         done = terminated or truncated
     return Episode(
         task=env.task_description,
-        state=np.stack(states),
+        observation={key: np.stack([seen[key] for seen in observations]) for key in observations[0]},
         action=np.stack(actions),
         reward=np.array(rewards, dtype=np.float32),
         success=np.array(successes, dtype=bool),
@@ -167,10 +168,18 @@ def demonstrations(plan: DemonstrationPlan, task: str) -> Iterator[Episode]:
     )
 
 
-def dataset_features(state_size: int) -> dict[str, dict[str, Any]]:
-    """The columns of the dataset, in LeRobot's format."""
+def dataset_features(env: MetaworldConfig) -> dict[str, dict[str, Any]]:
+    """The columns of the dataset, in LeRobot's format; pictures are files of their own, not videos."""
+    observed: dict[str, dict[str, Any]] = {}
+    for key, feature in env.observed_features.items():
+        image = feature.type is FeatureType.VISUAL
+        observed[env.features_map[key]] = {
+            "dtype": "image" if image else "float32",
+            "shape": feature.shape,
+            "names": ["height", "width", "channels"] if image else None,
+        }
     return {
-        OBS_STATE: {"dtype": "float32", "shape": (state_size,), "names": None},
+        **observed,
         ACTION: {"dtype": "float32", "shape": (ACTION_SIZE,), "names": ["x", "y", "z", "gripper"]},
         REWARD: {"dtype": "float32", "shape": (1,), "names": None},
         SUCCESS: {"dtype": "bool", "shape": (1,), "names": None},
@@ -178,12 +187,13 @@ def dataset_features(state_size: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def add_episode(dataset: "LeRobotDataset", episode: Episode) -> None:
+def add_episode(dataset: "LeRobotDataset", env: MetaworldConfig, episode: Episode) -> None:
     """Appends one episode to a dataset."""
+    columns = {env.features_map[key]: seen for key, seen in episode.observation.items()}
     for step in range(len(episode)):
         dataset.add_frame(
             {
-                OBS_STATE: episode.state[step],
+                **{name: seen[step] for name, seen in columns.items()},
                 ACTION: episode.action[step],
                 REWARD: episode.reward[step : step + 1],
                 SUCCESS: episode.success[step : step + 1],
@@ -220,7 +230,7 @@ def _write(plan: DemonstrationPlan, repo_id: str, root: Path) -> Generator[Episo
     dataset = LeRobotDataset.create(
         repo_id=repo_id,
         fps=plan.env.fps,
-        features=dataset_features(plan.env.state_size),
+        features=dataset_features(plan.env),
         root=root,
         robot_type="sawyer",
         use_videos=False,
@@ -232,7 +242,7 @@ def _write(plan: DemonstrationPlan, repo_id: str, root: Path) -> Generator[Episo
         for task in plan.env.tasks:
             for episode in demonstrations(plan, task):
                 if plan.keeps(episode):
-                    add_episode(dataset, episode)
+                    add_episode(dataset, plan.env, episode)
                 yield episode
         complete = True
     finally:

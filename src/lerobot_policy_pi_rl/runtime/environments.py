@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
@@ -149,6 +149,33 @@ def _attribute(env: gym.Env, *names: str) -> Any:
     return None
 
 
+@runtime_checkable
+class ActsUnseen(Protocol):
+    """An environment with the two halves of `step`, for whom an observation costs something, such as a picture.
+
+    Within a chunk nobody looks, so it is observed once a chunk only; except with a lookahead.
+    """
+
+    def act(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
+        """Executes one action; reward, terminated, truncated and info, as `step` gives them."""
+
+    def observe(self) -> Mapping[str, Any]:
+        """What is seen at this moment."""
+
+
+class _Halves(gym.Wrapper):
+    """Makes an `ActsUnseen` of any environment, which is observed at every step all the same."""
+
+    _seen: Mapping[str, Any]
+
+    def act(self, action: np.ndarray) -> tuple[float, bool, bool, dict[str, Any]]:
+        self._seen, reward, terminated, truncated, info = self.env.step(action)
+        return float(reward), terminated, truncated, info
+
+    def observe(self) -> Mapping[str, Any]:
+        return self._seen
+
+
 class _Slot:
     """One environment and how it executes a chunk."""
 
@@ -161,7 +188,8 @@ class _Slot:
             reward: As in `ChunkedVectorEnv`.
             lookahead: As in `ChunkedVectorEnv`.
         """
-        self._env, self._success_is_reward, self._steps = env, reward == "success", 0
+        self._env = env if isinstance(env, ActsUnseen) else _Halves(env)
+        self._success_is_reward, self._lookahead, self._steps = reward == "success", lookahead, 0
         # The newest observations of the episode, the newest last.
         self._seen: deque[Observation] = deque(maxlen=lookahead + 1)
         # LIBERO's own limit is only a number: `lerobot-eval` reads it and stops by itself.
@@ -198,19 +226,26 @@ class _Slot:
         """
         total, executed, success = 0.0, 0, False
         for action in chunk:
-            observation, reward, terminated, truncated, info = self._env.step(action)
+            reward, terminated, truncated, info = self._env.act(action)
             solved = any(bool(info.get(name, False)) for name in SUCCESS)
-            total += float(solved if self._success_is_reward else reward)
+            total += float(solved) if self._success_is_reward else reward
             executed, self._steps = executed + 1, self._steps + 1
             success = success or solved
-            self._seen.append(_flat(observation))
+            if self._lookahead:
+                # The episode may end at any step, and what was seen some steps before is wanted then.
+                self._look()
             truncated = truncated or self._steps == self.time_limit
             if terminated or truncated:
                 break
         truncated = truncated or cut
+        if not self._lookahead:
+            self._look()
         final = self._seen[0]
         following = self.reset(reset_seed) if terminated or truncated else final
         return [total, executed, terminated, truncated and not terminated, success], final, following
+
+    def _look(self) -> None:
+        self._seen.append(_flat(self._env.observe()))
 
     def close(self) -> None:
         """Frees the environment."""

@@ -11,8 +11,11 @@ import datasets
 from draccus.utils import DecodingError
 from tqdm import tqdm
 
+from lerobot_policy_pi_rl.envs.configuration_metaworld import MetaworldConfig
+from lerobot_policy_pi_rl.envs.configuration_metaworld_camera import MetaworldCameraEnv
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 from lerobot_policy_pi_rl.envs.demonstrations import DemonstrationPlan, write_demonstrations
+from lerobot_policy_pi_rl.errors import check
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -24,6 +27,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         dest="task",
         default="peg-insert-side-v3",
         help="task name, several separated by commas, MT10 or MT50",
+    )
+    parser.add_argument(
+        "--env.type",
+        dest="env_type",
+        choices=("metaworld_state", "metaworld_camera"),
+        default="metaworld_state",
+        help="environment whose observations are recorded",
+    )
+    parser.add_argument(
+        "--camera_size",
+        "--env.camera_size",
+        dest="camera_size",
+        type=int,
+        default=None,
+        help=f"height and width of metaworld_camera's picture (default: {MetaworldCameraEnv.camera_size})",
     )
     parser.add_argument("--num_episodes", type=int, default=10, help="episodes to keep per task")
     parser.add_argument("--seed", type=int, default=0, help="block of reset seeds, 0 to 49")
@@ -53,7 +71,7 @@ def collect(options: argparse.Namespace) -> str:
     Returns:
         One line that says what was recorded, and where.
     """
-    env = MetaworldStateEnv(task=options.task, episode_length=options.episode_length)
+    env = make_env_config(options)
     plan = DemonstrationPlan(
         env=env,
         num_episodes=options.num_episodes,
@@ -79,6 +97,16 @@ def collect(options: argparse.Namespace) -> str:
             bar.set_postfix_str(f"solved {solved}/{played}, {episode.task}")
     seconds = time.monotonic() - start
     return f"{kept} episodes ({solved} of {played} solved, {steps} steps) in {seconds:.1f} s: {root}"
+
+
+def make_env_config(options: argparse.Namespace) -> MetaworldConfig:
+    """The environment that the options name."""
+    common = {"task": options.task, "episode_length": options.episode_length}
+    camera = {} if options.camera_size is None else {"camera_size": options.camera_size}
+    if options.env_type == "metaworld_camera":
+        return MetaworldCameraEnv(**common, **camera)
+    check(not camera, "camera_size", "is of a camera; add --env.type=metaworld_camera")
+    return MetaworldStateEnv(**common)
 
 
 def default_root(repo_id: str) -> Path:
