@@ -4,7 +4,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,7 +22,6 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.utils import populate_queues
 from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
-from lerobot.utils import import_utils
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
@@ -296,15 +294,8 @@ def gr00t(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
 
 @pytest.fixture
 def groot_packages(monkeypatch: pytest.MonkeyPatch, qwen: Path) -> None:
-    """Lets GR00T's processor find a small Qwen3-VL, and stands in for the one function that it takes from dm-tree."""
-
-    def map_structure(function: Callable[[Any], Any], structure: Any) -> Any:
-        return type(structure)({key: function(value) for key, value in structure.items()})
-
+    """Lets GR00T's processor find a small Qwen3-VL."""
     monkeypatch.setattr(processor_groot, "GROOT_N1_7_BACKBONE_MODEL", str(qwen))
-    if groot_n1_7.tree is None:
-        monkeypatch.setattr(groot_n1_7, "tree", SimpleNamespace(map_structure=map_structure))
-        monkeypatch.setitem(import_utils._require_package_cache, "tree", True)
 
 
 @pytest.fixture
