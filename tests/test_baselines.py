@@ -25,11 +25,12 @@ SIZE = 48
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory):
     """Two episodes of 3 and 2 steps whose states and actions count upwards; each ends with a success."""
+    env = MetaworldStateEnv()
     root = tmp_path_factory.mktemp("data") / "demonstrations"
     dataset = LeRobotDataset.create(
         "pi_rl/demo",
         fps=80,
-        features=dataset_features(SIZE),
+        features=dataset_features(env),
         root=root,
         use_videos=False,
         video_backend="pyav",
@@ -39,9 +40,10 @@ def demonstrations(tmp_path_factory):
         solved = np.arange(length) == length - 1
         add_episode(
             dataset,
+            env,
             Episode(
                 task="count",
-                state=np.repeat(steps[:, None], SIZE, axis=1),
+                observation={"agent_pos": np.repeat(steps[:, None], SIZE, axis=1)},
                 action=np.repeat(steps[:, None] / 10, 4, axis=1),
                 reward=solved.astype(np.float32),
                 success=solved,
