@@ -513,10 +513,8 @@ class PIRLLearnerService(LearnerService):
                 return link.heard > before or not link.open or self.shutdown_event.is_set()
 
             # In parts: a pause of this process must not be taken for one of the actor.
-            return (
-                any(self._heard.wait_for(known, HEARTBEAT_SECONDS) for _ in range(MISSED_HEARTBEATS))
-                and link.open
-            )
+            shown = any(self._heard.wait_for(known, HEARTBEAT_SECONDS) for _ in range(MISSED_HEARTBEATS))
+            return self.shutdown_event.is_set() or (shown and link.open)
 
     def _note_life(self, link: _Link) -> None:
         """Notes that an actor has sent something."""
