@@ -43,7 +43,7 @@ def build(base: str, trainable: str) -> PIRLPolicy:
     """A policy at its real size, in bfloat16, without memory."""
     stock = BASES[base](device="cpu", dtype="bfloat16", **FEATURES, **SETTINGS.get(base, {}))
     config = PIRLConfig(base=stock, device="cpu", trainable=trainable)
-    config.device = config.stock.device = "meta"
+    config.place_on("meta")
     with torch.device("meta"):
         return PIRLPolicy(config)
 

@@ -70,7 +70,7 @@ def test_an_update_trains_on_every_decision_in_every_epoch(job: Job) -> None:
 def test_the_real_policy_is_built_from_lerobot_s_configuration() -> None:
     """Here without memory, and without the hub, as everywhere in these tests."""
     config = make_config(SIZES["real"], "cpu", "bfloat16")
-    config.device = config.stock.device = "meta"
+    config.place_on("meta")
     with torch.device("meta"):
         policy = PIRLPolicy(config)
     # Its 3.5 billion, and the output layer of PaliGemma, which nobody uses.

@@ -223,6 +223,16 @@ class PIRLConfig(PreTrainedConfig):
             self.output_features = self.output_features or own.output_features  # type: ignore[has-type]
             self.normalization_mapping = own.normalization_mapping
 
+    def place_on(self, device: str) -> None:
+        """Moves the policy that is built from this configuration, and its processors, to another device.
+
+        Args:
+            device: As torch names it.
+        """
+        self.device = device
+        if self.stock is not None:
+            self.stock.device = device
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Saves all but where the base came from: a checkpoint has its own weights and processors."""
         base_path, self.base_path = self.base_path, None

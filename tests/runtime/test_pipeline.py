@@ -13,6 +13,7 @@ from lerobot.rl.algorithms.sac import SACAlgorithmConfig
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.runtime import pipeline
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.learner import Learner
@@ -111,6 +112,26 @@ def test_an_actor_works_next_to_the_checkpoints(make_cfg: MakeConfig, saved: Pat
     cfg.is_actor = True
     cfg.validate()
     assert cfg.output_dir == saved.parents[1]
+
+
+def test_actors_run_on_a_device_of_their_own(make_cfg: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "is_torch_device_available", lambda device: device == "cuda:1")
+    chosen = "--algorithm.collection.device=cuda:1"
+    assert parts(make_cfg(chosen))[0].device == "cpu"
+    actor = make_cfg(chosen, validate=False)
+    actor.is_actor = True
+    actor.validate()
+    assert parts(actor)[0].device == "cuda:1"
+
+
+@pytest.mark.parametrize("device", ["mps", "abacus"])
+def test_a_device_that_an_actor_has_not_is_refused(make_cfg: MakeConfig, device: str) -> None:
+    make_cfg(f"--algorithm.collection.device={device}")  # The learner's machine need not have it.
+    actor = make_cfg(f"--algorithm.collection.device={device}", validate=False)
+    actor.is_actor = True
+    with pytest.raises(ConfigError, match=rf"algorithm.collection.device.*'{device}' is not on") as error:
+        actor.validate()
+    one_line(error)
 
 
 # Resuming

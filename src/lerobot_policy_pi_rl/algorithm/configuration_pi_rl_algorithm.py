@@ -22,6 +22,9 @@ class CollectionConfig:
     num_envs: int = 64
     # Number of worker processes that step them; 0 steps them inside the actor.
     num_workers: int = 2
+    # Device on which actors (and `lerobot-pi-rl-check`) run the policy, such as `cpu` beside a learner on `cuda`; None
+    # is that of the learner, policy.device.
+    device: str | None = None
     # Decisions per environment and iteration.
     decisions: int = 16
     # What a step is worth: `environment` (its own reward) or `success` (1 for a step that reports success, else 0), for

@@ -26,6 +26,7 @@ from lerobot.rl.train_rl import TrainRLServerPipelineConfig
 from lerobot.robots import so_follower  # noqa: F401
 from lerobot.teleoperators import gamepad, keyboard, so_leader  # noqa: F401
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
+from lerobot.utils.device_utils import is_torch_device_available
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
@@ -87,6 +88,9 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             fix = "; begin with it by --policy.type=pi_rl --policy.base_path=..." if kind in STOCK else ""
             raise config_error("policy.type", f"is {kind!r}; this command trains 'pi_rl'{fix}")
         self.algorithm.policy_config = self.policy
+        if self.is_actor and self.algorithm.collection.device is not None:
+            self._check_device(self.algorithm.collection.device)
+            self.policy.place_on(self.algorithm.collection.device)
         self._check_algorithm(self.algorithm, self.policy, self.env)
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
@@ -122,6 +126,19 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                     f"{algorithm.collection.decisions} is too few for algorithm.advantage='group': an episode of "
                     f"{length} steps takes {needed} decisions",
                 )
+
+    @staticmethod
+    def _check_device(device: str) -> None:
+        """Checks that the actor's machine has the device it is to run on."""
+        try:
+            there = is_torch_device_available(device)
+        except ValueError:
+            there = False
+        if not there:
+            raise config_error(
+                "algorithm.collection.device",
+                f"{device!r} is not on this machine; name one that is, such as cpu",
+            )
 
     @staticmethod
     def _check_lookahead(lookahead: int, policy: PIRLConfig) -> None:

@@ -50,7 +50,7 @@ def export(path: Path, output_dir: Path) -> str:
             "policy.path",
             f"{path} has the compact base, which is a part of this package: there is no stock policy in it",
         )
-    config.device = config.stock.device = "cpu"
+    config.place_on("cpu")
     base = PIRLPolicy.from_pretrained(path, config=config).base
     assert isinstance(base, StockBase)
     base.export().save_pretrained(output_dir)
