@@ -22,9 +22,10 @@ from lerobot_policy_pi_rl.runtime.access import (
     read_token,
 )
 from lerobot_policy_pi_rl.runtime.client import ActorRefused, LearnerClient
+from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
-from lerobot_policy_pi_rl.runtime.service import LearnerServer, PIRLLearnerService
-from lerobot_policy_pi_rl.runtime.wire import Handshake
+from lerobot_policy_pi_rl.runtime.server import LearnerServer
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 
 TOKEN, OTHER = "a token of many characters".replace(" ", "-"), "another-token-of-many"
 HOST = "127.0.0.1"

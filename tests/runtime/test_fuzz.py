@@ -28,14 +28,15 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.runtime.gather import Gatherer, Stopped
+from lerobot_policy_pi_rl.runtime.handshake import Handshake, settings_differences
 from lerobot_policy_pi_rl.runtime.limits import Limits
-from lerobot_policy_pi_rl.runtime.service import LearnerServer, PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.packing import WireError
+from lerobot_policy_pi_rl.runtime.server import LearnerServer
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 from lerobot_policy_pi_rl.runtime.wire import (
-    Handshake,
     RolloutHeader,
     TensorField,
     WeightsHeader,
-    WireError,
     WireSpec,
     decode_decisions,
     decode_interaction,
@@ -44,7 +45,6 @@ from lerobot_policy_pi_rl.runtime.wire import (
     encode_interaction,
     encode_weights,
     finite_rows,
-    settings_differences,
 )
 
 ROUNDS = int(os.environ.get("PI_RL_FUZZ_ROUNDS", "26000"))

@@ -18,8 +18,9 @@ from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.control import ControlStatistics
 from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, Gathered, Gatherer, NothingUsable, Stopped
+from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
-from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo, Inbox, Received
+from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo
 from lerobot_policy_pi_rl.runtime.wire import (
     RolloutHeader,
     WireSpec,

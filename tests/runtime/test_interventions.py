@@ -14,10 +14,10 @@ from torch import Tensor
 from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch, chunk_rows
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
 from lerobot_policy_pi_rl.runtime.interventions import FOLDER, InterventionStore, either
+from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.wire import (
     MAX_DEMONSTRATION_ROWS,
     TensorField,
-    WireError,
     WireSpec,
     decode_demonstrations,
     encode_demonstrations,

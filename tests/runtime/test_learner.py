@@ -22,7 +22,7 @@ from lerobot_policy_pi_rl.runtime.collector import Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import Player
-from lerobot_policy_pi_rl.runtime.service import PortUnavailable
+from lerobot_policy_pi_rl.runtime.server import PortUnavailable
 from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
 from .conftest import SOON, MakeConfig, Train, as_actor, run_actor

@@ -11,16 +11,14 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import CHUNK_SIZE
 
 from lerobot_policy_pi_rl.runtime import limits
+from lerobot_policy_pi_rl.runtime.chunks import CHUNK_OVERHEAD, whole_messages
 from lerobot_policy_pi_rl.runtime.client import ActorRefused, LearnerClient, LearnerLost
+from lerobot_policy_pi_rl.runtime.handshake import Handshake
+from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.limits import Bucket, Limits
-from lerobot_policy_pi_rl.runtime.service import (
-    REMEMBERED,
-    Inbox,
-    LearnerServer,
-    PIRLLearnerService,
-    Received,
-)
-from lerobot_policy_pi_rl.runtime.wire import CHUNK_OVERHEAD, MAX_INTERACTION_BYTES, Handshake, whole_messages
+from lerobot_policy_pi_rl.runtime.server import LearnerServer
+from lerobot_policy_pi_rl.runtime.service import REMEMBERED, PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.wire import MAX_INTERACTION_BYTES
 
 SOON = 10.0
 BEGIN, MIDDLE, END = 1, 2, 3

@@ -16,6 +16,7 @@ from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime import pipeline
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
 from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.handshake import settings_differences
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import (
     PIRLTrainConfig,
@@ -26,12 +27,7 @@ from lerobot_policy_pi_rl.runtime.pipeline import (
     parts,
     wire_spec,
 )
-from lerobot_policy_pi_rl.runtime.wire import (
-    RolloutHeader,
-    decode_decisions,
-    encode_decisions,
-    settings_differences,
-)
+from lerobot_policy_pi_rl.runtime.wire import RolloutHeader, decode_decisions, encode_decisions
 
 MakeConfig = Callable[..., PIRLTrainConfig]
 

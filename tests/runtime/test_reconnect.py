@@ -12,15 +12,10 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_policy_pi_rl.runtime.access import Access
 from lerobot_policy_pi_rl.runtime.client import ActorRefused, ConfigMismatch, LearnerClient, LinkState
+from lerobot_policy_pi_rl.runtime.handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
-from lerobot_policy_pi_rl.runtime.service import (
-    HEARTBEAT_METADATA,
-    HEARTBEAT_SECONDS,
-    MISSED_HEARTBEATS,
-    LearnerServer,
-    PIRLLearnerService,
-)
-from lerobot_policy_pi_rl.runtime.wire import Handshake
+from lerobot_policy_pi_rl.runtime.server import LearnerServer
+from lerobot_policy_pi_rl.runtime.service import MISSED_HEARTBEATS, PIRLLearnerService
 
 sys.path.insert(0, str(Path(__file__).parent / "processes"))
 

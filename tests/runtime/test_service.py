@@ -29,14 +29,11 @@ from lerobot_policy_pi_rl.runtime.client import (
     LinkState,
     Outbox,
 )
+from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
-from lerobot_policy_pi_rl.runtime.service import LearnerServer, PIRLLearnerService, PortUnavailable
-from lerobot_policy_pi_rl.runtime.wire import (
-    Handshake,
-    WeightsHeader,
-    decode_interaction,
-    encode_weights,
-)
+from lerobot_policy_pi_rl.runtime.server import LearnerServer, PortUnavailable
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.wire import WeightsHeader, decode_interaction, encode_weights
 
 SETTINGS = {"policy": {"num_inference_steps": 4, "shape": (48,)}, "env.task": "reach-v3"}
 SOON = 10.0

@@ -16,7 +16,8 @@ from lerobot_policy_pi_rl.runtime.client import (
     ask_status,
 )
 from lerobot_policy_pi_rl.runtime.limits import Limits
-from lerobot_policy_pi_rl.runtime.service import LearnerServer, PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.server import LearnerServer
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 from lerobot_policy_pi_rl.scripts import status as command
 
 pytestmark = pytest.mark.timeout(60)

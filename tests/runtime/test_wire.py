@@ -16,12 +16,13 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.runtime.handshake import flat_settings, settings_differences
+from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.wire import (
     MAX_INTERACTION_BYTES,
     RolloutHeader,
     TensorField,
     WeightsHeader,
-    WireError,
     WireSpec,
     as_transition,
     decode_decisions,
@@ -31,9 +32,7 @@ from lerobot_policy_pi_rl.runtime.wire import (
     encode_interaction,
     encode_weights,
     finite_rows,
-    flat_settings,
     from_transition,
-    settings_differences,
     task_vocabulary,
 )
 

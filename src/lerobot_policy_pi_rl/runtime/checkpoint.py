@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
-from .wire import flat_settings
+from .handshake import flat_settings
 
 PACKAGE = "lerobot_policy_pi_rl"
 # Of what it adds to LeRobot's layout; raised whenever an older one can no longer be read.

@@ -20,16 +20,9 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunks, send_bytes_in_chunks
 
 from .access import TOKEN_VARIABLE, Access, find_tls_fault
-from .service import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, STATUS_METADATA
-from .wire import (
-    PROTOCOL,
-    Handshake,
-    Scalar,
-    Weights,
-    decode_weights,
-    encode_interaction,
-    whole_messages,
-)
+from .chunks import whole_messages
+from .handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, PROTOCOL, STATUS_METADATA, Handshake
+from .wire import Scalar, Weights, decode_weights, encode_interaction
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,14 @@ from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
-from .service import ActorEvent, PIRLLearnerService, Received
+from .inbox import Received
+from .packing import WireError
+from .service import ActorEvent, PIRLLearnerService
 from .tasks import PER_TASK
 from .wire import (
     DEMONSTRATIONS,
     Rollout,
     Scalar,
-    WireError,
     WireSpec,
     decode_decisions,
     decode_demonstrations,

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..algorithm.demonstrations import DemonstrationBatch, chunk_rows
 from ..algorithm.pi_rl import Demonstrations
 from .checkpoint import CheckpointError
-from .wire import WireError, WireSpec, decode_demonstrations, encode_demonstrations
+from .packing import WireError
+from .wire import WireSpec, decode_demonstrations, encode_demonstrations
 
 logger = logging.getLogger(__name__)
 

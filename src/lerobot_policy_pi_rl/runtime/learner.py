@@ -31,7 +31,8 @@ from .limits import Limits
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .robots import is_robot
-from .service import LearnerServer, PIRLLearnerService
+from .server import LearnerServer
+from .service import PIRLLearnerService
 from .tasks import success_by_task, task_shares
 from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
 

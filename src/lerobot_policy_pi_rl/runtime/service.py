@@ -1,6 +1,6 @@
 """The learner's side of the wire: LeRobot's `LearnerService`, extended from one actor to many.
 
-Proto and rpc names are LeRobot's. What differs: an actor introduces itself (`wire.Handshake`) and is refused
+Proto and rpc names are LeRobot's. What differs: an actor introduces itself (`handshake.Handshake`) and is refused
 without the access token or with other settings, every connected actor gets the newest weights whenever there are
 new ones, and what arrives goes to bounded inboxes as raw bytes, so that no network thread ever decodes and a slow
 learner slows its actors down. An actor that sends too much is slowed, one that sends nonsense is cut off, and one
@@ -11,98 +11,49 @@ import contextlib
 import json
 import logging
 import queue
-import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError
 from lerobot.rl.learner_service import LearnerService
-from lerobot.transport import services_pb2, services_pb2_grpc
+from lerobot.transport import services_pb2
 from lerobot.transport.utils import (
     CHUNK_SIZE,
-    MAX_MESSAGE_SIZE,
     receive_bytes_in_chunks,
     send_bytes_in_chunks,
 )
 
 from .access import Access, Gate
-from .limits import BURST_SECONDS, Bucket, Limits
-from .wire import (
-    MAX_INTERACTION_BYTES,
-    PROTOCOL,
+from .chunks import whole_messages
+from .handshake import (
+    HEARTBEAT_METADATA,
+    HEARTBEAT_SECONDS,
+    OWN_METADATA,
+    STATUS_METADATA,
     Handshake,
-    WireError,
     settings_differences,
-    whole_messages,
 )
+from .inbox import Inbox, Received
+from .limits import BURST_SECONDS, Bucket, Limits
+from .packing import WireError
+from .wire import MAX_INTERACTION_BYTES
 
 logger = logging.getLogger(__name__)
 
-STREAMS_PER_ACTOR = 4
 REMEMBERED = 1024
 """Most events that wait, and most sessions of each kind that are remembered: whoever calls makes new ones."""
 WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
 """Lines about rejected messages and refused calls in the log; further ones are counted only."""
 DRAIN_SECONDS = 1.5
 """How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
-CUT_SECONDS = 1.0
-"""How long `stop` waits for gRPC afterwards."""
 
-OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
-"""What an actor knows a learner of this package by."""
-
-STATUS_METADATA = ("pi-rl-status", "1")
-"""With it a call of `StreamParameters` asks for the learner's status instead of weights."""
-
-HEARTBEAT_METADATA = ("pi-rl-heartbeat", "1")
-"""With it a call of `SendInteractions` carries signs of life, empty chunks, instead of statistics."""
-HEARTBEAT_SECONDS = 1.0
-"""How often an actor sends one, whatever it is at: it may collect for minutes and have nothing else to say."""
 MISSED_HEARTBEATS = 4
 """After so many in a row that did not come, an actor's number goes to another process that asks for it."""
-
-GRPC_OPTIONS = [
-    # With port sharing, gRPC's default, a second learner on the same port would get half of the actors.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_SIZE),
-    # Calls at once on one connection; an actor has five.
-    ("grpc.max_concurrent_streams", 16),
-    # The settings of `Ready` travel as metadata, whose default limit is 8 KiB.
-    ("grpc.max_metadata_size", 2**20),
-    # Notices an actor whose machine or network went away without closing the connection.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # gRPC would stop asking after two questions, which is before a long update has ended.
-    ("grpc.http2.max_pings_without_data", 0),
-    # For its other pings, behind which the one that asks has to wait; a minute by default.
-    ("grpc.http2.ping_timeout_ms", 20_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
-
-
-class PortUnavailable(OSError):
-    """The learner cannot listen where it should; the text is one line."""
-
-
-@dataclass(frozen=True)
-class Received:
-    """A message as it came: not decoded, not checked.
-
-    Attributes:
-        actor: The actor that sent it.
-        payload: Its bytes.
-    """
-
-    actor: int
-    payload: bytes
 
 
 @dataclass(frozen=True)
@@ -147,97 +98,6 @@ class Traffic:
     sent_bytes: int
     slowed: int
     rejected: dict[str, int]
-
-
-class Inbox:
-    """A queue of received messages, bounded for each actor; one whose part is full blocks, and no other."""
-
-    def __init__(self, messages: int, size: int) -> None:
-        """Makes an empty inbox.
-
-        Args:
-            messages: Most messages of an actor that wait at once.
-            size: Most bytes of them; one message may always wait.
-        """
-        self._limits = messages, size
-        # Messages and bytes that wait, by actor.
-        self._waiting: Counter[int] = Counter()
-        self._bytes: Counter[int] = Counter()
-        self._items: deque[Received] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def put(self, item: Received, wanted: Callable[[], bool]) -> bool:
-        """Adds a message, waiting for room.
-
-        Args:
-            item: The message.
-            wanted: Whether the sender is still there; looked at again after each `wake`.
-
-        Returns:
-            False when the inbox closed or the sender left first.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or not wanted() or self._has_room(item))
-            if self._closed or not wanted():
-                return False
-            self._items.append(item)
-            self._waiting[item.actor] += 1
-            self._bytes[item.actor] += len(item.payload)
-            self._changed.notify_all()
-            return True
-
-    def get(self, timeout: float | None = None) -> Received | None:
-        """Takes the oldest message.
-
-        Args:
-            timeout: Seconds to wait for one; None waits until the inbox closes.
-
-        Returns:
-            The message, or None when there was none in time or the inbox is closed and empty.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or bool(self._items), timeout)
-            if not self._items:
-                return None
-            return self._take()
-
-    def drain(self) -> list[Received]:
-        """Takes all that is there, without waiting."""
-        with self._changed:
-            return [self._take() for _ in range(len(self._items))]
-
-    def __len__(self) -> int:
-        """How many messages wait."""
-        with self._changed:
-            return len(self._items)
-
-    def wake(self) -> None:
-        """Lets waiting senders look again whether they are still wanted."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Refuses what comes from now on; what is there can still be taken."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-    def _has_room(self, item: Received) -> bool:
-        """Whether an actor's part has room for one more. Needs the lock."""
-        messages, size = self._limits
-        waiting, taken = self._waiting[item.actor], self._bytes[item.actor]
-        return waiting == 0 or (waiting < messages and taken + len(item.payload) <= size)
-
-    def _take(self) -> Received:
-        """Removes the oldest message. Needs the lock."""
-        item = self._items.popleft()
-        self._waiting[item.actor] -= 1
-        self._bytes[item.actor] -= len(item.payload)
-        if not self._waiting[item.actor]:
-            del self._waiting[item.actor], self._bytes[item.actor]
-        self._changed.notify_all()
-        return item
 
 
 Refusal = tuple[grpc.StatusCode, str, str]
@@ -734,112 +594,3 @@ class PIRLLearnerService(LearnerService):
 def _shows(context: grpc.ServicerContext, pair: tuple[str, str]) -> bool:
     """Whether a call carries a pair of metadata."""
     return pair in [tuple(each) for each in context.invocation_metadata()]
-
-
-class _Lenient(grpc.ServerInterceptor):
-    """Hands bytes that are no protobuf to the service as a chunk of unknown state, which it rejects and counts.
-
-    gRPC itself would end the whole stream, with a stack trace in the log, and its server may then never stop.
-    """
-
-    def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        """Replaces the parser of a handler that takes a stream."""
-        handler = continuation(details)
-        if handler is None or not handler.request_streaming:
-            return handler
-        return grpc.stream_unary_rpc_method_handler(
-            handler.stream_unary, _parse_chunk, handler.response_serializer
-        )
-
-
-def _parse_chunk(data: bytes) -> Any:
-    """One chunk of a stream; LeRobot's messages for transitions and interactions have the same fields."""
-    try:
-        return services_pb2.Transition.FromString(data)
-    except DecodeError:
-        return services_pb2.Transition()
-
-
-class LearnerServer:
-    """Owns the gRPC server around a service: its port, its threads, its end."""
-
-    def __init__(
-        self,
-        service: PIRLLearnerService,
-        host: str = "127.0.0.1",
-        port: int = 50051,
-        access: Access | None = None,
-    ) -> None:
-        """Prepares the server; `start` opens the port.
-
-        Args:
-            service: What it serves.
-            host: Address to listen on; loopback means this machine only.
-            port: Port, 0 for any free one.
-            access: Token and TLS; None has neither.
-        """
-        self._access = access or Access()
-        self.service = service
-        self.host = host
-        self.port = port
-        self._pool: ThreadPoolExecutor | None = None
-        self._server: grpc.Server | None = None
-
-    def start(self) -> None:
-        """Listens.
-
-        Raises:
-            PortUnavailable: Somebody else has the port, or the host is not this machine's.
-        """
-        self._check_port()
-        workers = STREAMS_PER_ACTOR * self.service.max_actors + 2
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pi-rl-service")
-        interceptors = [self.service.gate(self._access), _Lenient()]
-        self._server = grpc.server(self._pool, [], interceptors, GRPC_OPTIONS, workers)
-        services_pb2_grpc.add_LearnerServiceServicer_to_server(self.service, self._server)
-        try:
-            self.port = self._access.open_port(self._server, _address(self.host, self.port))
-        except RuntimeError as error:
-            self._pool.shutdown()
-            raise PortUnavailable(self._port_text("gRPC could not bind it")) from error
-        self._server.start()
-
-    def stop(self) -> None:
-        """Delivers the newest weights, ends every stream and every thread; returns within a few seconds."""
-        self.service.end()
-        if self._server is not None and self._pool is not None:
-            if not self._server.stop(grace=0).wait(CUT_SECONDS):
-                logger.warning("gRPC did not end all its calls within %.0f s", CUT_SECONDS)
-            self._pool.shutdown(wait=True)
-        self._server = self._pool = None
-
-    def __enter__(self) -> "LearnerServer":
-        """Starts."""
-        self.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Stops."""
-        self.stop()
-
-    def _check_port(self) -> None:
-        """Tries the port with a plain socket, which says why it fails; gRPC only says that it does."""
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                probe.listen()
-        except OSError as error:
-            raise PortUnavailable(self._port_text(error.strerror or str(error))) from error
-
-    def _port_text(self, cause: str) -> str:
-        return (
-            f"cannot listen on {_address(self.host, self.port)}: {cause}; stop what is running there, "
-            "or choose another port with --policy.actor_learner_config.learner_port"
-        )
-
-
-def _address(host: str, port: int) -> str:
-    """`host:port`, with brackets around an IPv6 host."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

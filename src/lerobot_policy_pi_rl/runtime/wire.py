@@ -7,23 +7,17 @@ error; they make well-formed decisions that must not be learned from, and `finit
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from lerobot.transport import services_pb2
 from lerobot.utils.transition import Transition
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
-
-PROTOCOL = 2
-"""Version of everything in this file and of the calls that carry it; actor and learner must agree."""
+from .packing import WireError, pack, read_header, read_json, read_record, short, unpack
 
 Scalar = bool | int | float | str
 
@@ -31,23 +25,11 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_DECISIONS_HEADER_BYTES = 2**20
 MAX_INTERACTION_BYTES = 64 * 2**10
 MAX_TASK_CHARACTERS = 4096
-MAX_SESSION_CHARACTERS = 64
-MAX_DIFFERENCE_LINES = 20
-MAX_JSON_DEPTH = 16
-"""Levels of lists and objects inside each other; deeper ones could exhaust the stack of whoever walks them."""
-CHUNK_OVERHEAD = 1024
-"""Bytes that a chunk counts at least: those without data take memory, too."""
 # Most steps of a person in one message.
 MAX_DEMONSTRATION_ROWS = 1000
 
 # Kind of a message.
 DEMONSTRATIONS = "demonstrations"
-
-TransferState = services_pb2.TransferState
-
-
-class WireError(ValueError):
-    """A message is not what it should be; the text is one line."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +248,7 @@ def _task_index(batch: DecisionBatch | DemonstrationBatch) -> Tensor:
 def encode_decisions(batch: DecisionBatch, header: RolloutHeader) -> bytes:
     """Encodes decisions for the transitions stream."""
     metadata = {"tasks": json.dumps(task_vocabulary(batch))}
-    return _pack("decisions", asdict(header), _flatten(as_transition(batch)), metadata)
+    return pack("decisions", asdict(header), _flatten(as_transition(batch)), metadata)
 
 
 def decode_decisions(data: bytes, spec: WireSpec) -> Rollout:
@@ -282,8 +264,8 @@ def decode_decisions(data: bytes, spec: WireSpec) -> Rollout:
     Raises:
         WireError: Anything differs from `spec`: a name, type, shape, count or range.
     """
-    parts = _unpack("decisions", data, MAX_DECISIONS_HEADER_BYTES, spec.layout(0, 0).keys())
-    header = _record(RolloutHeader, parts.header)
+    parts = unpack("decisions", data, MAX_DECISIONS_HEADER_BYTES, spec.layout(0, 0).keys())
+    header = read_record(RolloutHeader, parts.header)
     _check_layout(parts.tensors, spec)
     tasks = _checked_tasks(parts.metadata.get("tasks"), len(parts.tensors["reward"]))
     _check_ranges(parts.tensors, spec, len(tasks))
@@ -404,7 +386,7 @@ def _check_range(tensors: Mapping[str, Tensor], name: str, low: int, high: int) 
 
 def _checked_tasks(text: str | None, rows: int) -> list[str]:
     """The task vocabulary out of the metadata."""
-    tasks = _json(text, "the task list")
+    tasks = read_json(text, "the task list")
     if not isinstance(tasks, list) or len(tasks) > rows:
         raise WireError(f"the task list must be a list of at most {rows} texts")
     if not all(isinstance(task, str) and len(task) <= MAX_TASK_CHARACTERS for task in tasks):
@@ -428,7 +410,7 @@ def kind_of(data: bytes) -> str:
     Raises:
         WireError: It says nothing.
     """
-    metadata = _read_header(data, MAX_DECISIONS_HEADER_BYTES).get("__metadata__")
+    metadata = read_header(data, MAX_DECISIONS_HEADER_BYTES).get("__metadata__")
     return str(metadata.get("kind", "")) if isinstance(metadata, dict) else ""
 
 
@@ -440,7 +422,7 @@ def encode_demonstrations(batch: DemonstrationBatch) -> bytes:
         "complementary_info.last": batch.last,
         "complementary_info.task_index": _task_index(batch),
     }
-    return _pack(DEMONSTRATIONS, {}, tensors, {"tasks": json.dumps(task_vocabulary(batch))})
+    return pack(DEMONSTRATIONS, {}, tensors, {"tasks": json.dumps(task_vocabulary(batch))})
 
 
 def decode_demonstrations(data: bytes, spec: WireSpec) -> DemonstrationBatch:
@@ -457,7 +439,7 @@ def decode_demonstrations(data: bytes, spec: WireSpec) -> DemonstrationBatch:
         WireError: Anything differs from `spec`, or is not finite.
     """
     names = spec.demonstration_layout(0).keys()
-    parts = _unpack(DEMONSTRATIONS, data, MAX_DECISIONS_HEADER_BYTES, names)
+    parts = unpack(DEMONSTRATIONS, data, MAX_DECISIONS_HEADER_BYTES, names)
     tensors = parts.tensors
     rows = _length(tensors, "complementary_info.last")
     if not 0 < rows <= MAX_DEMONSTRATION_ROWS:
@@ -485,7 +467,7 @@ def encode_weights(
     tensors: Mapping[str, Tensor], header: WeightsHeader, task_shares: Mapping[str, float] | None = None
 ) -> bytes:
     """Encodes weights for the parameters stream, each tensor in its own dtype; see `Weights`."""
-    return _pack("weights", asdict(header), tensors, {"task_shares": json.dumps(dict(task_shares or {}))})
+    return pack("weights", asdict(header), tensors, {"task_shares": json.dumps(dict(task_shares or {}))})
 
 
 def decode_weights(data: bytes) -> Weights:
@@ -494,14 +476,14 @@ def decode_weights(data: bytes) -> Weights:
     Raises:
         WireError: The message is not a well-formed message of weights.
     """
-    parts = _unpack("weights", data, MAX_HEADER_BYTES)
+    parts = unpack("weights", data, MAX_HEADER_BYTES)
     shares = _checked_shares(parts.metadata.get("task_shares"))
-    return Weights(_record(WeightsHeader, parts.header), parts.tensors, shares)
+    return Weights(read_record(WeightsHeader, parts.header), parts.tensors, shares)
 
 
 def _checked_shares(text: str | None) -> dict[str, float]:
     """The shares of the tasks out of the metadata."""
-    shares = _json(text, "the shares of the tasks")
+    shares = read_json(text, "the shares of the tasks")
     if not isinstance(shares, dict) or not all(isinstance(share, float) for share in shares.values()):
         raise WireError("the shares of the tasks must be numbers by text")
     if not all(0 <= share <= 1 for share in shares.values()):
@@ -527,7 +509,7 @@ def decode_interaction(data: bytes) -> dict[str, Scalar]:
     """
     if len(data) > MAX_INTERACTION_BYTES:
         raise WireError(f"an interaction of {len(data)} bytes, at most {MAX_INTERACTION_BYTES} are accepted")
-    values = _json(data, "the interaction")
+    values = read_json(data, "the interaction")
     if not isinstance(values, dict):
         raise WireError("an interaction must be a JSON object")
     _check_interaction(values)
@@ -539,282 +521,7 @@ def _check_interaction(values: Mapping[str, object]) -> None:
     for key, value in values.items():
         if not isinstance(key, str) or not isinstance(value, bool | int | float | str):
             raise WireError(
-                f"interaction {_short(key)}: {type(value).__name__} is not a number, text or truth value"
+                f"interaction {short(key)}: {type(value).__name__} is not a number, text or truth value"
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise WireError(f"interaction {_short(key)}: {value} is not finite")
-
-
-# The handshake
-
-
-@dataclass(frozen=True)
-class Handshake:
-    """Who is calling; travels as metadata of each call.
-
-    Attributes:
-        actor: Number of the actor, unique among those that are connected.
-        session: A random text per actor process: it tells an actor that comes back from a second one with the
-            same number.
-        settings: What both sides must agree on, by dotted name; sent with `Ready` only.
-    """
-
-    actor: int
-    session: str
-    settings: dict[str, Any] | None = None
-
-    def to_metadata(self) -> list[Any]:
-        """The pairs for gRPC's `metadata` argument."""
-        pairs: list[Any] = [
-            ("pi-rl-protocol", str(PROTOCOL)),
-            ("pi-rl-actor", str(self.actor)),
-            ("pi-rl-session", self.session),
-        ]
-        if self.settings is not None:
-            text = json.dumps(flat_settings(self.settings), sort_keys=True, separators=(",", ":"))
-            pairs.append(("pi-rl-settings-bin", text.encode()))
-        return pairs
-
-    @classmethod
-    def from_metadata(cls, metadata: Iterable[Any]) -> "Handshake":
-        """Reads the metadata of a call.
-
-        Raises:
-            WireError: It is not from an actor of this package and protocol version.
-        """
-        values = {pair[0]: pair[1] for pair in metadata}
-        protocol = values.get("pi-rl-protocol")
-        if protocol is None:
-            raise WireError("the caller is not a PI-RL actor; start one with lerobot-pi-rl-actor")
-        if protocol != str(PROTOCOL):
-            raise WireError(
-                f"protocol: learner {PROTOCOL}, actor {_short(protocol)} (install the same version on both)"
-            )
-        actor, session = str(values.get("pi-rl-actor")), str(values.get("pi-rl-session"))
-        if not (actor.isascii() and actor.isdecimal() and len(actor) <= 9):
-            raise WireError(f"actor number {_short(actor)} is not a number from 0 to 999999999")
-        if not (session.isascii() and session.isprintable() and len(session) <= MAX_SESSION_CHARACTERS):
-            raise WireError(f"the session must be at most {MAX_SESSION_CHARACTERS} printable characters")
-        settings = values.get("pi-rl-settings-bin")
-        return cls(int(actor), session, None if settings is None else _checked_settings(settings))
-
-
-def _checked_settings(data: bytes) -> dict[str, Any]:
-    """Settings from the bytes of a handshake."""
-    settings = _json(data, "the settings")
-    if not isinstance(settings, dict):
-        raise WireError("the settings must be a JSON object")
-    return settings
-
-
-def flat_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by dotted name, in the form that JSON gives back (a tuple is a list)."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat.update({f"{name}.{inner}": leaf for inner, leaf in flat_settings(value).items()})
-        else:
-            flat[str(name)] = json.loads(json.dumps(value, default=str))
-    return flat
-
-
-_ABSENT = "has no such setting"
-
-
-def settings_differences(learner: Mapping[str, Any], actor: Mapping[str, Any]) -> list[str]:
-    """One line per setting that differs, such as `policy.num_inference_steps: learner 4, actor 5`."""
-    ours, theirs = flat_settings(learner), flat_settings(actor)
-    lines = [
-        f"{_short(name)}: learner {_short(our)}, actor {_short(their)}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if (our := ours.get(name, _ABSENT)) != (their := theirs.get(name, _ABSENT))
-    ]
-    rest = len(lines) - MAX_DIFFERENCE_LINES
-    return lines if rest <= 0 else [*lines[:MAX_DIFFERENCE_LINES], f"... and {rest} more"]
-
-
-# Chunks of a stream
-
-
-def whole_messages(chunks: Iterable[Any], max_bytes: int, reject: Callable[[str], None]) -> Iterator[Any]:
-    """Lets only the chunks of well-formed messages through.
-
-    LeRobot's `receive_bytes_in_chunks`, which joins them afterwards, takes any order, has no size limit,
-    and raises on an unknown state. A message with a fault is dropped up to its end; the stream lives on.
-
-    Args:
-        chunks: Protobuf messages with `transfer_state` and `data`.
-        max_bytes: Most bytes of one message.
-        reject: Called for each dropped message, with the reason in a few words.
-
-    Yields:
-        The chunks of each message, once its last one has come.
-    """
-    held: list[Any] = []
-    size, skipping = 0, False
-    for chunk in chunks:
-        state = chunk.transfer_state
-        if state == TransferState.TRANSFER_BEGIN:
-            if held:
-                reject("unfinished")
-            held, size, skipping = [], 0, False
-        size += max(len(chunk.data), CHUNK_OVERHEAD)
-        fault = None if skipping else _fault(state, bool(held))
-        if size > max_bytes + CHUNK_OVERHEAD:
-            # What is dropped is counted, too: a message that never ends is rejected again and again.
-            fault = "too large"
-        if fault:
-            reject(fault)
-            # An unknown chunk between two messages is dropped alone; its successor begins a message.
-            skipping = skipping or bool(held) or fault != "unknown state"
-            held, size = [], 0
-        elif not skipping:
-            held.append(chunk)
-        if state == TransferState.TRANSFER_END:
-            yield from held
-            held, size, skipping = [], 0, False
-    if held:
-        reject("unfinished")
-
-
-def _fault(state: int, begun: bool) -> str | None:
-    """What is wrong with a chunk in its place, or None."""
-    if state not in (TransferState.TRANSFER_BEGIN, TransferState.TRANSFER_MIDDLE, TransferState.TRANSFER_END):
-        return "unknown state"
-    return "no beginning" if state == TransferState.TRANSFER_MIDDLE and not begun else None
-
-
-# Safetensors with a header
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """A payload taken apart, nothing in it checked yet but its kind."""
-
-    header: object
-    metadata: dict[str, str]
-    tensors: dict[str, Tensor]
-
-
-def _pack(
-    kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> bytes:
-    """Writes tensors, a kind and a JSON header as safetensors."""
-    text = {**metadata, "kind": kind, "header": json.dumps(dict(header))}
-    return save_safetensors(_independent(tensors), metadata=text)
-
-
-def _unpack(kind: str, data: bytes, max_header_bytes: int, names: Set[str] | None = None) -> _Parts:
-    """Reads what `_pack` wrote.
-
-    Args:
-        kind: Kind of message that is expected.
-        data: The message.
-        max_header_bytes: Most bytes of its header.
-        names: The tensors that must be in it, looked at before one is made; None takes any.
-
-    Raises:
-        WireError: It is no safetensors payload of this kind.
-    """
-    header = _read_header(data, max_header_bytes)
-    metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WireError("the safetensors header has no metadata")
-    if metadata.get("kind") != kind:
-        raise WireError(f"a message of {_short(metadata.get('kind'))} where {kind} were expected")
-    if names is not None and header.keys() != names:
-        missing, extra = sorted(names - header.keys()), sorted(header.keys() - names)
-        raise WireError(f"wrong set of tensors: missing {_short(missing)}, not expected {_short(extra[:3])}")
-    try:
-        tensors = load_safetensors(data)
-    except (SafetensorError, KeyError, ValueError, RuntimeError, AssertionError, TypeError) as error:
-        # KeyError: a dtype that torch lacks; the others: a shape or buffer that torch refuses.
-        raise WireError(f"not a safetensors payload: {_short(error)}") from error
-    return _Parts(_json(metadata.get("header"), "the header"), metadata, tensors)
-
-
-def _read_header(data: bytes, max_bytes: int) -> dict[str, Any]:
-    """The header of a safetensors payload, whose metadata safetensors' own `load` does not return.
-
-    The format is eight bytes of length, little-endian, then that many bytes of JSON.
-    """
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, max_bytes):
-        raise WireError(f"cut short or not safetensors: {len(data)} bytes")
-    header = _json(data[8 : 8 + length], "the safetensors header")
-    if not isinstance(header, dict):
-        raise WireError("the safetensors header is no JSON object")
-    return header
-
-
-def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on CPU, contiguous, none sharing memory with another, as safetensors demands."""
-    seen: set[int] = set()
-    separate: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return separate
-
-
-def _record[T](kind: type[T], values: object) -> T:
-    """A header record from parsed JSON, with exactly its fields in exactly their types."""
-    expected = {field.name: field.type for field in fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(values, dict) or values.keys() != expected.keys():
-        raise WireError(f"the header must have exactly the fields {', '.join(expected)}")
-    for name, value in values.items():
-        if type(value) is not expected[name]:
-            raise WireError(f"header field {name}: got {type(value).__name__} {_short(value)}")
-        if not 0 <= value < 2**63:
-            raise WireError(f"header field {name}: {_short(value)} is out of range")
-    return kind(**values)
-
-
-def _json(text: bytes | str | None, what: str) -> Any:
-    """Strict JSON: UTF-8, no NaN or Infinity, no half characters, not deep."""
-    if text is None:
-        raise WireError(f"{what} is missing")
-    try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(decoded, parse_constant=_refuse_constant)
-        _check_json(value)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"{what} is not JSON: {_short(error)}") from error
-    return value
-
-
-def _check_json(value: object) -> None:
-    """Every text can be written, and nothing is nested deeper than `MAX_JSON_DEPTH`.
-
-    Raises:
-        ValueError: If not.
-    """
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        texts = (item for item in level if isinstance(item, str))
-        # JSON can escape one half of a surrogate pair, which is no character and cannot be encoded.
-        "".join(texts).encode()
-        level = [inner for item in level for inner in _inside(item)]
-        if not level:
-            return
-    raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels")
-
-
-def _inside(value: object) -> Iterable[object]:
-    """What a JSON value holds, names included."""
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return value if isinstance(value, list) else ()
-
-
-def _refuse_constant(name: str) -> None:
-    """`json` would take NaN and Infinity, which are no JSON."""
-    raise ValueError(f"{name} is not allowed")
-
-
-def _short(value: object, limit: int = 120) -> str:
-    """A value for an error text: one line, printable, never long."""
-    text = ascii(value) if not isinstance(value, str) else ascii(value)[1:-1]
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+            raise WireError(f"interaction {short(key)}: {value} is not finite")
