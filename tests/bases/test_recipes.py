@@ -1,11 +1,13 @@
-"""The recipes for LIBERO and MetaWorld from pixels: each is read as the commands read it, built and run.
+"""The recipes for LIBERO, MetaWorld from pixels and an SO-101: each is read as the commands read it, built and run.
 
-LIBERO's package needs assets from the hub, so a small simulator stands in for it; everything above it, LeRobot's own
-environment, its configuration and its processors included, is the real thing.
+LIBERO's package needs assets from the hub, so a small simulator stands in for it, and a scripted robot for the SO-101;
+everything above them, LeRobot's own environments, their configuration and their processors included, is the real thing.
 """
 
+import importlib
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,6 +19,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, parser
 from lerobot.envs.configs import LiberoEnv, MetaworldEnv
+from lerobot.rl import gym_manipulator
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
@@ -27,6 +30,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(240)
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+STAND_IN = Path(__file__).parents[1] / "runtime/stand_in"
 BASES = ("pi0", "pi05", "smolvla")
 ITERATIONS, SIZE = 2, 32
 IMAGE, WRIST = "observation.images.image", "observation.images.image2"
@@ -37,15 +41,24 @@ SMALL = (
     "--algorithm.critic_hidden_dims=[16]",
     "--algorithm.minibatch_size=8",
     "--algorithm.micro_batch_size=4",
+    f"--steps={ITERATIONS}",
+    f"--save_freq={ITERATIONS}",
+)
+SMALL_SIMULATION = (
     "--algorithm.collection.num_envs=2",
     "--algorithm.collection.num_workers=0",
     "--algorithm.collection.decisions=4",
     "--algorithm.collection.eval_envs=1",
-    f"--steps={ITERATIONS}",
     f"--env_eval_freq={ITERATIONS}",
-    f"--save_freq={ITERATIONS}",
     "--eval.n_episodes=1",
     "--env.episode_length=11",
+)
+SMALL_ROBOT = (
+    "--algorithm.collection.decisions=8",
+    "--algorithm.critic_warmup=0",
+    "--algorithm.demonstration_batch_size=2",
+    "--env.processor.reset.control_time_s=0.02",
+    f"--env.processor.image_preprocessing.resize_size=[{SIZE},{SIZE}]",
 )
 
 
@@ -180,6 +193,16 @@ def painted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metaworld, "MetaworldEnv", lambda task, **_: Painted(task))
 
 
+@pytest.fixture
+def robot(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The scripted devices, for environments that a recipe describes; the person need not wait for a reset."""
+    monkeypatch.syspath_prepend(str(STAND_IN))
+    plugin = importlib.import_module("lerobot_robot_scripted")
+    monkeypatch.setattr(gym_manipulator, "RobotKinematics", plugin.Kinematics)
+    monkeypatch.setattr(gym_manipulator, "RobotEnv", partial(gym_manipulator.RobotEnv, reset_time_s=0.0))
+    return plugin
+
+
 # What a checkpoint for these environments reads and does.
 FEATURES = {
     "libero": (
@@ -194,6 +217,14 @@ FEATURES = {
         {
             "observation.image": PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)),
             OBS_STATE: PolicyFeature(FeatureType.STATE, (4,)),
+        },
+        4,
+    ),
+    "so101": (
+        {
+            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)),
+            "observation.images.wrist": PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE)),
+            OBS_STATE: PolicyFeature(FeatureType.STATE, (6,)),
         },
         4,
     ),
@@ -216,14 +247,22 @@ def run_recipe(
 ) -> Callable[..., list[dict[str, Any]]]:
     """Runs a recipe from a small checkpoint of its base; returns the metrics."""
 
-    def configure(arguments: list[str], is_actor: bool) -> PIRLTrainConfig:
+    def configure(
+        arguments: list[str], adapt: Callable[[PIRLTrainConfig], None], is_actor: bool
+    ) -> PIRLTrainConfig:
         monkeypatch.setattr(sys, "argv", ["test", *arguments])
         cfg = read()
+        adapt(cfg)
         cfg.is_actor = is_actor
         cfg.validate()
         return cfg
 
-    def run(base: str, benchmark: str, *arguments: str) -> list[dict[str, Any]]:
+    def run(
+        base: str,
+        benchmark: str,
+        *arguments: str,
+        adapt: Callable[[PIRLTrainConfig], None] = lambda cfg: None,
+    ) -> list[dict[str, Any]]:
         inputs, action_dim = FEATURES[benchmark]
         outputs = {ACTION: PolicyFeature(FeatureType.ACTION, (action_dim,))}
         checkpoint = save_stock(base, input_features=inputs, output_features=outputs)
@@ -235,19 +274,19 @@ def run_recipe(
             f"--output_dir={tmp_path / 'run'}",
             *arguments,
         ]
-        return run_both(partial(configure, given))
+        return run_both(partial(configure, given, adapt))
 
     return run
 
 
-def check(rows: list[dict[str, Any]], run: Path) -> None:
-    """A run of two iterations, with validation before and after, and a checkpoint."""
+def check(rows: list[dict[str, Any]], run: Path, validated: Sequence[int] = (0, ITERATIONS)) -> None:
+    """A run of two iterations, with validations after those that are given, and a checkpoint."""
     iterations = [row for row in rows if "rollout/decisions" in row]
     assert [row["step"] for row in iterations] == [1, 2]
     assert [row["rollout/decisions"] for row in iterations] == [8, 8]
     assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in iterations)
     assert all(row["dropped/malformed_messages"] == 0 for row in iterations)
-    assert [row["step"] for row in rows if "eval/success" in row] == [0, 2]
+    assert [row["step"] for row in rows if "eval/success" in row] == [*validated]
     assert (run / "checkpoints" / "last" / "pretrained_model" / "config.json").is_file()
 
 
@@ -255,7 +294,13 @@ def check(rows: list[dict[str, Any]], run: Path) -> None:
 def test_the_libero_recipe_runs_from_a_checkpoint(
     base: str, libero: None, run_recipe: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    rows = run_recipe(base, "libero", f"--env.observation_height={SIZE}", f"--env.observation_width={SIZE}")
+    rows = run_recipe(
+        base,
+        "libero",
+        *SMALL_SIMULATION,
+        f"--env.observation_height={SIZE}",
+        f"--env.observation_width={SIZE}",
+    )
     check(rows, tmp_path / "run")
 
 
@@ -263,7 +308,38 @@ def test_the_libero_recipe_runs_from_a_checkpoint(
 def test_the_metaworld_recipe_runs_from_a_checkpoint(
     base: str, painted: None, run_recipe: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    check(run_recipe(base, "metaworld"), tmp_path / "run")
+    check(run_recipe(base, "metaworld", *SMALL_SIMULATION), tmp_path / "run")
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_so101_recipe_runs_from_a_checkpoint(
+    base: str, robot: ModuleType, run_recipe: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """All of it but the devices, the solver and the pose for a reset; now and then a person intervenes."""
+
+    def adapt(cfg: PIRLTrainConfig) -> None:
+        robot.without_hardware(cfg.env, script="......ii....s", fps=1000)
+        for key, feature in cfg.env.features.items():
+            if feature.type is FeatureType.VISUAL:
+                cfg.env.features[key] = PolicyFeature(FeatureType.VISUAL, (3, SIZE, SIZE))
+
+    rows = run_recipe(base, "so101", *SMALL_ROBOT, adapt=adapt)
+    check(rows, tmp_path / "run", validated=())
+    assert any(row.get("loss/supervised", 0) > 0 for row in rows)
+
+
+def test_the_recipes_for_an_so101_describe_the_same_robot() -> None:
+    """Pictures differ in size, and nothing else does."""
+
+    def environment(name: str) -> dict[str, Any]:
+        env = json.loads((RECIPES / f"{name}.json").read_text())["env"]
+        size = env["processor"]["image_preprocessing"].pop("resize_size")
+        for feature in env["features"].values():
+            if feature["type"] == "VISUAL":
+                assert feature.pop("shape") == [3, *size]
+        return env
+
+    assert all(environment(f"{base}_so101") == environment("so101") for base in BASES)
 
 
 # The path between LeRobot's environments and the policy

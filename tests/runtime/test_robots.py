@@ -41,7 +41,7 @@ from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 
 STAND_IN = Path(__file__).parent / "stand_in"
-RECIPE = Path(__file__).parents[2] / "recipes/so101_gym_manipulator.json"
+RECIPE = Path(__file__).parents[2] / "recipes/so101.json"
 CAMERA = "observation.images.front"
 FEATURES = {
     "action": PolicyFeature(FeatureType.ACTION, (4,)),
@@ -796,55 +796,30 @@ def test_episodes_of_the_simulation_begin_where_their_seed_says(
     assert not torch.equal(starts[0][0], starts[0][1])
 
 
-class Kinematics:
-    """Stands in for the solver: the first three joints are the place of the gripper's frame, in centimetres."""
-
-    def __init__(self, **settings: Any) -> None:
-        pass
-
-    def forward_kinematics(self, joints: np.ndarray) -> np.ndarray:
-        pose = np.eye(4)
-        pose[:3, 3] = joints[:3] / 100
-        return pose
-
-    def inverse_kinematics(self, joints: np.ndarray, pose: np.ndarray) -> np.ndarray:
-        return np.concatenate([pose[:3, 3] * 100, joints[3:]])
-
-
 def test_the_recipe_for_an_so101_drives_a_robot_of_that_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it but the devices, the solver and the pose for a reset, which needs a motor bus."""
     plugin = importlib.import_module("lerobot_robot_scripted")
-    monkeypatch.setattr(gym_manipulator, "RobotKinematics", Kinematics)
+    monkeypatch.setattr(gym_manipulator, "RobotKinematics", plugin.Kinematics)
     recipe = json.loads(RECIPE.read_text())
     del recipe["policy"]["path"]
     cfg = draccus.decode(PIRLTrainConfig, recipe | {"policy": recipe["policy"] | {"type": "pi_rl"}})
     assert isinstance(cfg.env.robot, SOFollowerRobotConfig)
     assert cfg.env.teleop.type == "gamepad"
     PIRLTrainConfig._check_robot(cfg.algorithm, cfg.env)
-    bus = cfg.env.robot
-    motors = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-    cfg.env.robot = plugin.ScriptedConfig(motors=motors, views=tuple(bus.cameras))
-    cfg.env.teleop = plugin.ScriptedTeleopConfig(script="..i.")
-    cfg.env.processor.reset.fixed_reset_joint_positions = None
-    cfg.env.fps = FPS
+    plugin.without_hardware(cfg.env, script="..i.", fps=FPS)
     robot = RobotVector(cfg.env)
     try:
         seen = robot.reset(np.zeros(1))
         assert {key: value.shape[1:] for key, value in seen.items()} == {
             key: tuple(feature.shape) for key, feature in cfg.env.features.items() if key != "action"
         }
-        # From a place within the bounds, along x, with a gripper that stays; nine is far out of the range.
-        robot._env.robot.place.update(shoulder_pan=20.0, shoulder_lift=0.0, elbow_flex=10.0)
-        robot._env._get_observation()
-        robot._env._raw_joint_positions = {
-            f"{name}.pos": place for name, place in robot._env.robot.place.items()
-        }
+        # Along x, with a gripper that stays; nine is far out of the range.
         chunk = np.tile(np.array([9.0, 0, 0, 1], np.float32), (1, 3, 1))
         robot.send(chunk, np.ones(1, dtype=np.int64))
         outcome = robot.receive()
         assert outcome.executed.tolist() == [2]
         # Two steps of two centimetres, then the person's, and one without any.
-        np.testing.assert_allclose(commands(robot)[:2], [22, 24], atol=1e-4)
+        np.testing.assert_allclose(commands(robot)[:2], [2, 4], atol=1e-4)
         assert len(commands(robot)) == 4
     finally:
         robot.close()
