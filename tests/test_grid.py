@@ -181,8 +181,10 @@ def test_all_stages_are_in_the_environment_of_the_recipe(tmp_path: Path) -> None
         for stage in (made.demonstrations, made.before, made.best, made.last):
             given = [argument for argument in stage.command if argument.startswith("--env.type")]
             assert given == [f"--env.type={kind}"]
-    assert "--env.episode_length=100" in camera.demonstrations.command
-    assert "--env.episode_length=100" in camera.best.command
+    recipe = json.loads((ROOT / "recipes/metaworld_camera.json").read_text())
+    limit = f"--env.episode_length={recipe['env']['episode_length']}"
+    assert limit in camera.demonstrations.command
+    assert limit in camera.best.command
     # What is recorded in one environment is not taken for a recording in the other.
     assert state.demonstrations.folder.parent.name == "seed_0"
     assert camera.demonstrations.folder.parent.parent.name == "seed_0"
@@ -630,8 +632,8 @@ def test_every_override_is_one_that_the_command_takes(
     command = [f"--policy.path={trained}" if c.startswith("--policy.path=") else c for c in stage.command]
     # Nothing has been recorded here.
     cfg = parsed([c for c in command if not c.startswith("--dataset.root=")], monkeypatch)
-    for argument in arguments:
-        path, _, value = argument.removeprefix("--").partition("=")
+    # Where two name the same setting, the last one wins: the variant's.
+    for path, value in dict(argument.removeprefix("--").split("=", 1) for argument in arguments).items():
         setting = cfg
         for key in path.split("."):
             setting = getattr(setting, key)
