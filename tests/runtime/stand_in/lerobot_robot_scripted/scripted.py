@@ -41,7 +41,7 @@ class Scripted(_Device, Robot):
     """The robot."""
 
     config_class = ScriptedConfig
-    name = "scripted"
+    name = robot_type = "scripted"
 
     def __init__(self, config: ScriptedConfig) -> None:
         self.config, self.steps = config, 0
