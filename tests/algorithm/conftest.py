@@ -116,10 +116,9 @@ def log_ratio() -> Callable[[PIRLAlgorithm, Rollout], Tensor]:
 
     @torch.no_grad()
     def compute(algorithm: PIRLAlgorithm, rollout: Rollout) -> Tensor:
-        decisions = rollout.decisions
-        score = algorithm.policy.score(
-            algorithm.policy.encode(rollout.batch), decisions.chain, decisions.step
-        )
+        decisions, policy = rollout.decisions, algorithm.policy
+        seen = rollout.observations.rows(torch.arange(len(decisions)), policy.base.take)
+        score = policy.score(policy.encode(seen), decisions.chain, decisions.step)
         return executed_sum(score.log_prob - decisions.log_prob, decisions.executed)
 
     return compute

@@ -219,11 +219,18 @@ def test_the_critic_explains_a_reward_that_the_state_tells(
 ) -> None:
     algorithm = make_algorithm(critic_warmup=100, epochs=10, value_clip=None)
     rollout = collect(algorithm, count=512)
-    told = (rollout.batch["observation.state"][:, 0] > 0).float()
+    told = (rollout.decisions.observation["observation.state"][:, 0] > 0).float()
     rollout = replace(rollout, decisions=replace(rollout.decisions, reward=told))
     explained = [algorithm.update(iter([rollout])).extra["explained_variance"] for _ in range(8)]
     assert explained[0] < 0.3
     assert explained[-1] > 0.7
+
+
+def test_a_critic_cannot_train_features_that_are_the_observation_itself(
+    make_algorithm: MakeAlgorithm,
+) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm.critic_coef.*no effect.*'observation'"):
+        make_algorithm(critic_coef=1.0)
 
 
 def test_critic_warm_up_leaves_the_policy_bitwise_unchanged(
@@ -457,13 +464,14 @@ def test_the_algorithm_survives_lerobot_s_own_save_and_load(
     assert same(trained.state_dict(), loaded.state_dict())
 
 
+@pytest.mark.parametrize("settings", [{}, {"critic_features": "separate"}])
 def test_a_resumed_algorithm_goes_on_as_if_it_had_never_stopped(
-    make_algorithm: MakeAlgorithm, collect: Collect
+    make_algorithm: MakeAlgorithm, collect: Collect, settings: dict[str, Any]
 ) -> None:
     """Policy, algorithm and optimizer states, and the step: the next update is bitwise the same."""
-    whole = make_algorithm()
+    whole = make_algorithm(**settings)
     iterate(whole, collect, times=2)
-    resumed = make_algorithm()
+    resumed = make_algorithm(**settings)
     resumed.policy.load_state_dict(copy.deepcopy(whole.policy.state_dict()))
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
     for name, optimizer in resumed.get_optimizers().items():

@@ -1,6 +1,7 @@
 """A rollout: ordered in time, preprocessed once, and read in minibatches that cover it exactly."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.storage import minibatches, prepare
+from lerobot_policy_pi_rl.bases.adapter import take
 
 MakeDecisions = Callable[..., DecisionBatch]
 STATE = "observation.state"
@@ -52,7 +54,7 @@ def test_prepare_orders_in_time_and_preprocesses_with_the_right_texts(make_decis
     batch = make_decisions(env=[1, 0, 1, 0], index=[3, 9, 2, 8], next_row=[0, 1])
     rollout = prepare(batch, preprocess)
     assert rollout.decisions.observation[STATE][:, 0].tolist() == [3.0, 1.0, 2.0, 0.0]
-    assert rollout.batch[STATE][:, 0].tolist() == [3.5, 1.5, 2.5, 0.5]
+    assert rollout.observations.rows(torch.arange(4), take)[STATE][:, 0].tolist() == [3.5, 1.5, 2.5, 0.5]
     assert rollout.usable.tolist() == [0, 1, 2, 3]
     # Row 0 carries state 100 and row 1 carries 101; both are preprocessed with their own row's text.
     texts = dict(zip(*next(pair for pair in seen if pair[0][0] >= 100), strict=True))
@@ -68,7 +70,30 @@ def test_a_rollout_without_next_observations(make_decisions: MakeDecisions) -> N
     rollout = prepare(
         make_decisions(env=[0, 1], terminated=[True, True]), lambda observation, task: observation
     )
-    assert rollout.next_batch == {}
+    assert len(rollout.next_observations) == 0
+
+
+def test_pictures_are_preprocessed_when_they_are_read(make_decisions: MakeDecisions) -> None:
+    """All else at once: the pipeline has a price per call."""
+    calls: list[int] = []
+
+    def preprocess(observation: dict[str, Tensor], task: list[str]) -> dict[str, Any]:
+        calls.append(len(task))
+        return {key: value.float() / 255 for key, value in observation.items()} | {"task": task}
+
+    pictures = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2) * 50
+    done, rows = [True] * 4, torch.tensor([2, 0])
+    plain = prepare(make_decisions(env=[0, 1, 2, 3], terminated=done), preprocess).observations
+    assert calls == [4]
+    seen = prepare(
+        make_decisions(env=[0, 1, 2, 3], terminated=done, observation={"image": pictures}), preprocess
+    ).observations
+    assert calls == [4]
+    read = seen.rows(rows, take)
+    assert calls == [4, 2]
+    torch.testing.assert_close(read["image"][:, 0, 0, 0], torch.tensor([100 / 255, 0]))
+    assert read["task"] == plain.rows(rows, take)["task"] == ["task 2", "task 0"]
+    assert calls == [4, 2]
 
 
 def test_a_rollout_with_nothing_usable(make_decisions: MakeDecisions) -> None:

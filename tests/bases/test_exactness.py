@@ -144,7 +144,7 @@ def test_the_critic_reads_real_tokens_only(
     source = base.encoder_source if source == "encoder" else source
     features = base.critic_features(base.encode(dict(batch)), source)
     assert features.shape == (2, base.critic_dims[source])
-    assert not features.requires_grad
+    assert features.requires_grad is base.trains_for_critic(source)
     longer = dict(batch)
     tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
     longer[OBS_LANGUAGE_TOKENS] = torch.cat([tokens, torch.full((2, 3), 5)], 1)

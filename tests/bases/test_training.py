@@ -1,6 +1,7 @@
 """PPO on a small stock policy: contexts are kept or computed again, minibatches are cut, and nothing else changes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.contexts import Contexts
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
-from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
+from lerobot_policy_pi_rl.algorithm.storage import Observations, Rollout, prepare
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
@@ -58,6 +59,11 @@ def observations(policy: PIRLPolicy | None = None) -> dict[str, Any]:
     }
     is_groot = policy is not None and policy.base.policy.name == "groot"
     return packed(policy.config.stock, seen) if is_groot else seen
+
+
+def whole(seen: dict[str, Any]) -> Observations:
+    """Preprocessed observations."""
+    return Observations({}, ["pick"] * COUNT, lambda observation, task: seen)
 
 
 def collect(algorithm: PIRLAlgorithm) -> Rollout:
@@ -160,7 +166,7 @@ def test_contexts_are_kept_if_they_stay_and_fit(
         return encode(batch)
 
     monkeypatch.setattr(policy.base, "encode", count)
-    contexts = Contexts(policy, observations(), "vlm", 5, budget, torch.device("cpu"))
+    contexts = Contexts(policy, whole(observations()), "vlm", 5, budget, torch.device("cpu"))
     assert contexts.kept is expected
     assert sum(encoded) == COUNT
     assert max(encoded) <= 5
@@ -176,7 +182,7 @@ def test_kept_contexts_of_different_lengths_are_padded(make_algorithm: MakeAlgor
     """EVO1 pads its prompts to the longest of those that are encoded together."""
     policy = make_algorithm("evo1").policy.eval()
     seen = observations() | {"task": ["cube"] * 5 + ["pick the cube up"] * (COUNT - 5)}
-    contexts = Contexts(policy, seen, "vlm", 5, 1e9, torch.device("cpu"))
+    contexts = Contexts(policy, whole(seen), "vlm", 5, 1e9, torch.device("cpu"))
     assert contexts.kept
     rows, x = torch.tensor([7, 2]), torch.randn(2, 6, 8)
     kept, direct = contexts.rows(rows), policy.encode(policy.base.take(seen, rows[1:]))
@@ -196,7 +202,7 @@ def test_nothing_is_encoded_for_a_critic_that_is_not_there(
 ) -> None:
     policy = make_algorithm(trainable="all").policy.eval()
     monkeypatch.setattr(policy.base, "encode", lambda batch: pytest.fail("it was encoded"))
-    contexts = Contexts(policy, observations(), None, 5, 1e9, torch.device("cpu"))
+    contexts = Contexts(policy, whole(observations()), None, 5, 1e9, torch.device("cpu"))
     assert contexts.critic_features is None
     assert not contexts.kept
 
@@ -214,9 +220,74 @@ def test_the_reference_shares_what_is_not_trained(make_algorithm: MakeAlgorithm)
 
 def test_features_that_the_base_does_not_offer_are_one_line(make_algorithm: MakeAlgorithm) -> None:
     with pytest.raises(
-        ConfigError, match=r"algorithm.critic_features.*'eyes'.*choose one of \['expert', 'vlm'\]"
+        ConfigError,
+        match=r"algorithm.critic_features.*'eyes'.*choose one of \['expert', 'vlm', 'separate'\]",
     ):
         make_algorithm(critic_features="eyes")
+
+
+def without_advantage(algorithm: PIRLAlgorithm) -> Rollout:
+    """A rollout that is worth one everywhere, to a critic that expects nothing: no decision is better than another."""
+    assert algorithm.critic is not None
+    nn.init.zeros_(algorithm.critic.head.weight)
+    rollout = collect(algorithm)
+    return replace(rollout, decisions=replace(rollout.decisions, reward=torch.ones(COUNT)))
+
+
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05"])
+@pytest.mark.parametrize(
+    ("mode", "source", "coef", "expected"),
+    [
+        ("expert", "expert", 0.0, set()),
+        ("expert", "expert", 0.5, {"expert"}),
+        ("all", "vlm", 0.5, {"vlm"}),
+        ("all", "vlm", 0.0, set()),
+    ],
+)
+def test_the_critic_s_loss_trains_what_makes_its_features_if_it_is_to(
+    make_algorithm: MakeAlgorithm, name: str, mode: str, source: str, coef: float, expected: set[str]
+) -> None:
+    algorithm = make_algorithm(name, mode, critic_features=source, critic_coef=coef, micro_batch_size=4)
+    rollout = without_advantage(algorithm)
+    before = {key: value.clone() for key, value in algorithm.policy.named_parameters()}
+    critic = {key: value.clone() for key, value in algorithm.critic.named_parameters()}
+    stats = algorithm.update(iter([rollout]))
+    base = algorithm.policy.base
+    moved = {
+        "expert" if base._is_expert(key.removeprefix("base.policy.")) else "vlm"
+        for key, value in algorithm.policy.named_parameters()
+        if not torch.equal(value, before[key])
+    }
+    assert moved == expected
+    assert any(not torch.equal(value, critic[key]) for key, value in algorithm.critic.named_parameters())
+    assert stats.losses["value_loss"] > 0
+
+
+def test_a_weight_of_the_critic_s_loss_that_trains_nothing_is_refused(make_algorithm: MakeAlgorithm) -> None:
+    for source in ("vlm", "separate"):
+        with pytest.raises(ConfigError, match=f"algorithm.critic_coef.*no effect.*'{source}'.*set it to 0"):
+            make_algorithm(critic_features=source, critic_coef=1.0)
+    with pytest.raises(ConfigError, match=r"algorithm.critic_coef.*has no critic"):
+        PIRLAlgorithmConfig(
+            advantage="group", collection=CollectionConfig(group_size=2, num_envs=2), critic_coef=1.0
+        )
+
+
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla", "multi_task_dit"])
+def test_a_separate_critic_sees_for_itself(make_algorithm: MakeAlgorithm, name: str) -> None:
+    algorithm = make_algorithm(name, critic_features="separate")
+    before = {key: value.clone() for key, value in algorithm.critic.state_dict().items()}
+    stats = algorithm.update(iter([collect(algorithm)]))
+    assert stats.extra["ratio_first_error"] <= 1e-4
+    after = algorithm.critic.state_dict()
+    assert {key.split(".")[0] for key in after} == {"encoders", "body", "head"}
+    assert all(not torch.equal(value, before[key]) for key, value in after.items() if "weight" in key)
+
+
+def test_a_separate_critic_needs_pictures_that_are_not_packed_away(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm("groot", critic_features="separate")
+    with pytest.raises(ConfigError, match=r"algorithm.critic_features.*images.top.*packs away"):
+        algorithm.update(iter([collect(algorithm)]))
 
 
 def test_only_what_is_trained_is_pushed(make_algorithm: MakeAlgorithm) -> None:

@@ -216,7 +216,7 @@ def test_images_of_any_size_go_through_the_convolutional_encoder(
     assert all(p.grad is not None and p.grad.any() for p in policy.base.parameters())
     features = policy.base.critic_features(policy.encode(seen))
     assert features.shape == (16, policy.base.critic_dims["observation"]) == (16, 6 + 8 + 2 * 16)
-    assert not features.requires_grad
+    assert features.requires_grad
     noise = torch.randn(16, 5, 3)
     other = seen | {"observation.images.wrist": torch.rand(16, 3, *size)}
     one, two = (policy.predict_action_chunk(x, noise=noise) for x in (seen, other))

@@ -171,8 +171,12 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     kl_stop: float = 3.0
 
     # What the critic reads: `expert` (the action expert's features) or `vlm` (the VLM's) of a stock base, `observation`
-    # of the compact one; null takes the first one that the base offers.
+    # of the compact one, `separate` (the observation itself, by an encoder of its own); null takes the first one that
+    # the base offers.
     critic_features: str | None = None
+    # Weight of the critic's loss in what trains the base, through the features that the critic reads. 0: they are
+    # detached, and the base learns from the policy's objective alone.
+    critic_coef: float = 0.0
     # Hidden layers of the critic.
     critic_hidden_dims: list[int] = field(default_factory=lambda: [256, 256])
     # Iterations at the start in which only the critic learns.
@@ -216,6 +220,11 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
             self.advantage in ADVANTAGES,
             "algorithm.advantage",
             f"{self.advantage!r} is unknown; choose one of {list(ADVANTAGES)}",
+        )
+        check(
+            self.critic_coef == 0 or self.advantage == "gae",
+            "algorithm.critic_coef",
+            f"must be 0 with algorithm.advantage={self.advantage!r}, which has no critic; got {self.critic_coef}",
         )
         grouped = self.collection.group_size > 1
         check(
@@ -263,7 +272,13 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         ):
             value = getattr(self, name)
             check(value > 0, f"algorithm.{name}", f"must be above 0, got {value}")
-        for name in ("kl_coef", "demonstration_weight", "micro_batch_size", "context_memory_gb"):
+        for name in (
+            "kl_coef",
+            "critic_coef",
+            "demonstration_weight",
+            "micro_batch_size",
+            "context_memory_gb",
+        ):
             value = getattr(self, name)
             check(value >= 0, f"algorithm.{name}", f"must be 0 or above, got {value}")
         check(self.lr_factor > 1, "algorithm.lr_factor", f"must be above 1, got {self.lr_factor}")

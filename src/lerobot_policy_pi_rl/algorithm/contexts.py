@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..bases.adapter import Context
 from ..modeling_pi_rl import PIRLPolicy
+from .storage import Observations
 
 
 class Contexts:
@@ -23,7 +24,7 @@ class Contexts:
     def __init__(
         self,
         policy: PIRLPolicy,
-        batch: dict[str, Any],
+        observations: Observations,
         critic_source: str | None,
         rows_at_once: int,
         budget_bytes: float,
@@ -33,14 +34,14 @@ class Contexts:
 
         Args:
             policy: The policy, in evaluation mode.
-            batch: Preprocessed observations, N rows.
+            observations: What was seen, N rows.
             critic_source: What the critic reads, one of the base's `critic_dims`; None without a critic.
             rows_at_once: How many are encoded at a time.
             budget_bytes: Largest size of the contexts that are kept.
             storage: Where they are kept; on the CPU in pinned memory if the policy is on a GPU.
         """
         self._policy = policy
-        self._batch = batch
+        self._observations = observations
         self._storage = storage
         self._device = next(policy.parameters()).device
         self.critic_features: Tensor | None = None
@@ -51,7 +52,7 @@ class Contexts:
     @torch.no_grad()
     def _encode_all(self, critic_source: str | None, rows_at_once: int, budget_bytes: float) -> None:
         base = self._policy.base
-        count = base.rows(self._batch)
+        count = len(self._observations)
         keeps = base.context_is_fixed
         pieces: list[Context] = []
         features: list[Tensor] = []
@@ -82,7 +83,7 @@ class Contexts:
         return {name: value[rows].to(self._device, non_blocking=True) for name, value in self._kept.items()}
 
     def _part(self, rows: Tensor) -> dict[str, Any]:
-        return self._policy.base.take(self._batch, rows)
+        return self._observations.rows(rows, self._policy.base.take)
 
     def _put_away(self, context: Context) -> Context:
         away = {name: value.to(self._storage) for name, value in context.items()}

@@ -1,13 +1,29 @@
 """The value function: one function of the observation, at collection and in the update."""
 
 import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lerobot.configs import FeatureType
 from torch import Tensor, nn
+
+from ..bases.compact import IMAGE_SIZE, ImageEncoder
+from ..errors import config_error
+
+if TYPE_CHECKING:
+    from lerobot.configs import PolicyFeature
+
+SEPARATE = "separate"
+"""The source of critic features that is none of the base's: the observation itself."""
+IMAGE_DIM = 128
+STATE_CLIP = 8.0
 
 
 class Critic(nn.Module):
-    """A multi-layer perceptron on the base's critic features, `[B, F] -> [B]`."""
+    """A multi-layer perceptron on features of the observation, `[B, F] -> [B]`."""
+
+    # Most rows that are valued at once.
+    rows_at_once = 4096
 
     def __init__(self, features: int, hidden_dims: list[int]) -> None:
         """Builds the layers; the last one starts near zero, so that a cold critic predicts no reward.
@@ -31,10 +47,63 @@ class Critic(nn.Module):
         return self.head(self.body(features)).squeeze(-1)
 
     @torch.no_grad()
-    def value(self, features: Tensor, rows_at_once: int = 4096) -> Tensor:
+    def value(self, features: Tensor) -> Tensor:
         """Value of many rows without gradients, in slices that bound memory."""
         return (
-            torch.cat([self(part) for part in features.split(rows_at_once)])
+            torch.cat([self(part) for part in features.split(self.rows_at_once)])
             if len(features)
             else features[:, 0]
         )
+
+
+class SeparateCritic(Critic):
+    """A critic that shares nothing with the policy: it encodes the pictures of the observation by itself.
+
+    What it reads of an observation, `read`, has no weights, so that it is read once and serves every epoch.
+    """
+
+    rows_at_once = 512
+
+    def __init__(self, features: "dict[str, PolicyFeature]", hidden_dims: list[int]) -> None:
+        """Builds the layers.
+
+        Args:
+            features: The policy's input features.
+            hidden_dims: Width of each hidden layer.
+        """
+        images = {key: f for key, f in sorted(features.items()) if f.type is FeatureType.VISUAL}
+        vectors = {key: f for key, f in sorted(features.items()) if f.type is FeatureType.STATE}
+        super().__init__(
+            sum(f.shape[0] for f in vectors.values()) + IMAGE_DIM * len(images),
+            hidden_dims,
+        )
+        self.images, self.vectors = list(images), list(vectors)
+        self.channels = [f.shape[0] for f in images.values()]
+        self.encoders = nn.ModuleList(ImageEncoder(channels, IMAGE_DIM) for channels in self.channels)
+
+    def read(self, batch: dict[str, Any]) -> Tensor:
+        """What it reads of a preprocessed observation: small pictures and clipped vectors, `[B, F]` float32.
+
+        Raises:
+            ConfigError: If the base's preprocessor has left one of them out.
+        """
+        missing = [key for key in (*self.images, *self.vectors) if not isinstance(batch.get(key), Tensor)]
+        if missing:
+            raise config_error(
+                "algorithm.critic_features",
+                f"{SEPARATE!r} needs {missing}, which this base's preprocessor packs away; choose another one",
+            )
+        small = nn.functional.adaptive_avg_pool2d
+        parts = [small(batch[key].float(), IMAGE_SIZE).flatten(1) for key in self.images]
+        parts += [batch[key].float().clamp(-STATE_CLIP, STATE_CLIP) for key in self.vectors]
+        return torch.cat(parts, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Value of each row of what was read."""
+        sizes = [channels * IMAGE_SIZE**2 for channels in self.channels]
+        *pictures, vectors = features.split([*sizes, features.shape[1] - sum(sizes)], dim=1)
+        seen = [
+            encoder(picture.unflatten(1, (-1, IMAGE_SIZE, IMAGE_SIZE)))
+            for encoder, picture in zip(self.encoders, pictures, strict=True)
+        ]
+        return super().forward(torch.cat([*seen, vectors], 1))

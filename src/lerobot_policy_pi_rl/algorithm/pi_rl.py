@@ -20,15 +20,14 @@ from ..modeling_pi_rl import PIRLPolicy
 from .advantages import advantages, group_advantages, normalise
 from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from .contexts import Contexts
-from .critic import Critic
+from .critic import SEPARATE, Critic, SeparateCritic
 from .decisions import DecisionBatch
 from .losses import approximate_kl, explained_variance, policy_loss, value_loss
 from .optimizer import PreciseAdam
-from .storage import Rollout, minibatches
+from .storage import Observations, Rollout, minibatches
 
-# Rows of a rollout that the reference policy scores at once.
+# Rows of a rollout that are read at once where nothing is trained, unless the micro-batch is smaller.
 ROWS_AT_ONCE = 1024
-
 
 # A batch of demonstrations as the base's supervised loss reads it, or None as long as there are none; how many rows is
 # the argument.
@@ -164,12 +163,28 @@ class PIRLAlgorithm(RLAlgorithm):
     def _make_critic(self) -> Critic | None:
         if self.config.advantage == "group":
             return None
-        dim = self.policy.base.critic_dims[self._critic_source]
-        return Critic(dim, self.config.critic_hidden_dims).to(self.device)
+        source, hidden_dims = self._critic_source, self.config.critic_hidden_dims
+        if self.trains_base_for_critic and (
+            source == SEPARATE or not self.policy.base.trains_for_critic(source)
+        ):
+            raise config_error(
+                "algorithm.critic_coef",
+                f"{self.config.critic_coef} has no effect: nothing of this policy that is trained makes the features "
+                f"{source!r}; set it to 0, or algorithm.critic_features to others",
+            )
+        if source == SEPARATE:
+            assert self.policy.config.input_features is not None
+            return SeparateCritic(self.policy.config.input_features, hidden_dims).to(self.device)
+        return Critic(self.policy.base.critic_dims[source], hidden_dims).to(self.device)
+
+    @property
+    def trains_base_for_critic(self) -> bool:
+        """Whether the critic's loss trains what the base makes of the observation, too."""
+        return self.config.critic_coef > 0
 
     @property
     def _critic_source(self) -> str:
-        sources, chosen = list(self.policy.base.critic_dims), self.config.critic_features
+        sources, chosen = [*self.policy.base.critic_dims, SEPARATE], self.config.critic_features
         if chosen is not None and chosen not in sources:
             raise config_error(
                 "algorithm.critic_features",
@@ -252,7 +267,8 @@ class PIRLAlgorithm(RLAlgorithm):
 
         First the policy takes all its epochs, then the critic: neither reads what the other does in the meantime,
         because advantages and value targets are computed once, before. Actors can act with the improved policy
-        (`policy_ready`) while the critic is trained. A run that is asked to stop (`stopping`) goes without the steps
+        (`policy_ready`) while the critic is trained. Where the critic's loss trains the base as well (`critic_coef`),
+        both take the same steps. A run that is asked to stop (`stopping`) goes without the steps
         that are left.
 
         Args:
@@ -288,9 +304,10 @@ class PIRLAlgorithm(RLAlgorithm):
     def _improve_policy(self, material: Material, averages: Averages) -> dict[str, float]:
         """The policy's epochs, none while the critic warms up or where there is nothing to train on."""
         config, generator = self.config, self._generator(0)
-        warming_up = material.critic is not None and self.optimization_step < config.critic_warmup
         skipped, epochs = 0, 0
-        while epochs < config.epochs and not warming_up and len(material.trained) and not self.stopping():
+        while (
+            epochs < config.epochs and not self._warming_up and len(material.trained) and not self.stopping()
+        ):
             last_epoch = Averages()
             for rows in self._minibatches(material, generator):
                 skipped += self._policy_step(material, rows, averages, last_epoch)
@@ -303,8 +320,10 @@ class PIRLAlgorithm(RLAlgorithm):
         return {"epochs": epochs, "skipped_steps": skipped}
 
     def _train_critic(self, material: Material, averages: Averages) -> int:
-        """The critic's epochs; returns how many steps were skipped."""
+        """The critic's epochs, unless it has taken the policy's; returns how many steps were skipped."""
         if self.critic is None or material.critic is None:
+            return 0
+        if self.trains_base_for_critic and not self._warming_up:
             return 0
         skipped, generator = 0, self._generator(1)
         for _ in range(self.config.epochs):
@@ -322,6 +341,11 @@ class PIRLAlgorithm(RLAlgorithm):
                 return
             yield rows
 
+    @property
+    def _warming_up(self) -> bool:
+        """Whether the critic learns alone."""
+        return self.critic is not None and self.optimization_step < self.config.critic_warmup
+
     def _generator(self, purpose: int) -> torch.Generator:
         """Source of an iteration's minibatches, the same in a resumed run."""
         generator = torch.Generator()
@@ -332,10 +356,11 @@ class PIRLAlgorithm(RLAlgorithm):
     def evaluate(self, rollout: Rollout) -> Material:
         """Contexts, values, advantages and reference steps of a rollout, computed once."""
         decisions = rollout.decisions
-        contexts = self._encode(rollout.batch, self.config.context_memory_gb)
+        contexts = self._encode(rollout.observations, self.config.context_memory_gb)
         proximal, weight = self._proximal(decisions, contexts)
         near = (weight <= self.config.importance_cap).cpu()
-        if self.critic is None or contexts.critic_features is None:
+        features = self._features(rollout.observations, contexts)
+        if self.critic is None or features is None:
             groups = group_advantages(decisions, self.config.collection.group_size)
             advantage, critic = groups.advantage.to(self.device), None
             candidates = groups.informative.nonzero()[:, 0]
@@ -343,7 +368,7 @@ class PIRLAlgorithm(RLAlgorithm):
         else:
             candidates = rollout.usable
             trained = candidates[near[candidates]]
-            advantage, critic = self._valued(rollout, contexts.critic_features, self.critic, trained)
+            advantage, critic = self._valued(rollout, features, self.critic, trained)
         chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
         batch = Batch(
             chain=chain,
@@ -352,7 +377,7 @@ class PIRLAlgorithm(RLAlgorithm):
             log_prob=proximal,
             weight=weight,
             advantage=advantage,
-            reference=self._reference_steps(rollout.batch, chain, step),
+            reference=self._reference_steps(rollout.observations, chain, step),
         )
         return Material(contexts, batch, critic, trained, len(candidates) - len(trained))
 
@@ -366,7 +391,7 @@ class PIRLAlgorithm(RLAlgorithm):
         proximal, weight = behaviour.clone(), torch.ones_like(behaviour)
         older = (decisions.version < self.optimization_step).nonzero()[:, 0]
         # Split, no rows would be one part of no rows, which pi0's attention does not take.
-        parts = older.split(self.config.micro_batch_size or ROWS_AT_ONCE) if len(older) else ()
+        parts = older.split(self._rows_at_once) if len(older) else ()
         for rows in parts:
             chain, step = decisions.chain[rows].to(self.device), decisions.step[rows].to(self.device)
             score = self.policy.score(contexts.rows(rows), chain, step)
@@ -375,23 +400,43 @@ class PIRLAlgorithm(RLAlgorithm):
             weight[here] = (proximal[here] - behaviour[here]).exp()
         return proximal, weight
 
-    def _encode(self, batch: dict[str, Any], memory_gb: float) -> Contexts:
+    def _encode(self, observations: Observations, memory_gb: float) -> Contexts:
         return Contexts(
             self.policy,
-            batch,
-            None if self.critic is None else self._critic_source,
-            self.config.micro_batch_size or ROWS_AT_ONCE,
+            observations,
+            None if self.critic is None or self._critic_source == SEPARATE else self._critic_source,
+            self._rows_at_once,
             memory_gb * 1e9,
             torch.device(self.policy.config.storage_device),
         )
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Most observations that are preprocessed, encoded or scored at a time."""
+        return self.config.micro_batch_size or ROWS_AT_ONCE
+
+    def _features(self, observations: Observations, contexts: Contexts | None = None) -> Tensor | None:
+        """What the critic reads of observations, `[N, F]`; None without a critic.
+
+        Without contexts the observations are encoded for it alone, and nothing of that is kept.
+        """
+        if isinstance(self.critic, SeparateCritic):
+            parts = torch.arange(len(observations)).split(self._rows_at_once)
+            return torch.cat(
+                [
+                    self.critic.read(observations.rows(rows, self.policy.base.take)).to(self.device)
+                    for rows in parts
+                ]
+            )
+        return (contexts or self._encode(observations, 0.0)).critic_features
 
     def _valued(
         self, rollout: Rollout, features: Tensor, critic: Critic, trained: Tensor
     ) -> tuple[Tensor, CriticBatch]:
         """Advantages `[N]` by a critic, normalised over what is trained on, and what the critic is to fit."""
         config, value = self.config, critic.value(features)
-        # What came after is valued once and never scored: nothing of it is kept.
-        next_features = self._encode(rollout.next_batch, 0.0).critic_features if rollout.next_batch else None
+        following = rollout.next_observations
+        next_features = self._features(following) if len(following) else None
         next_value = critic.value(features[:0] if next_features is None else next_features)
         targets = advantages(rollout.decisions, value, next_value, config.gamma, config.gae_lambda)
         rows = trained.to(self.device)
@@ -445,32 +490,39 @@ class PIRLAlgorithm(RLAlgorithm):
     def _log_ratio(self, part: Batch, score: Score) -> Tensor:
         return self.reduce(score.log_prob, part.scored) - part.log_prob
 
-    def _reference_steps(self, batch: dict[str, Any], chain: Tensor, step: Tensor) -> Gaussian | None:
+    def _reference_steps(self, observations: Observations, chain: Tensor, step: Tensor) -> Gaussian | None:
         """The steps of the policy before reinforcement learning from the recorded states, `[N, S, H, D]`."""
         if self.reference is None:
             return None
         means, stds = [], []
-        for rows in torch.arange(len(chain), device=chain.device).split(ROWS_AT_ONCE):
-            context = self.reference.encode(self.reference.base.take(batch, rows))
-            steps = self.reference.score(context, chain[rows], step[rows]).steps
+        for rows in torch.arange(len(chain)).split(self._rows_at_once):
+            context = self.reference.encode(observations.rows(rows, self.reference.base.take))
+            here = rows.to(chain.device)
+            steps = self.reference.score(context, chain[here], step[here]).steps
             means.append(steps.mean)
             stds.append(steps.std)
         return Gaussian(torch.cat(means), torch.cat(stds))
 
     def _policy_step(self, material: Material, rows: Tensor, averages: Averages, last_epoch: Averages) -> int:
         """One gradient step, in as many parts as fit into memory at a time. Returns how many steps were skipped."""
-        optimizer = self.optimizers["policy"]
-        optimizer.zero_grad(set_to_none=True)
+        names = ["policy", "critic"] if self.trains_base_for_critic else ["policy"]
+        for name in names:
+            self.optimizers[name].zero_grad(set_to_none=True)
         for micro in self._micro_batches(rows):
-            part = material.batch.rows(micro)
-            loss = self._policy_loss(material.contexts.rows(micro), part, averages, last_epoch)
+            part, context = material.batch.rows(micro), material.contexts.rows(micro)
+            loss = self._policy_loss(context, part, averages, last_epoch)
+            if self.trains_base_for_critic:
+                loss = loss + self.config.critic_coef * self._shared_value_loss(
+                    material, micro, context, averages
+                )
             (loss * (len(micro) / len(rows))).backward()
-            optimizer.gather()
+            for name in names:
+                self.optimizers[name].gather()
         supervised = self._supervised_loss() if self.config.demonstration_weight > 0 else None
         if supervised is not None:
             (self.config.demonstration_weight * supervised).backward()
             averages.add(supervised_loss=supervised)
-        return self._step("policy", averages)
+        return sum(self._step(name, averages) for name in names)
 
     def _micro_batches(self, rows: Tensor) -> tuple[Tensor, ...]:
         """A minibatch in slices of nearly equal size, none larger than `micro_batch_size`."""
@@ -512,12 +564,22 @@ class PIRLAlgorithm(RLAlgorithm):
         batch = self.demonstrations(self.config.demonstration_batch_size)
         return None if batch is None else self.policy.base.loss(batch)
 
-    def _critic_step(self, critic: Critic, part: CriticBatch, averages: Averages) -> int:
-        config = self.config
-        loss = value_loss(
-            critic(part.features), part.target, part.value, config.value_clip, config.huber_delta
-        )
+    def _shared_value_loss(
+        self, material: Material, rows: Tensor, context: Context, averages: Averages
+    ) -> Tensor:
+        """The critic's loss on features as the base makes them now, with gradients to it."""
+        assert self.critic is not None
+        assert material.critic is not None
+        features = self.policy.base.critic_features(context, self._critic_source)
+        return self._value_loss(self.critic(features), material.critic.rows(rows.to(self.device)), averages)
+
+    def _value_loss(self, value: Tensor, part: CriticBatch, averages: Averages) -> Tensor:
+        loss = value_loss(value, part.target, part.value, self.config.value_clip, self.config.huber_delta)
         averages.add(value_loss=loss)
+        return loss
+
+    def _critic_step(self, critic: Critic, part: CriticBatch, averages: Averages) -> int:
+        loss = self._value_loss(critic(part.features), part, averages)
         self.optimizers["critic"].zero_grad(set_to_none=True)
         loss.backward()
         return self._step("critic", averages)

@@ -12,27 +12,65 @@ from .decisions import DecisionBatch
 
 # Raw observation and task texts -> the batch the policy's base reads.
 Preprocess = Callable[[dict[str, Tensor], list[str]], dict[str, Any]]
+# A preprocessed batch and rows of it -> those rows.
+Take = Callable[[dict[str, Any], Tensor], dict[str, Any]]
+
+
+class Observations:
+    """Observations as the policy's base reads them, N rows.
+
+    Pictures stay bytes, and where they are, until some of them are read: as floats, all of a rollout would take four
+    times the memory, and on the policy's device. Without pictures, all rows are preprocessed once.
+    """
+
+    def __init__(self, packed: dict[str, Tensor], task: list[str], preprocess: Preprocess) -> None:
+        """Preprocesses what need not wait.
+
+        Args:
+            packed: Observations as they cross the wire, N rows.
+            task: Text of each.
+            preprocess: The policy's preprocessor.
+        """
+        self._packed, self._task, self._preprocess = packed, task, preprocess
+        waits = any(value.dtype == torch.uint8 for value in packed.values())
+        self._whole = None if waits or not task else preprocess(packed, task)
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self._task)
+
+    def rows(self, rows: Tensor, take: Take) -> dict[str, Any]:
+        """The given rows (on the CPU), preprocessed.
+
+        Args:
+            rows: Row numbers, int64.
+            take: Cuts rows out of a batch: that of the base which reads them.
+        """
+        if self._whole is not None:
+            return take(self._whole, rows)
+        packed = {key: value[rows] for key, value in self._packed.items()}
+        return self._preprocess(packed, [self._task[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """The decisions of one iteration in time order, with their preprocessed observations on the policy's device.
+    """The decisions of one iteration in time order.
 
     Attributes:
         decisions: In `time_order`.
         usable: Rows that can be trained on, `[U]` int64; the others lost the decision that followed them.
-        batch: Preprocessed observations, N rows.
-        next_batch: Preprocessed `decisions.next_observation`, M rows; empty if M is 0.
+        observations: What was seen, N rows.
+        next_observations: What came after the M decisions that have `decisions.next_observation`.
     """
 
     decisions: DecisionBatch
     usable: Tensor
-    batch: dict[str, Any]
-    next_batch: dict[str, Any]
+    observations: Observations
+    next_observations: Observations
 
 
 def prepare(decisions: DecisionBatch, preprocess: Preprocess) -> Rollout:
-    """Orders decisions in time and preprocesses them once.
+    """Orders decisions in time.
 
     Args:
         decisions: All decisions of an iteration, in any order.
@@ -49,8 +87,12 @@ def prepare(decisions: DecisionBatch, preprocess: Preprocess) -> Rollout:
     if not len(usable):
         raise ValueError(f"none of the {len(decisions)} decisions of this iteration can be used")
     texts = [ordered.task[row] for row in ordered.next_row.tolist()]
-    next_batch = preprocess(ordered.next_observation, texts) if texts else {}
-    return Rollout(ordered, usable, preprocess(ordered.observation, ordered.task), next_batch)
+    return Rollout(
+        ordered,
+        usable,
+        Observations(ordered.observation, ordered.task, preprocess),
+        Observations(ordered.next_observation, texts, preprocess),
+    )
 
 
 def minibatches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:

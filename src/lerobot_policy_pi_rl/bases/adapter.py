@@ -80,12 +80,16 @@ class FlowBase(nn.Module, ABC):
 
     @abstractmethod
     def critic_features(self, context: Context, source: str) -> Tensor:
-        """Features of an encoded observation for a critic, `[B, F]` float32, without gradients to the base.
+        """Features of an encoded observation for a critic, `[B, F]` float32.
 
         Args:
             context: The observation.
             source: One of `critic_dims`.
         """
+
+    def trains_for_critic(self, source: str) -> bool:
+        """Whether gradients of `critic_features` reach anything that is trained."""
+        return not self.context_is_fixed
 
     def initial_noise(
         self, rows: int, device: torch.device, generator: torch.Generator | None = None

@@ -56,6 +56,10 @@ class ResidualBlock(nn.Module):
         return x + hidden
 
 
+IMAGE_SIZE = 64
+"""Height and width to which `ImageEncoder` reduces its pictures."""
+
+
 class ImageEncoder(nn.Sequential):
     """A small convolutional encoder of one camera, `[B, C, height, width] -> [B, dim]`.
 
@@ -65,7 +69,7 @@ class ImageEncoder(nn.Sequential):
     def __init__(self, channels: int, dim: int) -> None:
         """Builds the layers."""
         super().__init__(
-            nn.AdaptiveAvgPool2d(64),
+            nn.AdaptiveAvgPool2d(IMAGE_SIZE),
             nn.Conv2d(channels, 32, 5, stride=2, padding=2),
             nn.SiLU(),
             nn.Conv2d(32, 32, 3, stride=2, padding=1),
@@ -134,7 +138,7 @@ class CompactBase(FlowBase):
     def encode(self, batch: dict[str, Tensor]) -> Context:
         """Encodes a preprocessed observation, `[B, hidden]`, beside its own features."""
         features = self.observation_features(batch)
-        context = {"observation": self.observe(features), "features": features.detach()}
+        context = {"observation": self.observe(features), "features": features}
         if self.settings.task_modulation:
             context["modulation"] = self.modulate(batch[TASK_EMBEDDING]).unflatten(
                 1, (len(self.blocks), 2, -1)
@@ -142,8 +146,12 @@ class CompactBase(FlowBase):
         return context
 
     def critic_features(self, context: Context, source: str = "observation") -> Tensor:
-        """The observation's own features, detached, `[B, F]`."""
+        """The observation's own features, `[B, F]`."""
         return context["features"]
+
+    def trains_for_critic(self, source: str) -> bool:
+        """Only pictures are encoded."""
+        return bool(self.images)
 
     @property
     def context_is_fixed(self) -> bool:

@@ -210,7 +210,6 @@ class StockBase(FlowBase):
         self._head_inputs.kept = None
         return velocity, seen[-1]
 
-    @torch.no_grad()
     def critic_features(self, context: Context, source: str = "expert") -> Tensor:
         """Features of an encoded observation, `[B, F]` float32 of zero mean and unit deviation.
 
@@ -228,6 +227,10 @@ class StockBase(FlowBase):
             features = self.velocity(context, zeros, torch.ones(len(some), device=some.device)).features
             features = features[:, -self.chunk_size :].float().mean(1)
         return nn.functional.layer_norm(features, features.shape[-1:])
+
+    def trains_for_critic(self, source: str) -> bool:
+        """The expert is always trained, the encoder in some modes."""
+        return source != self.encoder_source or super().trains_for_critic(source)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The stock policy's own supervised loss."""
