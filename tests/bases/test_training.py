@@ -197,6 +197,34 @@ def test_kept_contexts_of_different_lengths_are_padded(make_algorithm: MakeAlgor
     torch.testing.assert_close(two[1:], one, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla"])
+def test_kept_contexts_of_prompts_that_are_padded_part_by_part(
+    make_algorithm: MakeAlgorithm, name: str
+) -> None:
+    """A tokenizer pads to the longest prompt of those that it is given together."""
+    algorithm = make_algorithm(name)
+    policy, seen = algorithm.policy.eval(), observations()
+    lengths = seen[OBS_LANGUAGE_ATTENTION_MASK].sum(1)
+
+    def preprocess(observation: dict[str, Tensor], task: list[str]) -> dict[str, Any]:
+        rows = observation["row"].long()
+        part = policy.base.take(seen, rows)
+        # X-VLA's has one length.
+        longest = 4 if name == "xvla" else int(lengths[rows].max())
+        text = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+        return part | {key: part[key][:, :longest] for key in text}
+
+    lazy = Observations({"row": torch.arange(COUNT, dtype=torch.uint8)}, ["pick"] * COUNT, preprocess)
+    parts = torch.arange(COUNT).split(1)
+    contexts = Contexts(policy, lazy, "vlm", 1, 1e9, torch.device("cpu"))
+    assert contexts.kept
+    assert name == "xvla" or len({int(lengths[rows].max()) for rows in parts}) > 1
+    sample = policy.explore(dict(seen), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept = policy.score(contexts.rows(torch.arange(COUNT)), sample.chain, sample.step).log_prob
+    torch.testing.assert_close(kept, sample.log_prob, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_encoded_for_a_critic_that_is_not_there(
     make_algorithm: MakeAlgorithm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,14 +92,15 @@ class Contexts:
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:
-    """Joins rows; shorter sequences end in zeros, which their masks leave out."""
-    longest = max(piece.shape[1:2] for piece in pieces)
-    if all(piece.shape[1:2] == longest for piece in pieces):
+    """Joins rows; shorter sequences, in whichever dimension, end in zeros, which their masks leave out."""
+    shapes = [piece.shape[1:] for piece in pieces]
+    if len(set(shapes)) == 1:
         return torch.cat(pieces)
-    length = longest[0]
-    return torch.cat(
-        [torch.cat([p, p.new_zeros(len(p), length - p.shape[1], *p.shape[2:])], 1) for p in pieces]
-    )
+    longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    joined = pieces[0].new_zeros(sum(map(len, pieces)), *longest)
+    for part, piece in zip(joined.split([len(piece) for piece in pieces]), pieces, strict=True):
+        part[(slice(None), *(slice(size) for size in piece.shape[1:]))] = piece
+    return joined
 
 
 def size_of(context: Context) -> int:
