@@ -277,6 +277,9 @@ class _Link:
             call(chunks, metadata=[*self._metadata(self._handshake), *metadata])
         except grpc.RpcError as error:
             reason = _reason(error)
+        except ValueError as error:
+            # The channel was closed before this thread came to its call.
+            reason = str(error)
         if not finished():
             self.fail(reason)
             # The last weights may still be on their way; after them, without this stream, the others end too.
