@@ -2,8 +2,8 @@
 
 import shutil
 import warnings
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,6 +70,8 @@ class DemonstrationPlan:
     env: MetaworldConfig
     # Episodes to keep per task.
     num_episodes: int = 10
+    # Episodes to keep of single tasks, by name, in place of `num_episodes`.
+    task_episodes: Mapping[str, int] = field(default_factory=dict)
     # Block of reset seeds, 0 to 49.
     seed: int = 0
     # Standard deviation of the Gaussian noise on the executed action, in action units. The recorded action is the
@@ -79,11 +81,12 @@ class DemonstrationPlan:
     keep_failures: bool = False
 
     def __post_init__(self) -> None:
-        check(
-            1 <= self.num_episodes <= SEEDS_PER_BLOCK,
-            "num_episodes",
-            f"must be 1 to {SEEDS_PER_BLOCK} per task; got {self.num_episodes}",
-        )
+        for task in self.task_episodes:
+            check(task in self.env.tasks, "task_episodes", f"{task!r} is not among {', '.join(self.env.tasks)}")
+        for name, count in (("num_episodes", self.num_episodes), *self.task_episodes.items()):
+            check(
+                1 <= count <= SEEDS_PER_BLOCK, name, f"must be 1 to {SEEDS_PER_BLOCK} per task; got {count}"
+            )
         check(0 <= self.seed < NUM_BLOCKS, "seed", f"must be 0 to {NUM_BLOCKS - 1}; got {self.seed}")
         check(self.action_noise >= 0, "action_noise", f"must not be negative; got {self.action_noise}")
 
@@ -91,6 +94,15 @@ class DemonstrationPlan:
     def reset_seeds(self) -> range:
         """Reset seeds to try, in order."""
         return range(self.seed * SEEDS_PER_BLOCK, (self.seed + 1) * SEEDS_PER_BLOCK)
+
+    def episodes_of(self, task: str) -> int:
+        """Episodes to keep of one task."""
+        return self.task_episodes.get(task, self.num_episodes)
+
+    @property
+    def total(self) -> int:
+        """Episodes to keep of all tasks."""
+        return sum(self.episodes_of(task) for task in self.env.tasks)
 
     def keeps(self, episode: Episode) -> bool:
         """The episode belongs in the dataset."""
@@ -143,7 +155,7 @@ def demonstrations(plan: DemonstrationPlan, task: str) -> Iterator[Episode]:
         task: One of the plan's tasks.
 
     Yields:
-        Every episode played, failed ones included; ends when `num_episodes` of them are to be kept.
+        Every episode played, failed ones included; ends when as many as the plan asks for are to be kept.
 
     Raises:
         RuntimeError: The expert keeps failing.
@@ -158,7 +170,7 @@ def demonstrations(plan: DemonstrationPlan, task: str) -> Iterator[Episode]:
                 episode = demonstrate(env, expert, seed, plan.action_noise)
                 kept += plan.keeps(episode)
                 yield episode
-                if kept == plan.num_episodes:
+                if kept == plan.episodes_of(task):
                     return
     finally:
         env.close()

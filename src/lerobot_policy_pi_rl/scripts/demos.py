@@ -44,6 +44,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"height and width of metaworld_camera's picture (default: {MetaworldCameraEnv.camera_size})",
     )
     parser.add_argument("--num_episodes", type=int, default=10, help="episodes to keep per task")
+    parser.add_argument(
+        "--task_episodes",
+        type=task_episodes,
+        default={},
+        metavar="TASK=COUNT,...",
+        help="episodes to keep of single tasks, in place of --num_episodes",
+    )
     parser.add_argument("--seed", type=int, default=0, help="block of reset seeds, 0 to 49")
     parser.add_argument(
         "--action_noise",
@@ -65,6 +72,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def task_episodes(text: str) -> dict[str, int]:
+    """Reads `task=count,...`.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not of that form, or names a task twice.
+    """
+    pairs = [entry.partition("=") for entry in text.split(",")]
+    if not all(name and count.isdecimal() for name, _, count in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form reach-v3=5,push-v3=10")
+    counts = {name.strip(): int(count) for name, _, count in pairs}
+    if len(counts) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names a task twice")
+    return counts
+
+
 def collect(options: argparse.Namespace) -> str:
     """Collects the demonstrations with a progress bar.
 
@@ -75,6 +97,7 @@ def collect(options: argparse.Namespace) -> str:
     plan = DemonstrationPlan(
         env=env,
         num_episodes=options.num_episodes,
+        task_episodes=options.task_episodes,
         seed=options.seed,
         action_noise=options.action_noise,
         keep_failures=options.keep_failures,
@@ -85,7 +108,7 @@ def collect(options: argparse.Namespace) -> str:
     episodes = write_demonstrations(plan, options.repo_id, root)
     with (
         contextlib.closing(episodes),
-        tqdm(total=plan.num_episodes * len(env.tasks), desc="demonstrations", unit="episode") as bar,
+        tqdm(total=plan.total, desc="demonstrations", unit="episode") as bar,
     ):
         for episode in episodes:
             played += 1
