@@ -1,5 +1,6 @@
 """LeRobot's own policies at small size: the real classes, small configurations, random weights, no download."""
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.groot import groot_n1_7, processor_groot
 from lerobot.policies.groot.configuration_groot import GrootConfig
+from lerobot.policies.molmoact2.configuration_molmoact2 import MolmoAct2Config
 from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -29,7 +31,9 @@ from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 # `toy` is the third party's of docs/bases.md.
-BASES = ("smolvla", "pi0", "pi05", "xvla", "multi_task_dit", "evo1", "vla_jepa", "groot", "toy")
+BASES = ("smolvla", "pi0", "pi05", "xvla", "multi_task_dit", "evo1", "vla_jepa", "groot", "molmoact2", "toy")
+# Their preprocessors pack prompt and pictures; what they make of a prompt depends on those that it is padded with.
+PACKED = ("groot", "molmoact2")
 ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
@@ -109,6 +113,50 @@ SMALL_GROOT = {
     "diffusion_model_cfg": DIT
     | {"num_layers": 4, "norm_type": "ada_norm", "output_dim": 16, "interleave_self_attention": True},
     "vl_self_attention_cfg": DIT | {"num_layers": 1},
+}
+# Tokens that MolmoAct2's processors write, and what of its prompt would be bytes otherwise.
+MOLMO_SPECIAL = {
+    "image_start_token_id": "<im_start>",
+    "low_res_image_start_token_id": "<low_res_im_start>",
+    "image_end_token_id": "<im_end>",
+    "image_low_res_id": "<im_low>",
+    "image_patch_id": "<im_patch>",
+    "image_col_id": "<im_col>",
+    "frame_start_token_id": "<frame_start>",
+    "frame_end_token_id": "<frame_end>",
+    "action_output_token_id": "<action_output>",
+    "action_start_token_id": "<action_start>",
+    "action_end_token_id": "<action_end>",
+}
+MOLMO_WORDS = (
+    "The task is to ",
+    ". The setup is ",
+    "The current state of the robot is ",
+    "The expected control mode is ",
+    "Given these, what action should the robot take to complete the task?",
+    *("pick", "the", "cube", "up"),
+)
+MOLMO_BINS = 16
+# Sizes of a small MolmoAct2, whose pictures of 32 pixels become five crops of 16.
+HEADS = {"num_attention_heads": 2, "head_dim": 8, "hidden_size": 16}
+SMALL_MOLMOACT2 = {
+    "vit_config": HEADS
+    | {"num_key_value_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+    | {"image_default_input_size": [16, 16], "image_patch_size": 4, "image_num_pos": 16},
+    "adapter_config": HEADS
+    | {"num_key_value_heads": 2, "intermediate_size": 32, "text_hidden_size": 16, "vit_layers": [-1, -2]},
+    "action_expert_config": {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "ffn_multiple_of": 8,
+        "timestep_embed_dim": 8,
+        "dropout": 0.2,
+        "attn_dropout": 0.2,
+    },
+    "max_action_horizon": 8,
+    "flow_matching_num_steps": 3,
+    "initializer_range": 0.2,
 }
 # How Qwen3-VL's processor writes pictures and words.
 CHAT = (
@@ -292,6 +340,52 @@ def gr00t(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def molmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small MolmoAct2 in the hub's format, which LeRobot's policy builds its own from."""
+    from lerobot.policies.molmoact2.molmoact2_hf_model import configuration_molmoact2, modeling_molmoact2
+
+    folder, tokenizer = tmp_path_factory.mktemp("molmo"), molmo_tokenizer()
+    text = HEADS | {"num_key_value_heads": 1, "intermediate_size": 32, "num_hidden_layers": 2}
+    text |= {"vocab_size": len(tokenizer), "additional_vocab_size": 4, "max_position_embeddings": 512}
+    text |= {"use_qk_norm": True, "qk_norm_type": "qwen3", "initializer_range": 0.2}
+    config = configuration_molmoact2.MolmoAct2Config(
+        **SMALL_MOLMOACT2,
+        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in MOLMO_SPECIAL.items()},
+        text_config=text | {"residual_dropout": 0.1, "attention_dropout": 0.1},
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    modeling_molmoact2.MolmoAct2ForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pictures = {
+        "size": {"height": 16, "width": 16},
+        "patch_size": 4,
+        "max_crops": 4,
+        "overlap_margins": [1, 1],
+    }
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": pictures}))
+    return folder
+
+
+def molmo_tokenizer() -> Any:
+    """A Qwen2 tokenizer of bytes and a few words, which pads on the left."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    special = [*MOLMO_SPECIAL.values(), "<|im_start|>", "<|im_end|>", "<state_start>", "<state_end>"]
+    bins = [f"<{kind}_{number}>" for kind in ("state", "action") for number in range(MOLMO_BINS)]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[],
+        padding_side="left",
+        extra_special_tokens=special + bins,
+    )
+    tokenizer.add_tokens(list(MOLMO_WORDS))
+    return tokenizer
+
+
 @pytest.fixture
 def groot_packages(monkeypatch: pytest.MonkeyPatch, qwen: Path) -> None:
     """Lets GR00T's processor find a small Qwen3-VL."""
@@ -355,6 +449,7 @@ def make_stock(
     qwen: Path,
     gr00t: Path,
     groot_packages: None,
+    molmo: Path,
     small_gemma: None,
     toy: type,
 ) -> MakeStock:
@@ -390,6 +485,11 @@ def make_stock(
         if name == "groot":
             own = {"base_model_path": str(gr00t), "num_inference_timesteps": 3, "use_bf16": False}
             return GrootConfig(**padded | own | settings)
+        if name == "molmoact2":
+            own = {"checkpoint_path": str(molmo), "num_inference_steps": 3, "model_dtype": "float32"}
+            own |= {"action_mode": "continuous", "inference_action_mode": "continuous"}
+            own |= {"num_state_tokens": MOLMO_BINS, "num_flow_timesteps": 2}
+            return MolmoAct2Config(**chunk | own | settings)
         if name == "toy":
             return toy(**chunk | settings)
         if name == "smolvla":
@@ -417,7 +517,7 @@ def precision(name: str, dtype: str) -> dict[str, Any]:
         # Its weights are in float32 either way.
         return {"use_bf16": dtype == "bfloat16"}
     same = dict.fromkeys(("smolvla", "pi0", "pi05", "xvla"), "dtype")
-    field = (same | {"evo1": "vlm_dtype", "vla_jepa": "torch_dtype"}).get(name)
+    field = (same | {"evo1": "vlm_dtype", "vla_jepa": "torch_dtype", "molmoact2": "model_dtype"}).get(name)
     return {} if field is None else {field: dtype}
 
 
@@ -471,7 +571,7 @@ def own_chunk(policy: PIRLPolicy, batch: Batch, seed: int = 7) -> Tensor:
     """The chunk of a `pi_rl` policy, from the same initial noise; as much of it as the stock policy gives."""
     torch.manual_seed(seed)
     chunk = policy.predict_action_chunk(dict(batch))
-    gives_all = policy.config.base.type not in ("multi_task_dit", "groot")
+    gives_all = policy.config.base.type not in ("multi_task_dit", *PACKED)
     given = None if gives_all else policy.config.n_action_steps
     return chunk[:, :given]
 
@@ -486,7 +586,7 @@ def statistics(stock: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def packed(stock: Any, batch: Batch) -> Batch:
-    """What a small GR00T's own preprocessor makes of a batch that the other bases can read as it is."""
+    """What a small GR00T's or MolmoAct2's own preprocessor makes of a batch that the other bases can read as it is."""
     preprocessor, _ = make_pre_post_processors(stock, dataset_stats=statistics(stock))
     return preprocessor(batch)
 
@@ -501,7 +601,7 @@ def name() -> str:
 def batch(name: str, make_stock: MakeStock) -> Batch:
     """Preprocessed observations of two rows, whose prompts are not equally long, and their demonstrated chunks.
 
-    GR00T's prompts are: the stock policy reads their padding.
+    Those of `PACKED` are: their stock policies read the padding, or count it.
     """
     generator = torch.Generator().manual_seed(0)
     rows = {
@@ -514,9 +614,9 @@ def batch(name: str, make_stock: MakeStock) -> Batch:
         ACTION: torch.randn(2, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(2, CHUNK, dtype=torch.bool),
         # What of it EVO1 reads, the others have in their tokens.
-        "task": ["pick the cube up", "pick up the cube" if name == "groot" else "pick the"],
+        "task": ["pick the cube up", "pick up the cube" if name in PACKED else "pick the"],
     }
-    return packed(make_stock(name), rows) if name == "groot" else rows
+    return packed(make_stock(name), rows) if name in PACKED else rows
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ MakeConfig = Callable[..., PIRLConfig]
         ("multi_task_dit", "multi_task_dit"),
         ("vla_jepa", "vla_jepa"),
         ("groot", "groot"),
+        ("molmoact2", "molmoact2"),
     ],
 )
 def test_a_missing_package_of_a_base_is_named_with_its_extra(

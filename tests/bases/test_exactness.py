@@ -23,6 +23,7 @@ DTYPES = [(name, "float32") for name in BASES] + [
     ("evo1", "bfloat16"),
     ("vla_jepa", "bfloat16"),
     ("groot", "bfloat16"),
+    ("molmoact2", "bfloat16"),
 ]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
@@ -168,8 +169,8 @@ def test_the_expert_s_features_know_the_state(make_policy: MakePolicy, batch: Ba
     key = "state" if name == "groot" else OBS_STATE
     moved = dict(batch) | {key: batch[key] + 1}
     one, two = (base.critic_features(base.encode(dict(b)), "expert") for b in (batch, moved))
-    # pi0.5 reads its state from the prompt, which the processor writes.
-    assert torch.equal(one, two) is (name == "pi05")
+    # These read their state from the prompt, which the processor writes.
+    assert torch.equal(one, two) is (name in ("pi05", "molmoact2"))
 
 
 @pytest.mark.parametrize("mode", ["expert", "expert_lora", "lora", "all"])

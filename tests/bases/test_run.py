@@ -145,6 +145,8 @@ def train(
         ("vla_jepa", "expert"),
         ("groot", "expert"),
         ("groot", "expert_lora"),
+        ("molmoact2", "expert"),
+        ("molmoact2", "expert_lora"),
         ("toy", "expert"),
     ],
 )

@@ -18,7 +18,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, awaken, packed, precision
+from .conftest import BASES, PACKED, awaken, packed, precision
 
 pytest.importorskip("transformers")
 
@@ -57,8 +57,8 @@ def observations(policy: PIRLPolicy | None = None) -> dict[str, Any]:
         OBS_LANGUAGE_ATTENTION_MASK: torch.arange(4) < length,
         "task": [" ".join(["cube"] * int(words)) for words in length],
     }
-    is_groot = policy is not None and policy.base.policy.name == "groot"
-    return packed(policy.config.stock, seen) if is_groot else seen
+    packs = policy is not None and policy.base.policy.name in PACKED
+    return packed(policy.config.stock, seen) if packs else seen
 
 
 def whole(seen: dict[str, Any]) -> Observations:
@@ -116,12 +116,12 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     assert heads <= {id(p) for key, p in algorithm.policy.named_parameters() if key in moved}
 
 
-@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05", "xvla"])
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05", "xvla", "molmoact2"])
 def test_an_update_in_bfloat16_is_checked_within_its_own_tolerance(
     make_algorithm: MakeAlgorithm, name: str
 ) -> None:
     algorithm = make_algorithm(name, dtype="bfloat16")
-    # Parts of all but X-VLA stay in float32.
+    # Parts of the others than X-VLA and MolmoAct2 stay in float32.
     assert torch.bfloat16 in {parameter.dtype for parameter in algorithm.policy.parameters()}
     assert algorithm.ratio_tolerance == 0.1
     stats = algorithm.update(iter([collect(algorithm)]))
@@ -301,7 +301,7 @@ def test_a_weight_of_the_critic_s_loss_that_trains_nothing_is_refused(make_algor
         )
 
 
-@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla", "multi_task_dit"])
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla", "multi_task_dit", "molmoact2"])
 def test_a_separate_critic_sees_for_itself(make_algorithm: MakeAlgorithm, name: str) -> None:
     algorithm = make_algorithm(name, critic_features="separate")
     before = {key: value.clone() for key, value in algorithm.critic.state_dict().items()}

@@ -15,6 +15,7 @@ from lerobot.policies.groot.configuration_groot import (
 )
 from lerobot.policies.groot.groot_n1_7 import GR00T_N1_7_DEFAULTS
 from lerobot.policies.groot.utils import read_json
+from lerobot.policies.molmoact2.configuration_molmoact2 import MolmoAct2Config
 from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -271,11 +272,76 @@ def _check_groot(config: Any) -> None:
     )
 
 
+def _molmoact2_model(base: Any) -> dict[str, Any]:
+    """Configuration of a MolmoAct2's model in the hub's format; empty if it cannot be read, which its policy says."""
+    from transformers import PretrainedConfig
+
+    try:
+        return PretrainedConfig.get_config_dict(base.checkpoint_path, revision=base.checkpoint_revision)[0]
+    except OSError:
+        return {}
+
+
+def _molmoact2_sizes(base: Any) -> Sizes:
+    """Those of the embodiment that `norm_tag` names, if any; as many steps as its model takes where it names none."""
+    from lerobot.policies.molmoact2.modeling_molmoact2 import _apply_norm_tag_metadata
+
+    try:
+        _apply_norm_tag_metadata(base)
+    except (OSError, ValueError) as error:
+        problem = f"{base.norm_tag!r} cannot be looked up: {' '.join(str(error).split())[:160]}"
+        raise config_error("policy.base.norm_tag", problem) from None
+    steps = base.num_inference_steps or _molmoact2_model(base).get("flow_matching_num_steps", 10)
+    return Sizes(base.chunk_size, base.n_action_steps, steps)
+
+
+def _check_molmoact2(config: Any) -> None:
+    base = config.base
+    for name in ("action_mode", "inference_action_mode"):
+        check(
+            getattr(base, name) != "discrete",
+            f"policy.base.{name}",
+            "'discrete' decodes actions from tokens, and there is no flow whose steps could be scored; set it to "
+            "'continuous', with a policy that was trained so",
+        )
+    check(
+        not base.enable_lora_vlm,
+        "policy.base.enable_lora_vlm",
+        "puts LeRobot's adapters into the policy, beside which there is no place for those of PI-RL; merge them, set "
+        "it to false, and take policy.trainable=expert_lora or lora",
+    )
+    check(
+        config.trainable == "expert" or not base.enable_knowledge_insulation,
+        "policy.base.enable_knowledge_insulation",
+        f"keeps the loss of actions from the VLM, which policy.trainable={config.trainable} trains by it; set it to "
+        "false, or take policy.trainable=expert",
+    )
+    check(
+        base.model_dtype != "float16",
+        "policy.base.model_dtype",
+        "'float16' has too small a range for gradients; set it to 'bfloat16' or 'float32'",
+    )
+    model = _molmoact2_model(base)
+    check(
+        not model.get("action_expert_depth_gate"),
+        "policy.base.checkpoint_path",
+        f"{base.checkpoint_path!r} has an action expert that weighs depth tokens, of which LeRobot writes none; take a "
+        "checkpoint without depth reasoning",
+    )
+    longest = model.get("max_action_horizon", config.chunk_size)
+    check(
+        config.chunk_size <= longest,
+        "policy.chunk_size",
+        f"{config.chunk_size} is more than the {longest} actions of this MolmoAct2's model; set it to {longest}",
+    )
+
+
 register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1)
 register_base_config(GrootConfig, "num_inference_timesteps", sizes=_groot_sizes, check=_check_groot)
 register_base_config(
     MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
 )
+register_base_config(MolmoAct2Config, sizes=_molmoact2_sizes, check=_check_molmoact2)
 register_base_config(PI0Config)
 register_base_config(PI05Config)
 register_base_config(SmolVLAConfig, "num_steps")
@@ -285,7 +351,7 @@ register_base_config(VLAJEPAConfig, "num_inference_timesteps")
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("eo1", "fastwam", "lingbot_va", "molmoact2", "wall_x")
+WITHOUT_ADAPTER = ("eo1", "fastwam", "lingbot_va", "wall_x")
 
 
 def _register_refusal(name: str, reason: str) -> None:

@@ -16,6 +16,7 @@ _FACTORIES: dict[str, BaseFactory] = {}
 EXTRAS = {
     "evo1": "evo1",
     "groot": "groot",
+    "molmoact2": "molmoact2",
     "multi_task_dit": "multi_task_dit",
     "pi0": "pi",
     "pi05": "pi",
@@ -67,6 +68,7 @@ def _lazy(module: str, name: str) -> BaseFactory:
 register_base("compact", _lazy("compact", "CompactBase"))
 register_base("evo1", _lazy("evo1", "Evo1Base"))
 register_base("groot", _lazy("groot", "GrootBase"))
+register_base("molmoact2", _lazy("molmoact2", "MolmoAct2Base"))
 register_base("multi_task_dit", _lazy("multi_task_dit", "MultiTaskDiTBase"))
 register_base("pi0", _lazy("pi0", "PI0Base"))
 register_base("pi05", _lazy("pi0", "PI05Base"))

@@ -50,7 +50,7 @@ class StockBase(FlowBase):
 
     root: ClassVar[str] = "model."
     expert_modules: ClassVar[tuple[str, ...]]
-    frozen_modules: ClassVar[tuple[str, ...]] = ()
+    frozen_modules: tuple[str, ...] = ()
     encoder_source: ClassVar[str] = "vlm"
     vlm_lora: ClassVar[str]
     expert_lora: ClassVar[str]
