@@ -15,6 +15,7 @@ from lerobot_policy_pi_rl.envs.demonstrations import (
     demonstrations,
     write_demonstrations,
 )
+from lerobot_policy_pi_rl.envs.tasks import task_text
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.scripts.demos import main
 
@@ -125,6 +126,30 @@ def test_a_wrong_task_is_refused_in_one_line(tmp_path: Path, capsys: pytest.Capt
     error = capsys.readouterr().err
     assert "did you mean reach-v3" in error
     assert error.count("\n") == 1
+
+
+def test_single_tasks_may_have_another_number_of_episodes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "demos"
+    tasks = ["--task=reach-v3,drawer-close-v3", "--num_episodes=1", f"--root={root}"]
+    assert main([*tasks, "--task_episodes=reach-v3=2"]) == 0
+    dataset = LeRobotDataset("local/metaworld-demos", root=root)
+    assert [row["tasks"] for row in dataset.meta.episodes] == [[task_text("reach-v3")]] * 2 + [
+        [task_text("drawer-close-v3")]
+    ]
+    capsys.readouterr()
+    for wrong, reason in (
+        ("push-v3=2", "'push-v3' is not among reach-v3"),
+        ("reach-v3=0", "must be 1 to 1000"),
+    ):
+        assert main([*tasks, f"--task_episodes={wrong}"]) == 1
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
+    for wrong in ("reach-v3", "reach-v3=1,reach-v3=2", "reach-v3=-1"):
+        with pytest.raises(SystemExit):
+            main([*tasks, f"--task_episodes={wrong}"])
 
 
 def test_an_interrupted_collection_leaves_nothing(tmp_path: Path) -> None:

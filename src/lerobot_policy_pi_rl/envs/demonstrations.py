@@ -82,7 +82,9 @@ class DemonstrationPlan:
 
     def __post_init__(self) -> None:
         for task in self.task_episodes:
-            check(task in self.env.tasks, "task_episodes", f"{task!r} is not among {', '.join(self.env.tasks)}")
+            check(
+                task in self.env.tasks, "task_episodes", f"{task!r} is not among {', '.join(self.env.tasks)}"
+            )
         for name, count in (("num_episodes", self.num_episodes), *self.task_episodes.items()):
             check(
                 1 <= count <= SEEDS_PER_BLOCK, name, f"must be 1 to {SEEDS_PER_BLOCK} per task; got {count}"
