@@ -211,6 +211,8 @@ def reached_end(output: Path) -> bool:
         counters["env_steps"] >= config["policy"]["online_steps"]
         or counters["version"] >= config["steps"]
         or (wanted is not None and counters["best_success"] >= wanted)
+        # The guard ended it: that is a result as well, and going on would hide it.
+        or counters.get("stopped_by") is not None
     )
 
 

@@ -269,6 +269,24 @@ def test_what_is_removed_is_named_and_nothing_else_goes(tmp_path: Path) -> None:
     assert {path.name for path in left.parent.iterdir()} == {"000003", "last", ".keep-me"}
 
 
+def test_what_another_process_is_writing_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, make_state(Regression()))
+    write, found = checkpoint._write, []
+
+    def write_while_an_actor_starts(aside: Path, state: checkpoint.TrainingState) -> None:
+        write(aside, state)
+        # Another descriptor of the folder, as another process has: that is what its lock is about.
+        found.append(checkpoint.find_last(tmp_path))
+
+    monkeypatch.setattr(checkpoint, "_write", write_while_an_actor_starts)
+    place = checkpoint.save(tmp_path, make_state(Regression(), step=4, policy_value=2.0))
+    assert [path.name for path in found] == ["000003"]
+    checkpoint.verify(place)
+    assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
+
+
 # Missing and broken
 
 

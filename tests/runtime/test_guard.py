@@ -3,19 +3,32 @@
 import pytest
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
-from lerobot_policy_pi_rl.runtime.guard import has_collapsed, runaway_cause
+from lerobot_policy_pi_rl.runtime.guard import has_collapsed, is_conclusive, runaway_cause
 
 CONFIG = PIRLAlgorithmConfig()
 
 
 @pytest.mark.parametrize(
-    ("success", "best", "drop", "expected"),
-    [(0.6, 0.9, 0.25, True), (0.7, 0.9, 0.25, False), (0.0, 0.9, None, False), (0.0, 0.2, 0.25, False)],
+    ("success", "best", "drop", "episodes", "expected"),
+    [
+        (0.6, 0.9, 0.25, 100, True),
+        (0.7, 0.9, 0.25, 100, False),
+        (0.0, 0.9, None, 100, False),
+        # A weak start: half of it is a collapse, where 100 starts say so and ten do not.
+        (0.05, 0.2, 0.25, 100, True),
+        (0.15, 0.2, 0.25, 100, False),
+        (0.0, 0.2, 0.25, 10, False),
+        (0.0, 0.0, 0.25, 100, False),
+    ],
 )
 def test_collapse_is_a_large_fall_from_the_best(
-    success: float, best: float, drop: float | None, expected: bool
+    success: float, best: float, drop: float | None, episodes: int, expected: bool
 ) -> None:
-    assert has_collapsed(success, best, drop) is expected
+    assert has_collapsed(success, best, drop, episodes) is expected
+
+
+def test_a_validation_decides_with_at_least_half_of_its_starts() -> None:
+    assert [is_conclusive(episodes, 50) for episodes in (12, 24, 25, 50)] == [False, False, True, True]
 
 
 def test_a_large_divergence_is_a_runaway_only_where_nothing_can_lower_the_learning_rate() -> None:

@@ -219,6 +219,51 @@ def test_a_collapsed_policy_makes_way_for_the_best_one(
     assert (tmp_path / "run" / "checkpoints" / "best").readlink() == Path("000002")
 
 
+def test_what_is_brought_back_takes_smaller_steps_and_warms_a_cold_critic(
+    train: Train, validations: Callable[[list[float]], None]
+) -> None:
+    validations([0.9, 0.9, 0.9, 0.2, 0.8])
+    # The schedule lowers the rate in every iteration; the best is one whose critic has learned nothing.
+    rows = iterations(
+        train("--steps=8", "--algorithm.target_kl=1e-6", "--algorithm.critic_warmup=4", *VALIDATED)
+    )
+    steps = {row["step"]: row for row in rows}
+    assert 4 not in steps
+    assert steps[5]["dropped/rolled_back_decisions"] == 16
+    assert steps[8]["progress/decisions"] == 7 * 16
+    assert [step for step in steps if "loss/policy" not in steps[step]] == [1, 2, 3, 5, 6, 7, 8]
+
+
+def test_a_rolled_back_run_never_learns_faster_than_before(
+    train: Train, validations: Callable[[list[float]], None]
+) -> None:
+    validations([0.9, 0.8, 0.8, 0.8, 0.8, 0.2, 0.8])
+    rows = iterations(
+        train("--steps=8", "--algorithm.target_kl=1e-6", "--algorithm.critic_warmup=0", *VALIDATED)
+    )
+    rates = {row["step"]: row["ppo/lr"] for row in rows}
+    assert rates[7] < rates[5] < rates[1]
+
+
+def test_a_validation_of_few_starts_decides_nothing(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, send = [4, 0, 0], LearnerClient.send_interaction
+
+    def send_a_share(client: LearnerClient, values: dict[str, Any], *rest: Any) -> None:
+        """As the one actor of three that is left, which has four of the ten starts."""
+        if values["kind"] == "evaluation":
+            values = values | {"episodes": 4, "successes": found.pop(0) if found else 0}
+        send(client, values, *rest)
+
+    monkeypatch.setattr(LearnerClient, "send_interaction", send_a_share)
+    rows = train("--steps=3", *VALIDATED)
+    assert {row["eval/rollbacks"] for row in evaluations(rows)} == {0}
+    assert [row["eval/success"] for row in evaluations(rows)] == [1.0, 0.0, 0.0, 0.0]
+    assert {row["eval/best_success"] for row in evaluations(rows)} == {-1.0}
+    assert "has 4 of 10 starts" in caplog.text
+
+
 def test_a_run_that_collapses_again_and_again_is_ended(
     train: Train,
     validations: Callable[[list[float]], None],

@@ -190,7 +190,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     stop_success: float | None = None
     # Training ends early after this many validations in a row without a new best one; null is never.
     stop_patience: int | None = None
-    # A validation this far below the best one brings the best checkpoint back, at half its learning rate; null never.
+    # A validation this far below the best one (half of it is enough below a weak one) brings the best checkpoint
+    # back, at half the smaller of its learning rate and the present one; null never.
     rollback_drop: float | None = 0.25
     # Training ends when the best checkpoint would have to be brought back more often than this.
     max_rollbacks: int = 3

@@ -151,6 +151,8 @@ class PIRLAlgorithm(RLAlgorithm):
         self.reference = self._freeze_copy(policy) if config.kl_coef > 0 else None
         self.optimizers: dict[str, PreciseAdam] = {}
         self.seed = 0
+        # Version up to which the critic learns alone.
+        self.warm_up_until = config.critic_warmup
         # Called in every update as soon as the policy is improved; the critic is trained after that.
         self.policy_ready: Callable[[], None] = lambda: None
         # Whether the update is to end with the gradient step that it is at: the run is asked to stop.
@@ -252,9 +254,9 @@ class PIRLAlgorithm(RLAlgorithm):
         """Learning rate of the policy in force."""
         return float(self.optimizers["policy"].param_groups[0]["lr"])
 
-    def scale_lr(self, factor: float) -> None:
-        """Multiplies the policy's learning rate, within its range."""
-        self._set_lr(self.lr * factor)
+    def lower_lr(self, lr: float) -> None:
+        """Lowers the policy's learning rate to this one where it is higher, within its range."""
+        self._set_lr(min(self.lr, lr))
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizers["policy"].param_groups:
@@ -344,7 +346,7 @@ class PIRLAlgorithm(RLAlgorithm):
     @property
     def _warming_up(self) -> bool:
         """Whether the critic learns alone."""
-        return self.critic is not None and self.optimization_step < self.config.critic_warmup
+        return self.critic is not None and self.optimization_step < self.warm_up_until
 
     def _generator(self, purpose: int) -> torch.Generator:
         """Source of an iteration's minibatches, the same in a resumed run."""

@@ -8,10 +8,11 @@ checkpoints/best -> 000008
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -132,15 +133,20 @@ def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LIN
     place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step)
     aside = place.with_name(ASIDE + place.name)
     try:
-        remove_unfinished(output_dir)
-        _write(aside, state)
-        _synchronise(aside)
-        _move_into_place(aside, place)
-        _point_at(place, link)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(place.parent):
+            try:
+                _remove_unfinished(place.parent)
+                _write(aside, state)
+                _synchronise(aside)
+                _move_into_place(aside, place)
+                _point_at(place, link)
+            except (OSError, SafetensorError):
+                # The half that was written would keep the disk full.
+                with contextlib.suppress(OSError):
+                    _remove_unfinished(place.parent)
+                raise
     except (OSError, SafetensorError) as error:
-        # The half that was written would keep the disk full.
-        with contextlib.suppress(OSError):
-            remove_unfinished(output_dir)
         raise CheckpointNotWritten(
             f"the checkpoint of version {state.step} could not be written to {place.parent} ({_line(error)}); "
             "make room there"
@@ -302,8 +308,26 @@ def pretrained_dir(checkpoint_dir: Path) -> Path:
     return checkpoint_dir / PRETRAINED_MODEL_DIR
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Holds the folder of the checkpoints while one is written, so that no other process takes it for a leftover.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def remove_unfinished(output_dir: Path) -> list[Path]:
     """Removes what a killed write left behind, and undoes half of a replacement.
+
+    What another process is writing right now is left alone: an actor looks for the checkpoint to begin from while the
+    learner beside it saves the next one.
 
     Args:
         output_dir: The run's directory; it may not exist.
@@ -311,8 +335,15 @@ def remove_unfinished(output_dir: Path) -> list[Path]:
     Returns:
         The directories removed.
     """
+    folder = output_dir / CHECKPOINTS_DIR
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), _writing(folder):
+        return _remove_unfinished(folder)
+    return []
+
+
+def _remove_unfinished(folder: Path) -> list[Path]:
     removed = []
-    for path in sorted((output_dir / CHECKPOINTS_DIR).glob(".*-*")):
+    for path in sorted(folder.glob(".*-*")):
         if (
             path.name.startswith(REPLACED)
             and not (home := path.with_name(path.name.removeprefix(REPLACED))).exists()

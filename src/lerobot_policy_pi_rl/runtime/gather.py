@@ -39,7 +39,13 @@ STATISTICS_S = 5.0
 EVALUATION_S = 600.0
 
 # Why something that arrived is kept from the algorithm.
-DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "malformed_messages")
+DROPPED = (
+    "non_finite_decisions",
+    "stale_decisions",
+    "repeated_decisions",
+    "rolled_back_decisions",
+    "malformed_messages",
+)
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
     "collection": ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),

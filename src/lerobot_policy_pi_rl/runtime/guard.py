@@ -1,20 +1,38 @@
 """Guards against collapse: what counts as one, and what is said about it."""
 
+import math
+
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 
 # Iterations in a row after which a run that cannot be held back is stopped.
 RUNAWAY_ITERATIONS = 5
 
 
-def has_collapsed(success: float, best: float, drop: float | None) -> bool:
+def has_collapsed(success: float, best: float, drop: float | None, episodes: int) -> bool:
     """Whether a validation is so far below the best one that its policy should not be trained on.
+
+    Of a policy that solves few starts, half of the best is enough, if chance alone does not explain it.
 
     Args:
         success: Of this validation.
         best: Highest so far.
-        drop: Share of starts by which it must have fallen; None never.
+        drop: Share of starts by which it must have fallen, at most; None never.
+        episodes: Starts of this validation.
     """
-    return drop is not None and success < best - drop
+    if drop is None:
+        return False
+    chance = 2 * math.sqrt(max(best * (1 - best), 0.0) / episodes)
+    return success < best - min(drop, max(best / 2, chance))
+
+
+def is_conclusive(episodes: int, wanted: int) -> bool:
+    """Whether a validation saw enough starts to choose by: actors that have died leave theirs out.
+
+    Args:
+        episodes: Starts that were run.
+        wanted: Starts of a whole validation.
+    """
+    return 2 * episodes >= wanted
 
 
 def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> str | None:

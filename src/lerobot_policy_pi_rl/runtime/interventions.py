@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,7 +73,11 @@ class InterventionStore:
         aside = file.with_suffix(".part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(encode_demonstrations(batch))
+            with aside.open("wb") as part:
+                part.write(encode_demonstrations(batch))
+                part.flush()
+                # Renamed before it is on the disk, a power cut could leave an empty file that no resume can read.
+                os.fsync(part.fileno())
             aside.replace(file)
         except OSError as error:
             logger.error("%d steps of a person are in memory alone: %s", len(batch), error)

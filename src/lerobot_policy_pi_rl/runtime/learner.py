@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 from threading import Event
@@ -25,7 +25,7 @@ from .access import read_learner_access
 from .demonstrations import DemonstrationSource
 from .findings import FirstLook
 from .gather import STATISTICS, Gathered, Gatherer, Stopped
-from .guard import RUNAWAY_ITERATIONS, has_collapsed, runaway_cause
+from .guard import RUNAWAY_ITERATIONS, has_collapsed, is_conclusive, runaway_cause
 from .interventions import InterventionStore, either
 from .limits import Limits
 from .metrics import MetricsWriter, make_tracker
@@ -62,6 +62,8 @@ class Progress:
         rollbacks: How often the best checkpoint was brought back.
         runaways: Iterations in a row whose update was out of control.
         task_shares: How large a part of the environments each task has since the last restart; empty: all the same.
+        warm_up_until: Version up to which the critic learns alone again, after a cold one was brought back; 0: never.
+        stopped_by: What ended the run before its budget was used up, in one line.
     """
 
     version: int = 0
@@ -75,6 +77,8 @@ class Progress:
     rollbacks: int = 0
     runaways: int = 0
     task_shares: dict[str, float] = field(default_factory=dict)
+    warm_up_until: int = 0
+    stopped_by: str | None = None
 
 
 # What the console shows beside the environment steps.
@@ -143,6 +147,8 @@ class Learner:
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
+        if self._progress.warm_up_until:
+            self._algorithm.warm_up_until = self._progress.warm_up_until
         spec = wire_spec(cfg, self._player)
         self._service = PIRLLearnerService(
             agreed_settings(cfg, self._player),
@@ -280,14 +286,20 @@ class Learner:
 
         When that has happened too often the run ends, with the best policy as its last one, too.
         """
-        self._account(gathered)
+        self._account(gathered, learned=False)
         self._progress.seconds += gathered.seconds
         progress, best = self._progress, checkpoint.find_best(self._output_dir)
         progress.rollbacks += 1
+        before = self._algorithm.lr
         self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
-        checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
+        restored = checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
         self._algorithm.optimization_step = progress.version
-        self._algorithm.scale_lr(0.5**progress.rollbacks)
+        # The schedule may have lowered it far below what the best checkpoint was trained with.
+        self._algorithm.lower_lr(min(before, self._algorithm.lr) / 2)
+        if restored.step < self._config.critic_warmup:
+            # Its critic is cold as well.
+            progress.warm_up_until = progress.version + self._config.critic_warmup
+            self._algorithm.warm_up_until = progress.warm_up_until
         logger.warning(
             "Validation success fell far below the best (%.2f): going on from its checkpoint at learning rate %.1e",
             progress.best_success,
@@ -317,11 +329,14 @@ class Learner:
         self._trainer.reset_data_iterator()
         return self._trainer.training_step()
 
-    def _account(self, gathered: Gathered) -> None:
+    def _account(self, gathered: Gathered, learned: bool = True) -> None:
         progress = self._progress
         progress.version += 1
         progress.env_steps += gathered.decisions.steps
-        progress.decisions += len(gathered.decisions)
+        if learned:
+            progress.decisions += len(gathered.decisions)
+        else:
+            self._gatherer.dropped["rolled_back_decisions"] += len(gathered.decisions)
         progress.episodes += int(total(gathered.collections, "episodes"))
 
     def _finished(self) -> bool:
@@ -339,6 +354,7 @@ class Learner:
         """Saves the last version, has it evaluated, and sends the actors home."""
         if self._stopped_by is not None:
             logger.warning("Training ends early: %s", self._stopped_by)
+        self._progress.stopped_by = self._stopped_by
         self._save()
         evaluate = self._cfg.env_eval_freq > 0
         self._publish(restart=False, evaluate=evaluate, final=True)
@@ -370,11 +386,20 @@ class Learner:
         if not episodes:
             return False
         progress, success = self._progress, total(evaluations, "successes") / episodes
-        progress.validations_since_best = (
-            0 if success > progress.best_success else progress.validations_since_best + 1
-        )
-        if success >= progress.best_success:
-            self._mark_best(version, success)
+        conclusive = is_conclusive(int(episodes), self._cfg.eval.n_episodes)
+        if conclusive:
+            progress.validations_since_best = (
+                0 if success > progress.best_success else progress.validations_since_best + 1
+            )
+            if success >= progress.best_success:
+                self._mark_best(version, success)
+        else:
+            logger.warning(
+                "Validation of version %d has %d of %d starts, because actors have left: nothing is decided by it",
+                version,
+                episodes,
+                self._cfg.eval.n_episodes,
+            )
         row = {
             "eval/success": success,
             "eval/episodes": episodes,
@@ -386,7 +411,8 @@ class Learner:
         row |= {f"eval/success/{task}": share for task, share in success_by_task(evaluations).items()}
         self._metrics.write(version, row)
         self._validation = success
-        return has_collapsed(success, progress.best_success, self._config.rollback_drop)
+        drop = self._config.rollback_drop
+        return conclusive and has_collapsed(success, progress.best_success, drop, int(episodes))
 
     def _mark_best(self, version: int, success: float) -> None:
         """Makes the current version the best checkpoint; without room for it the one before stays the best."""
@@ -452,7 +478,13 @@ class Learner:
         changed = checkpoint.changed_settings(self._cfg.checkpoint_path, self._cfg)
         if changed:
             logger.warning("Settings have changed since then: %s", "; ".join(changed))
-        return Progress(**resumed.counters)
+        try:
+            return replace(Progress(**resumed.counters), stopped_by=None)
+        except TypeError as error:
+            raise checkpoint.CheckpointError(
+                f"checkpoint {self._cfg.checkpoint_path} has other counters than this version reads ({error}): "
+                "resume with the version of the package that wrote it"
+            ) from error
 
     def _log(
         self,
