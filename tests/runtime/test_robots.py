@@ -119,6 +119,18 @@ def test_a_chunk_is_executed_action_by_action(make_robot: MakeRobot) -> None:
     assert robot.tasks == ["put it there"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_chunk_that_is_not_finite_moves_nothing(make_robot: MakeRobot, value: float) -> None:
+    """Neither its own steps nor the finite ones before them, and whatever the actions are."""
+    robot = make_robot()
+    chunk = chunk_of(4)
+    chunk[0, 2:, 1] = value
+    with pytest.raises(EnvironmentFailed, match="not finite, and the robot holds") as error:
+        robot.send(chunk, np.ones(1, dtype=np.int64))
+    assert "\n" not in str(error.value)
+    assert commands(robot) == []
+
+
 def test_the_time_limit_truncates_and_the_next_episode_begins(make_robot: MakeRobot) -> None:
     robot = make_robot(control_time_s=4 / FPS)
     outcome = execute(robot)

@@ -150,9 +150,19 @@ class RobotVector:
         return self._reset(int(seeds[0]))
 
     def send(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> None:
-        """Notes the chunk `[1, H, A]` that `receive` executes."""
+        """Notes the chunk `[1, H, A]` that `receive` executes.
+
+        Raises:
+            EnvironmentFailed: It is not finite; the robot holds.
+        """
         if self._pending is not None:
             raise RuntimeError("send was called twice: receive the first result before sending again")
+        if not np.isfinite(chunks[0]).all():
+            # No bounds would hold it: clamping keeps NaN.
+            raise EnvironmentFailed(
+                "the policy chose actions that are not finite, and the robot holds; go on from an earlier checkpoint "
+                "with a smaller algorithm.lr, and look for numbers that are not finite in the observations"
+            )
         if self._asked is not None:
             self._count(decisions=1, thinking_seconds=self._clock.now() - self._asked)
         self._pending = (chunks[0], int(reset_seeds[0]), cut is not None and bool(cut[0]))
