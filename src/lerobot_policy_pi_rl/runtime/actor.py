@@ -87,7 +87,7 @@ class Actor:
         self._stop, self._collection = stop, algorithm_cfg.collection
         access = read_actor_access(algorithm_cfg.security)
         # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
-        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu")
+        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu", stop)
         own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
         # Where the policy is validated.
         self._groups, self._eval_groups = groups, own or groups
