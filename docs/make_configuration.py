@@ -75,7 +75,8 @@ SECTIONS = (
         "Collection",
         "algorithm.collection",
         CollectionConfig,
-        "Actor and learner must agree on `num_envs` and `decisions`; they refuse each other otherwise.",
+        "Actor and learner must agree on `num_actors`, `num_envs`, `eval_envs`, `decisions`, `reward`, `group_size`, "
+        "`lookahead_steps` and `max_staleness`; the learner refuses the actor otherwise.",
     ),
     Section(
         "Security",
@@ -108,8 +109,8 @@ HEAD = """\
 `TrainRLServerPipelineConfig`, as a JSON file (`--config_path=recipes/metaworld.json`). Every field can be given on the
 command line as well, where it wins over the file: `--algorithm.collection.num_envs=16`. Give learner and actors the
 same file and the same options; only `algorithm.collection.actor_id` differs between actors. What they must agree on
-(seed, environment, policy, normalisation, quota) is compared when they connect. A setting that cannot work is refused
-with one line that names it.
+(seed, environment, policy, normalisation, quota, validation) is compared when they connect. A setting that cannot work
+is refused with one line that names it.
 
 `lerobot-train` (supervised training) reads the policy's fields, `lerobot-eval` those of policy and environment.
 

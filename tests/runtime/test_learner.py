@@ -16,9 +16,10 @@ from lerobot.rl.algorithms.configs import TrainingStats
 from safetensors.torch import load_file
 
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
+from lerobot_policy_pi_rl.runtime import actor as actor_module
 from lerobot_policy_pi_rl.runtime.actor import Actor, Pace
 from lerobot_policy_pi_rl.runtime.client import LearnerClient
-from lerobot_policy_pi_rl.runtime.collector import Group
+from lerobot_policy_pi_rl.runtime.collector import Collected, Collector, Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import Player
@@ -112,6 +113,38 @@ def test_asynchronous_actors_work_while_the_learner_updates(train: Train) -> Non
     assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in updates)
     assert [row["step"] for row in evaluations(rows)] == [0, 2, 4, 6]
     assert all(row["eval/episodes"] == 4 for row in evaluations(rows))
+
+
+def test_an_asynchronous_collection_does_not_go_on_in_validation_episodes(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no environments for validation alone, as on a robot."""
+    begun: list[list[float]] = []
+    evaluated = Event()
+
+    def evaluate(*arguments: Any) -> Evaluation:
+        evaluated.set()
+        return real_evaluate(*arguments)
+
+    def collect(self: Collector, version: int, part: int = 0) -> Collected:
+        if evaluated.is_set():
+            evaluated.clear()
+            begun.append([step for group in self._groups for step in group.raw["agent_pos"][:, 1].tolist()])
+        return real_collect(self, version, part)
+
+    real_evaluate, real_collect = actor_module.evaluate, Collector.collect
+    monkeypatch.setattr(actor_module, "evaluate", evaluate)
+    monkeypatch.setattr(Collector, "collect", collect)
+    train(
+        "--steps=4",
+        "--env.limit=100",
+        "--env_eval_freq=1",
+        "--eval.n_episodes=3",
+        "--algorithm.collection.eval_envs=0",
+        "--algorithm.collection.max_staleness=1",
+    )
+    assert len(begun) >= 3
+    assert begun == [[0.0] * 4] * len(begun)
 
 
 def test_an_asynchronous_run_is_resumed(train: Train, tmp_path: Path) -> None:

@@ -288,6 +288,10 @@ def test_a_checkpoint_agrees_with_the_run_that_saved_it(
         ("--algorithm.collection.decisions=5", "algorithm.collection.decisions"),
         ("--algorithm.collection.reward=success", "algorithm.collection.reward"),
         ("--algorithm.collection.num_envs=5", "algorithm.collection.num_envs"),
+        ("--algorithm.collection.num_actors=2", "algorithm.collection.num_actors"),
+        ("--algorithm.collection.eval_envs=3", "algorithm.collection.eval_envs"),
+        ("--env_eval_freq=7", "env_eval_freq"),
+        ("--eval.n_episodes=7", "eval.n_episodes"),
     ],
 )
 def test_what_matters_is_compared(make_cfg: MakeConfig, argument: str, name: str) -> None:

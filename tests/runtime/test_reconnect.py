@@ -5,13 +5,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Timer
 
 import grpc
 import pytest
 from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_policy_pi_rl.runtime.access import Access
-from lerobot_policy_pi_rl.runtime.client import ActorRefused, ConfigMismatch, LearnerClient, LinkState
+from lerobot_policy_pi_rl.runtime.client import (
+    CALL_SECONDS,
+    ActorRefused,
+    ConfigMismatch,
+    LearnerClient,
+    LinkState,
+)
 from lerobot_policy_pi_rl.runtime.handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
@@ -190,6 +197,19 @@ def calls(server: LearnerServer, metadata: Sequence[tuple]) -> list[grpc.StatusC
                 call()
             codes.append(refusal.value.code())
     return codes
+
+
+def test_an_actor_that_reconnects_over_a_stalled_network_can_be_stopped(
+    server: LearnerServer, proxy: Proxy
+) -> None:
+    """Its connection is accepted, and nobody says anything: an attempt and the look for a fault take ten seconds."""
+    with actor(proxy.port) as client:
+        proxy.stall()
+        stop = Event()
+        Timer(0.3, stop.set).start()
+        began = time.monotonic()
+        client.reconnect(60, stop)
+        assert time.monotonic() - began < CALL_SECONDS / 2
 
 
 def test_the_end_does_not_wait_for_a_silent_actor(server: LearnerServer, proxy: Proxy) -> None:

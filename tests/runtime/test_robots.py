@@ -81,8 +81,8 @@ def scripted(script: str = ".", control_time_s: float = 1.0, processor: Any = No
 def make_robot() -> Iterator[MakeRobot]:
     robots = []
 
-    def make(*arguments: Any, lookahead: int = 0, **settings: Any) -> RobotVector:
-        robots.append(RobotVector(scripted(*arguments, **settings), lookahead=lookahead))
+    def make(*arguments: Any, lookahead: int = 0, stop: Event | None = None, **settings: Any) -> RobotVector:
+        robots.append(RobotVector(scripted(*arguments, **settings), lookahead=lookahead, stop=stop))
         robots[-1].reset(np.zeros(1))
         return robots[-1]
 
@@ -117,6 +117,18 @@ def test_a_chunk_is_executed_action_by_action(make_robot: MakeRobot) -> None:
     assert outcome.observation[CAMERA].dtype == np.uint8
     assert set(outcome.observation[CAMERA].flat) == {0, 140}
     assert robot.tasks == ["put it there"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_chunk_that_is_not_finite_moves_nothing(make_robot: MakeRobot, value: float) -> None:
+    """Neither its own steps nor the finite ones before them, and whatever the actions are."""
+    robot = make_robot()
+    chunk = chunk_of(4)
+    chunk[0, 2:, 1] = value
+    with pytest.raises(EnvironmentFailed, match="not finite, and the robot holds") as error:
+        robot.send(chunk, np.ones(1, dtype=np.int64))
+    assert "\n" not in str(error.value)
+    assert commands(robot) == []
 
 
 def test_the_time_limit_truncates_and_the_next_episode_begins(make_robot: MakeRobot) -> None:
@@ -246,6 +258,27 @@ def test_a_void_intervention_is_not_kept(make_robot: MakeRobot) -> None:
     robot = make_robot(".iV.")
     assert execute(robot).truncated.tolist() == [True]
     assert robot.take_interventions() == []
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("script", "shown"), [(".." + "i" * 10_000, 3), ("." * 10_000, 0)])
+def test_a_stop_ends_an_intervention_and_a_chunk_at_the_next_step(
+    make_robot: MakeRobot, script: str, shown: int
+) -> None:
+    """Without a time limit a person may go on for ever; what they have shown until then is kept."""
+    stop = Event()
+    robot = make_robot(script, stop=stop, control_time_s=1000.0)
+    stock = robot._env.step
+
+    def step(action: torch.Tensor) -> Any:
+        if len(commands(robot)) == 4:
+            stop.set()
+        return stock(action)
+
+    robot._env.step = step
+    execute(robot, steps=100)
+    assert len(commands(robot)) == 5
+    assert sum(len(intervention.action) for intervention in robot.take_interventions()) == shown
 
 
 def test_the_simulation_holds_still_when_a_person_lets_go(make_robot: MakeRobot) -> None:

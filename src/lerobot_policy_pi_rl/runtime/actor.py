@@ -87,10 +87,10 @@ class Actor:
         self._stop, self._collection = stop, algorithm_cfg.collection
         access = read_actor_access(algorithm_cfg.security)
         # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
-        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu")
+        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu", stop)
         own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
         # Where the policy is validated.
-        self._eval_groups = own or groups
+        self._groups, self._eval_groups = groups, own or groups
         self._player = make_player(cfg)
         self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0, stop)
         self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
@@ -147,6 +147,8 @@ class Actor:
         self._player.policy.load_trainable_state(weights.tensors)
         if header.evaluate:
             self._evaluate(header.version)
+            # The collection's own environments are in the middle of validation episodes, which nobody may learn from.
+            restarts = restarts or self._eval_groups is self._groups
         if restarts and not header.final:
             if weights.task_shares:
                 self._collector.focus(weights.task_shares)

@@ -3,6 +3,7 @@
 gRPC's core starts with the first `connect`, not with the import: whatever the actor forks, it forks before.
 """
 
+import contextlib
 import json
 import logging
 import queue
@@ -33,9 +34,13 @@ CALL_SECONDS = 5.0
 RETRY_SECONDS = 0.5
 LAST_WEIGHTS_SECONDS = 2.0
 STOP_POLL_SECONDS = 0.5
-"""How often a wait for room looks whether it should end."""
+"""How often a wait looks whether it should end."""
 MESSAGE_SECONDS = 5.0
 """How often the log says that the learner is still waited for."""
+
+
+# Whether whoever waits has been asked to leave.
+Stopping = Callable[[], bool]
 
 
 class LearnerUnreachable(ConnectionError):
@@ -151,38 +156,46 @@ class _Link:
         self._heartbeat = threading.Thread(target=self._show_life, name="pi-rl-heartbeat", daemon=True)
         self._receiver = threading.Thread(target=self._receive, name="pi-rl-parameters", daemon=True)
 
-    def call_ready(self, settings: Mapping[str, Any]) -> None:
+    def call_ready(self, settings: Mapping[str, Any], stopping: Stopping) -> None:
         """Introduces the actor with its settings.
 
+        Args:
+            settings: What must agree with the learner's.
+            stopping: Whether nobody waits for the answer any longer.
+
         Raises:
-            grpc.RpcError: The learner is not there, or refuses.
+            grpc.RpcError: The learner is not there, or refuses; or nobody waits.
             ActorRefused: Whoever answers is not a learner of this package.
         """
         hello = Handshake(self._handshake.actor, self._handshake.session, dict(settings))
-        _, call = self._stub.Ready.with_call(
+        call = self._stub.Ready.future(
             services_pb2.Empty(), timeout=CALL_SECONDS, metadata=self._metadata(hello)
         )
+        with _patience(call, stopping):
+            # Waits for the end, whichever it is.
+            answered = call.code() == grpc.StatusCode.OK
+        if not answered:
+            raise call
         # LeRobot's own learner admits everybody, and would send pickled weights.
         if {pair[0]: pair[1] for pair in call.initial_metadata()}.get("pi-rl-protocol") != str(PROTOCOL):
             raise ActorRefused("it answers, but it is not a PI-RL learner of this version")
 
-    def open(self) -> None:
+    def open(self, stopping: Stopping) -> None:
         """Opens the streams, the parameters first: it is what makes the actor connected.
 
+        Args:
+            stopping: As in `call_ready`.
+
         Raises:
-            grpc.RpcError: The learner refuses, or is gone again.
+            grpc.RpcError: The learner refuses, or is gone again; or nobody waits.
         """
         metadata = self._metadata(self._handshake)
         self._parameters = self._stub.StreamParameters(services_pb2.Empty(), metadata=metadata)
         # The stream itself has no time limit, but the learner's first word has: the network may have stalled.
-        patience = threading.Timer(CALL_SECONDS, self._parameters.cancel)
-        patience.start()
-        try:
+        with _patience(self._parameters, stopping):
             # The learner sends metadata of its own once it has listed this actor; a refusal comes without.
             if not self._parameters.initial_metadata():
                 next(self._parameters)
-        finally:
-            patience.cancel()
         self._receiver.start()
         self._heartbeat.start()
         self._start_sender("decisions", self._stub.SendTransitions, services_pb2.Transition, self.decisions)
@@ -344,8 +357,12 @@ class LearnerClient:
         """
         began = time.monotonic()
         told = began
-        while not (self._closing.is_set() or (stop is not None and stop.is_set())):
-            error = self._attempt()
+
+        def stopping() -> bool:
+            return self._closing.is_set() or (stop is not None and stop.is_set())
+
+        while not stopping():
+            error = self._attempt(stopping)
             now = time.monotonic()
             if error is None:
                 return
@@ -442,15 +459,15 @@ class LearnerClient:
         if link is not None:
             link.close(0.0 if link.broken else flush_s)
 
-    def _attempt(self) -> str | None:
+    def _attempt(self, stopping: Stopping) -> str | None:
         """One try; returns why it failed when trying again may help, or None when connected."""
         link = _Link(self._address, self._handshake, self._access, self._outbox_capacity)
         try:
-            link.call_ready(self._settings)
-            link.open()
+            link.call_ready(self._settings, stopping)
+            link.open(stopping)
         except grpc.RpcError as error:
             link.close(flush_s=0.0)
-            self._raise_refusal(error)
+            self._raise_refusal(error, stopping)
             return _reason(error)
         except ActorRefused as error:
             link.close(flush_s=0.0)
@@ -458,7 +475,7 @@ class LearnerClient:
         self._link = link
         return None
 
-    def _raise_refusal(self, error: grpc.RpcError) -> None:
+    def _raise_refusal(self, error: grpc.RpcError, stopping: Stopping) -> None:
         """Raises for answers that another try would not change."""
         code, details = error.code(), error.details() or ""
         if code == grpc.StatusCode.FAILED_PRECONDITION:
@@ -469,6 +486,9 @@ class LearnerClient:
             raise ActorRefused(self._token_text()) from None
         if code in (grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.PERMISSION_DENIED):
             raise ActorRefused(f"the learner at {self._address} refuses: {details}") from None
+        if stopping():
+            # The look takes seconds in which nobody is interested.
+            return
         before, self._fault = self._fault, find_tls_fault(self._host, self._port, self._access)
         # Twice, because a learner that is just ending looks the same.
         if self._fault is not None and self._fault == before:
@@ -529,6 +549,25 @@ def ask_status(host: str, port: int, access: Access, timeout_s: float = 10.0) ->
     if not isinstance(answer, dict) or "progress" not in answer:
         raise ActorRefused(f"the learner at {address} is still starting; ask again in a moment")
     return answer
+
+
+@contextlib.contextmanager
+def _patience(call: Any, stopping: Stopping) -> Iterator[None]:
+    """Cancels a call that is not answered within `CALL_SECONDS`, or before its actor is asked to leave."""
+    answered = threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + CALL_SECONDS
+        while not answered.wait(STOP_POLL_SECONDS):
+            if stopping() or time.monotonic() >= deadline:
+                call.cancel()
+                return
+
+    threading.Thread(target=watch, name="pi-rl-patience", daemon=True).start()
+    try:
+        yield
+    finally:
+        answered.set()
 
 
 def _channel_options() -> list[tuple[str, Any]]:

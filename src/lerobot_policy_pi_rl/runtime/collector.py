@@ -119,6 +119,7 @@ class Group:
         num_workers: int,
         same_start: int,
         device: str = "cpu",
+        stop: Event | None = None,
     ) -> None:
         """Starts the environments.
 
@@ -131,6 +132,7 @@ class Group:
             num_workers: Processes for them.
             same_start: How many neighbouring environments begin their episodes from the same starts.
             device: Where a robot's reward classifier computes.
+            stop: Set from outside to end a robot's chunk at the next step.
         """
         self.number, self.first, self._same_start = number, first, same_start
         self._starts: list[np.random.Generator] = []
@@ -138,7 +140,7 @@ class Group:
         self.next_start = np.zeros(num_envs, dtype=np.int64)
         self.envs: Vector
         if isinstance(env_cfg, HILSerlRobotEnvConfig):
-            self.envs = RobotVector(env_cfg, device, collection.lookahead_steps)
+            self.envs = RobotVector(env_cfg, device, collection.lookahead_steps, stop)
         else:
             self.envs = ChunkedVectorEnv(
                 env_cfg,
@@ -237,7 +239,9 @@ class Group:
         return known
 
 
-def make_groups(env_cfg: EnvConfig, collection: CollectionConfig, device: str = "cpu") -> list[Group]:
+def make_groups(
+    env_cfg: EnvConfig, collection: CollectionConfig, device: str = "cpu", stop: Event | None = None
+) -> list[Group]:
     """Splits the environments into one group for each worker, or one for all without workers.
 
     It forks processes: call it before gRPC starts.
@@ -246,11 +250,12 @@ def make_groups(env_cfg: EnvConfig, collection: CollectionConfig, device: str = 
         env_cfg: Which environments.
         collection: How many, and how they are spread.
         device: Where a robot's reward classifier computes.
+        stop: Set from outside to end a robot's chunk, or what a person does, at the next step.
 
     Raises:
         ConfigError: If they are too few for the tasks to be dealt by their success.
     """
-    groups = _split(env_cfg, collection, collection.num_envs, collection.group_size, device)
+    groups = _split(env_cfg, collection, collection.num_envs, collection.group_size, device, stop)
     tasks, places = groups[0].envs.num_tasks, collection.num_envs // collection.group_size
     if collection.task_focus > 0 and places < tasks:
         for group in groups:
@@ -269,15 +274,20 @@ def make_eval_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[G
 
 
 def _split(
-    env_cfg: EnvConfig, collection: CollectionConfig, num_envs: int, same_start: int, device: str = "cpu"
+    env_cfg: EnvConfig,
+    collection: CollectionConfig,
+    num_envs: int,
+    same_start: int,
+    device: str = "cpu",
+    stop: Event | None = None,
 ) -> list[Group]:
     first = collection.actor_id * num_envs
     count = max(1, min(collection.num_workers, num_envs))
     bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     return [
-        Group(env_cfg, collection, number, first + start, stop - start, workers, same_start, device)
-        for number, (start, stop) in enumerate(itertools.pairwise(bounds))
+        Group(env_cfg, collection, number, first + start, end - start, workers, same_start, device, stop)
+        for number, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
 
 

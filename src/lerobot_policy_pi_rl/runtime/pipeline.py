@@ -378,6 +378,10 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
     return {
         "version": package_version("lerobot_policy_pi_rl"),
         "seed": cfg.seed,
+        # Each actor runs its share of the validation's starts, as many as it believes that there are actors, and the
+        # learner adds them up; whether there are environments for it alone decides when episodes begin anew.
+        "env_eval_freq": cfg.env_eval_freq,
+        "eval": {"n_episodes": cfg.eval.n_episodes},
         "env": {"type": env_cfg.type, **{k: v for k, v in env.items() if k not in COSMETIC_ENV_SETTINGS}},
         "policy": {
             # Learner and actor may compute on different devices.
@@ -394,7 +398,9 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
         },
         "algorithm": {
             "collection": {
+                "num_actors": algorithm.collection.num_actors,
                 "num_envs": algorithm.collection.num_envs,
+                "eval_envs": algorithm.collection.eval_envs,
                 "decisions": algorithm.collection.decisions,
                 "reward": algorithm.collection.reward,
                 "group_size": algorithm.collection.group_size,

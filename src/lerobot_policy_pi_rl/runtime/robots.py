@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -89,13 +90,20 @@ class RobotVector:
     # It ends its episodes by the clock (`processor.reset.control_time_s`), and none is cut short on purpose.
     time_limits = np.zeros(1, dtype=np.int64)
 
-    def __init__(self, env_cfg: HILSerlRobotEnvConfig, device: str = "cpu", lookahead: int = 0) -> None:
+    def __init__(
+        self,
+        env_cfg: HILSerlRobotEnvConfig,
+        device: str = "cpu",
+        lookahead: int = 0,
+        stop: Event | None = None,
+    ) -> None:
         """Connects robot and teleoperator.
 
         Args:
             env_cfg: LeRobot's configuration.
             device: Where a reward classifier computes.
             lookahead: Steps before the end of a chunk at which the next one begins to be chosen.
+            stop: Set from outside to end a chunk, or what a person does, at the next step; the robot is not reset then.
 
         Raises:
             EnvironmentFailed: They cannot be connected.
@@ -104,6 +112,7 @@ class RobotVector:
         self.numbers, self.num_tasks = np.zeros(1, dtype=np.int64), 1
         self._cfg = env_cfg
         self._clock = Clock(env_cfg.fps)
+        self._stop = stop or Event()
         self._env: Any = None
         self._teleop: Any = None
         self._transition: Any = None
@@ -150,9 +159,19 @@ class RobotVector:
         return self._reset(int(seeds[0]))
 
     def send(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> None:
-        """Notes the chunk `[1, H, A]` that `receive` executes."""
+        """Notes the chunk `[1, H, A]` that `receive` executes.
+
+        Raises:
+            EnvironmentFailed: It is not finite; the robot holds.
+        """
         if self._pending is not None:
             raise RuntimeError("send was called twice: receive the first result before sending again")
+        if not np.isfinite(chunks[0]).all():
+            # No bounds would hold it: clamping keeps NaN.
+            raise EnvironmentFailed(
+                "the policy chose actions that are not finite, and the robot holds; go on from an earlier checkpoint "
+                "with a smaller algorithm.lr, and look for numbers that are not finite in the observations"
+            )
         if self._asked is not None:
             self._count(decisions=1, thinking_seconds=self._clock.now() - self._asked)
         self._pending = (chunks[0], int(reset_seeds[0]), cut is not None and bool(cut[0]))
@@ -179,7 +198,7 @@ class RobotVector:
                 break
             self._seen.append(moment.observation)
             reward, executed, solved = reward + moment.reward, executed + 1, solved or moment.solved
-            if moment.over:
+            if moment.over or self._stop.is_set():
                 break
         self._count(steps=executed)
         # Whatever a person brought about is neither the policy's success nor its failure.
@@ -189,7 +208,8 @@ class RobotVector:
         # As old as the observations are from which the policy has learned to value what follows a chunk.
         final, following, delay = self._seen[0], moment.observation, 0
         if terminated or truncated:
-            following = self._reset(seed)
+            # A reset takes seconds, and nothing follows when the actor leaves.
+            following = following if self._stop.is_set() else self._reset(seed)
         elif taken_over:
             self._see_only(following)
         elif self._thought is not None:
@@ -268,19 +288,19 @@ class RobotVector:
                 teleop.disconnect()
 
     def _follow(self, seen: Observation, moment: _Moment) -> _Moment:
-        """Lets a person act and records it, until they let go or the episode ends.
+        """Lets a person act and records it, until they let go, the episode ends, or the actor is asked to leave.
 
         Args:
             seen: Before their first action.
             moment: Of their first action.
 
         Returns:
-            The last step: the first one that was not theirs, or the end of the episode.
+            The last step: the first one that was not theirs, the end of the episode, or any where the actor leaves.
         """
         self._assisted = True
         observations, actions, count = [seen], [moment.action], 1
         room = MAX_RECORDED - sum(len(intervention.action) for intervention in self._interventions)
-        while moment.by_person and not moment.over:
+        while moment.by_person and not moment.over and not self._stop.is_set():
             seen = moment.observation
             moment, count = self._step(self._hold(moment.action)), count + 1
             if moment.by_person and len(actions) < room:
