@@ -471,24 +471,59 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
 # Robots
 
 
-def test_what_people_did_is_gathered_with_the_iteration_it_came_in(scene: Scene) -> None:
-    shown = DemonstrationBatch(
-        observation={OBS_STATE: torch.zeros(3, 2)},
-        task=["move right"] * 3,
-        action=torch.zeros(3, 2),
-        last=torch.tensor([False, False, True]),
+@pytest.fixture
+def robots(scene: Scene) -> Scene:
+    """The scene of a run in which people can take over; at most five of their steps wait."""
+    spec = replace(scene.gatherer._spec, demonstration_steps=5)
+    return replace(
+        scene,
+        gatherer=Gatherer(scene.room, spec, scene.gatherer._collection, scene.stop),  # type: ignore[arg-type]
     )
+
+
+def shown_by_a_person(steps: int) -> DemonstrationBatch:
+    return DemonstrationBatch(
+        observation={OBS_STATE: torch.zeros(steps, 2)},
+        task=["move right"] * steps,
+        action=torch.zeros(steps, 2),
+        last=torch.arange(steps) == steps - 1,
+    )
+
+
+def test_what_people_do_is_kept_up_to_a_limit(robots: Scene) -> None:
+    robots.room.join(0)
+    for steps in (1, 2, 3, 2, 2):
+        robots.send_bytes(0, encode_demonstrations(shown_by_a_person(steps)))
+    robots.deliver(0)
+    assert [len(part) for part in gather(robots).demonstrations] == [2, 2]
+    assert robots.gatherer.dropped["demonstration_steps"] == 6
+    robots.send_bytes(0, encode_demonstrations(shown_by_a_person(4)))
+    send_quota(robots, 0, VERSION + 1)
+    assert [len(part) for part in robots.gatherer.gather(VERSION + 1, False).demonstrations] == [4]
+
+
+def test_where_nobody_can_take_over_demonstrations_are_refused(scene: Scene) -> None:
     scene.room.join(0)
-    scene.send_bytes(0, encode_demonstrations(shown))
-    scene.send_bytes(0, encode_demonstrations(replace(shown, action=torch.zeros(3, 5))))
-    scene.tell(0, "control", **asdict(ControlStatistics(steps=80)))
+    scene.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
     scene.deliver(0)
-    gathered = gather(scene)
+    assert gather(scene).demonstrations == []
+    assert scene.gatherer.dropped["malformed_messages"] == 1
+    assert "nobody can take over" in scene.room.rejected[0][2]
+
+
+def test_what_people_did_is_gathered_with_the_iteration_it_came_in(robots: Scene) -> None:
+    shown = shown_by_a_person(3)
+    robots.room.join(0)
+    robots.send_bytes(0, encode_demonstrations(shown))
+    robots.send_bytes(0, encode_demonstrations(replace(shown, action=torch.zeros(3, 5))))
+    robots.tell(0, "control", **asdict(ControlStatistics(steps=80)))
+    robots.deliver(0)
+    gathered = gather(robots)
     assert [len(part) for part in gathered.demonstrations] == [3]
     assert [values["steps"] for values in gathered.control] == [80]
     assert len(gathered.decisions) == QUOTA
     # The second one has actions of another robot.
-    assert scene.gatherer.dropped["malformed_messages"] == 1
+    assert robots.gatherer.dropped["malformed_messages"] == 1
 
 
 def test_statistics_of_control_are_numbers(scene: Scene) -> None:

@@ -39,7 +39,13 @@ STATISTICS_S = 5.0
 EVALUATION_S = 600.0
 
 # Why something that arrived is kept from the algorithm.
-DROPPED = ("non_finite_decisions", "stale_decisions", "repeated_decisions", "malformed_messages")
+DROPPED = (
+    "non_finite_decisions",
+    "stale_decisions",
+    "repeated_decisions",
+    "malformed_messages",
+    "demonstration_steps",
+)
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
     "collection": ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
@@ -131,7 +137,7 @@ class Gatherer:
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
         # Range of the versions that are of use.
         self._oldest = self._newest = 0
-        self._demonstrations: list[DemonstrationBatch] = []
+        self._demonstrations: deque[DemonstrationBatch] = deque()
         self._last_arrival = time.monotonic()
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         # The newest quota of each actor: its version, and when it came, by the monotonic clock.
@@ -193,7 +199,7 @@ class Gatherer:
         control = self._pop_statistics("control", iteration.quotas)
         evaluations = self._pop_evaluations(version)
         self._forget_statistics()
-        demonstrations, self._demonstrations = self._demonstrations, []
+        demonstrations, self._demonstrations = list(self._demonstrations), deque()
         seconds = time.monotonic() - began
         return Gathered(iteration.decisions(), collections, evaluations, control, seconds, demonstrations)
 
@@ -260,7 +266,7 @@ class Gatherer:
         """Decodes a message of decisions, or of demonstrations, and keeps what can be learned from."""
         try:
             if kind_of(message.payload) == DEMONSTRATIONS:
-                self._demonstrations.append(decode_demonstrations(message.payload, self._spec))
+                self._take_demonstrations(message.payload)
                 return
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
@@ -269,6 +275,17 @@ class Gatherer:
             self.dropped["malformed_messages"] += 1
             return
         self._take_quota(message, rollout, iteration)
+
+    def _take_demonstrations(self, payload: bytes) -> None:
+        """Keeps what a person did, and of all that waits the newest messages, as `InterventionStore` would."""
+        if not self._spec.demonstration_steps:
+            raise WireError("has demonstrations, but nobody can take over in this environment")
+        self._demonstrations.append(decode_demonstrations(payload, self._spec))
+        waiting = sum(map(len, self._demonstrations))
+        while waiting > self._spec.demonstration_steps and len(self._demonstrations) > 1:
+            dropped = len(self._demonstrations.popleft())
+            self.dropped["demonstration_steps"] += dropped
+            waiting -= dropped
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
