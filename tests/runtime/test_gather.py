@@ -194,6 +194,7 @@ def test_statistics_of_versions_that_nobody_asked_for_are_not_kept(scene: Scene)
     scene.deliver(0)
     assert len(gather(scene).collections) == 1
     assert scene.gatherer._statistics == {}
+    assert scene.gatherer.dropped["statistics"] == 59
 
 
 @pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
@@ -372,6 +373,29 @@ def test_every_wait_can_be_stopped(scene: Scene, background: Callable[..., Futur
         waiting.result(SOON)
 
 
+def test_ever_new_numbers_deliver_no_more_than_actors_have_places(scene: Scene) -> None:
+    collection = replace(scene.gatherer._collection, max_actors=2)
+    gatherer = Gatherer(scene.room, scene.gatherer._spec, collection, scene.stop)  # type: ignore[arg-type]
+    scene.room.join(0)
+    for number in range(1, 31):
+        scene.tell(number, "evaluation")
+        scene.tell(number)
+        scene.send(number)
+    scene.send(0)
+    # Full without the connected one, which must not be waited for, then.
+    assert len(gatherer.gather(VERSION, False).decisions) == 4 * QUOTA
+    assert gatherer.dropped["surplus_decisions"] == 27 * QUOTA
+    assert len(gatherer._seen) == len(gatherer.newest) == 4
+    assert len(gatherer._statistics) <= 3 * 4
+    assert gatherer.dropped["statistics"] == 60 - 3 * 4
+    batch = replace(scene.of(0), version=scene.quota.version + 2)
+    scene.send(0, batch, version=VERSION + 2)
+    scene.tell(0, version=VERSION + 2)
+    gatherer.gather(VERSION + 2, False)
+    assert set(gatherer.newest) == {0}
+    assert not gatherer._statistics
+
+
 # Actors that are ahead of the learner
 
 
@@ -413,6 +437,10 @@ def test_a_quota_that_is_ahead_waits_for_its_iteration(ahead: Scene) -> None:
     send_quota(ahead, 1, VERSION + 1)
     gathered = ahead.gatherer.gather(VERSION + 1, evaluating=False)
     assert [row["return_sum"] for row in gathered.collections] == [10 * VERSION + 1, 10 * VERSION + 10]
+    ahead.room.leave(0)
+    send_quota(ahead, 1, VERSION + 2)
+    ahead.gatherer.gather(VERSION + 2, evaluating=False)
+    assert not ahead.gatherer._waiting
     assert not any(ahead.gatherer.dropped.values())
 
 
