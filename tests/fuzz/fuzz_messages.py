@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.runtime.handshake import Handshake, settings_differences
 from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.wire import (
@@ -14,9 +15,11 @@ from lerobot_policy_pi_rl.runtime.wire import (
     WeightsHeader,
     WireSpec,
     decode_decisions,
+    decode_demonstrations,
     decode_interaction,
     decode_weights,
     encode_decisions,
+    encode_demonstrations,
     encode_interaction,
     encode_weights,
     finite_rows,
@@ -68,6 +71,14 @@ SPEC = WireSpec(
 )
 HEADER = RolloutHeader(actor=0, version=VERSION, part=0)
 DECISIONS = encode_decisions(make_batch(), HEADER)
+DEMONSTRATIONS = encode_demonstrations(
+    DemonstrationBatch(
+        observation=make_batch().observation,
+        task=["reach", "push", "reach", "push"],
+        action=torch.randn(ROWS, REAL),
+        last=torch.tensor([False, True, False, True]),
+    )
+)
 WEIGHTS = encode_weights(
     {"head": torch.ones(3), "body": torch.zeros(2, 2).bfloat16()}, WeightsHeader(3, True, False, False, 12.5)
 )
@@ -100,6 +111,17 @@ def check_decisions(data: bytes) -> None:
         task.encode()
 
 
+def check_demonstrations(data: bytes) -> None:
+    shown = decode_demonstrations(data, SPEC)
+    again = decode_demonstrations(encode_demonstrations(shown), SPEC)
+    assert again.task == shown.task
+    assert len(shown) == len(shown.task) == len(again) > 0
+    assert shown.last[-1]
+    assert shown.action.isfinite().all()
+    for task in shown.task:
+        task.encode()
+
+
 def check_weights(data: bytes) -> None:
     assert sum(tensor.nbytes for tensor in decode_weights(data).tensors.values()) <= len(data)
 
@@ -120,6 +142,7 @@ def check_introduction(data: bytes) -> None:
 
 MESSAGES: dict[str, tuple[Callable[[bytes], None], bytes]] = {
     "decisions": (check_decisions, DECISIONS),
+    "demonstrations": (check_demonstrations, DEMONSTRATIONS),
     "weights": (check_weights, WEIGHTS),
     "interaction": (check_interaction, INTERACTION),
     "introduction": (check_introduction, INTRODUCTION),

@@ -36,7 +36,7 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("kind", ["decisions", "weights", "interaction", "introduction"])
+@pytest.mark.parametrize("kind", ["decisions", "demonstrations", "weights", "interaction", "introduction"])
 def test_seconds_of_it_find_nothing(kind: str, tmp_path: Path) -> None:
     done = run([str(HERE / "guided.py"), kind, "--seconds=5", f"--corpus={tmp_path}"], tmp_path)
     said = done.stdout + done.stderr

@@ -1,12 +1,14 @@
 """The collector, on an environment that is stepped again by hand."""
 
+import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lerobot.envs import EnvConfig
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.runtime.check import first_ratio_error
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.seeds import stream
+from lerobot_policy_pi_rl.runtime.wire import encode_interaction, finite_rows
 
 MakeCollector = Callable[..., Collector]
 Simulate = Callable[..., dict[str, Any]]
@@ -307,6 +310,28 @@ def test_statistics_are_those_of_the_episodes_that_ended(make_collector: MakeCol
     assert sum(part.return_sum for part in statistics) == pytest.approx(
         float(batch.reward[ended].sum()), rel=1e-5
     )
+
+
+def test_a_reward_that_is_no_number_is_in_no_sum(
+    make_collector: MakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The actor goes on; the learner drops and counts the decision."""
+    line = sys.modules[EnvConfig.get_choice_class("test_line").__module__].Line
+    plain, taken = line.step, []
+
+    def step(self: Any, action: np.ndarray) -> tuple:
+        observation, reward, *others = plain(self, action)
+        taken.append(reward)
+        return observation, float("nan") if len(taken) == 5 else reward, *others
+
+    monkeypatch.setattr(line, "step", step)
+    collector = make_collector(LONG)
+    collector.restart(0)
+    collected = collector.collect(0)
+    assert int((~finite_rows(collected.decisions)).sum()) == 1
+    assert np.isfinite(collected.statistics.return_sum)
+    assert collected.statistics.return_sum != 0
+    assert encode_interaction(asdict(collected.statistics))
 
 
 # A time limit of 8 decisions, named in the configuration, in which an untrained policy solves nothing.

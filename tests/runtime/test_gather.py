@@ -194,6 +194,7 @@ def test_statistics_of_versions_that_nobody_asked_for_are_not_kept(scene: Scene)
     scene.deliver(0)
     assert len(gather(scene).collections) == 1
     assert scene.gatherer._statistics == {}
+    assert scene.gatherer.dropped["statistics"] == 59
 
 
 @pytest.mark.parametrize("version", [VERSION - 1, VERSION + 1])
@@ -372,6 +373,29 @@ def test_every_wait_can_be_stopped(scene: Scene, background: Callable[..., Futur
         waiting.result(SOON)
 
 
+def test_ever_new_numbers_deliver_no_more_than_actors_have_places(scene: Scene) -> None:
+    collection = replace(scene.gatherer._collection, max_actors=2)
+    gatherer = Gatherer(scene.room, scene.gatherer._spec, collection, scene.stop)  # type: ignore[arg-type]
+    scene.room.join(0)
+    for number in range(1, 31):
+        scene.tell(number, "evaluation")
+        scene.tell(number)
+        scene.send(number)
+    scene.send(0)
+    # Full without the connected one, which must not be waited for, then.
+    assert len(gatherer.gather(VERSION, False).decisions) == 4 * QUOTA
+    assert gatherer.dropped["surplus_decisions"] == 27 * QUOTA
+    assert len(gatherer._seen) == len(gatherer.newest) == 4
+    assert len(gatherer._statistics) <= 3 * 4
+    assert gatherer.dropped["statistics"] == 60 - 3 * 4
+    batch = replace(scene.of(0), version=scene.quota.version + 2)
+    scene.send(0, batch, version=VERSION + 2)
+    scene.tell(0, version=VERSION + 2)
+    gatherer.gather(VERSION + 2, False)
+    assert set(gatherer.newest) == {0}
+    assert not gatherer._statistics
+
+
 # Actors that are ahead of the learner
 
 
@@ -413,6 +437,10 @@ def test_a_quota_that_is_ahead_waits_for_its_iteration(ahead: Scene) -> None:
     send_quota(ahead, 1, VERSION + 1)
     gathered = ahead.gatherer.gather(VERSION + 1, evaluating=False)
     assert [row["return_sum"] for row in gathered.collections] == [10 * VERSION + 1, 10 * VERSION + 10]
+    ahead.room.leave(0)
+    send_quota(ahead, 1, VERSION + 2)
+    ahead.gatherer.gather(VERSION + 2, evaluating=False)
+    assert not ahead.gatherer._waiting
     assert not any(ahead.gatherer.dropped.values())
 
 
@@ -471,24 +499,59 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
 # Robots
 
 
-def test_what_people_did_is_gathered_with_the_iteration_it_came_in(scene: Scene) -> None:
-    shown = DemonstrationBatch(
-        observation={OBS_STATE: torch.zeros(3, 2)},
-        task=["move right"] * 3,
-        action=torch.zeros(3, 2),
-        last=torch.tensor([False, False, True]),
+@pytest.fixture
+def robots(scene: Scene) -> Scene:
+    """The scene of a run in which people can take over; at most five of their steps wait."""
+    spec = replace(scene.gatherer._spec, demonstration_steps=5)
+    return replace(
+        scene,
+        gatherer=Gatherer(scene.room, spec, scene.gatherer._collection, scene.stop),  # type: ignore[arg-type]
     )
+
+
+def shown_by_a_person(steps: int) -> DemonstrationBatch:
+    return DemonstrationBatch(
+        observation={OBS_STATE: torch.zeros(steps, 2)},
+        task=["move right"] * steps,
+        action=torch.zeros(steps, 2),
+        last=torch.arange(steps) == steps - 1,
+    )
+
+
+def test_what_people_do_is_kept_up_to_a_limit(robots: Scene) -> None:
+    robots.room.join(0)
+    for steps in (1, 2, 3, 2, 2):
+        robots.send_bytes(0, encode_demonstrations(shown_by_a_person(steps)))
+    robots.deliver(0)
+    assert [len(part) for part in gather(robots).demonstrations] == [2, 2]
+    assert robots.gatherer.dropped["demonstration_steps"] == 6
+    robots.send_bytes(0, encode_demonstrations(shown_by_a_person(4)))
+    send_quota(robots, 0, VERSION + 1)
+    assert [len(part) for part in robots.gatherer.gather(VERSION + 1, False).demonstrations] == [4]
+
+
+def test_where_nobody_can_take_over_demonstrations_are_refused(scene: Scene) -> None:
     scene.room.join(0)
-    scene.send_bytes(0, encode_demonstrations(shown))
-    scene.send_bytes(0, encode_demonstrations(replace(shown, action=torch.zeros(3, 5))))
-    scene.tell(0, "control", **asdict(ControlStatistics(steps=80)))
+    scene.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
     scene.deliver(0)
-    gathered = gather(scene)
+    assert gather(scene).demonstrations == []
+    assert scene.gatherer.dropped["malformed_messages"] == 1
+    assert "nobody can take over" in scene.room.rejected[0][2]
+
+
+def test_what_people_did_is_gathered_with_the_iteration_it_came_in(robots: Scene) -> None:
+    shown = shown_by_a_person(3)
+    robots.room.join(0)
+    robots.send_bytes(0, encode_demonstrations(shown))
+    robots.send_bytes(0, encode_demonstrations(replace(shown, action=torch.zeros(3, 5))))
+    robots.tell(0, "control", **asdict(ControlStatistics(steps=80)))
+    robots.deliver(0)
+    gathered = gather(robots)
     assert [len(part) for part in gathered.demonstrations] == [3]
     assert [values["steps"] for values in gathered.control] == [80]
     assert len(gathered.decisions) == QUOTA
     # The second one has actions of another robot.
-    assert scene.gatherer.dropped["malformed_messages"] == 1
+    assert robots.gatherer.dropped["malformed_messages"] == 1
 
 
 def test_statistics_of_control_are_numbers(scene: Scene) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import CHUNK_SIZE
 
-from lerobot_policy_pi_rl.runtime import limits
+from lerobot_policy_pi_rl.runtime import limits, service
 from lerobot_policy_pi_rl.runtime.chunks import CHUNK_OVERHEAD, whole_messages
 from lerobot_policy_pi_rl.runtime.client import ActorRefused, LearnerClient, LearnerLost
 from lerobot_policy_pi_rl.runtime.handshake import Handshake
@@ -90,6 +90,18 @@ def test_an_actor_that_fills_its_part_of_an_inbox_leaves_the_others_theirs() -> 
     assert inbox.get(SOON) == Received(0, b"x")
     blocked.join(SOON)
     assert [item.payload for item in inbox.drain()] == [b"x", b"other", b"third"]
+
+
+def test_messages_of_ever_new_actors_take_no_more_room_than_actors_have_places() -> None:
+    inbox = Inbox(4, 100, actors=2)
+    for actor in (1, 2, 2):
+        assert inbox.put(Received(actor, b"x"), lambda: True)
+    # The third sender is asked twice whether it still wants to, and has left by then.
+    wanted = iter([True, False, False])
+    threading.Timer(0.2, inbox.wake).start()
+    assert not inbox.put(Received(3, b"x"), lambda: next(wanted))
+    inbox.get()
+    assert inbox.put(Received(3, b"x"), lambda: True)
 
 
 def test_bytes_count_but_one_message_may_always_wait() -> None:
@@ -189,6 +201,39 @@ def test_a_sender_of_nonsense_is_cut_off_and_not_let_in_again(caplog: pytest.Log
         assert item is not None
         assert item.payload == b"still here"
         client.close()
+
+
+def test_reconnecting_resets_no_limit() -> None:
+    with serving(rate=2.0, rejected=11) as server:
+        for number in (1, 2):
+            with calling(server) as (stub, metadata):
+                # No more than the burst that a new number may send.
+                stub.SendTransitions((chunk(b"x") for _ in range(4)), metadata=metadata)
+                for _ in range(4):
+                    server.service.reject(1, "malformed")
+                server.service.decisions.drain()
+            assert eventually(lambda: server.service.connected() == [])
+            # Decoded only after its sender has left.
+            server.service.reject(1, "malformed")
+            assert server.service._accounts[1].rejected == 5 * number
+        assert server.service.traffic().slowed >= 1
+        with calling(server):
+            server.service.reject(1, "malformed")
+            assert server.service.traffic().rejected["cut off"] == 1
+
+
+def test_limits_are_remembered_for_a_while_and_for_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "REMEMBERED", 3)
+    with serving() as server:
+        accounts = server.service._accounts
+        for number in range(10):
+            server.service._open_account(number).rejected = 1
+        # Twice the number of places.
+        assert list(accounts) == [6, 7, 8, 9]
+        accounts[7].seen -= service.ACCOUNT_SECONDS + 1
+        assert server.service._open_account(7).rejected == 0
+        assert server.service._open_account(8).rejected == 1
+        assert server.service.traffic().reconnected == 2
 
 
 def test_an_actor_whose_messages_cannot_be_decoded_ends_with_one_line() -> None:

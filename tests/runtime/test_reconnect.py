@@ -100,7 +100,9 @@ def test_a_process_takes_its_own_place_at_once_and_its_half_message_is_dropped(
             assert arrived(server) == [b"whole %d" % number]
     assert events(server)[:9] == ["joined"] + ["left", "joined"] * 4
     # Nobody sent anything wrong, and nobody was waited for.
-    assert server.service.traffic().rejected == {}
+    traffic = server.service.traffic()
+    assert traffic.rejected == {}
+    assert (traffic.joined, traffic.reconnected, traffic.replaced) == (5, 4, 0)
     assert "no sign of life" not in caplog.text
 
 
@@ -115,6 +117,8 @@ def test_another_process_takes_the_place_of_one_that_fell_silent(
             assert "Actor 3 at ipv4:127.0.0.1:" in caplog.text
             assert "gave no sign of life for 4 s; ipv4:127.0.0.1:" in caplog.text
             assert events(server) == ["joined", "left", "joined"]
+            traffic = server.service.traffic()
+            assert (traffic.joined, traffic.reconnected, traffic.replaced) == (2, 1, 1)
             another.send_decisions(b"mine")
             assert arrived(server) == [b"mine"]
 

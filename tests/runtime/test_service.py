@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import pytest
@@ -125,6 +125,26 @@ def test_every_client_gets_every_new_version() -> None:
                 assert received.header.version == version
                 torch.testing.assert_close(received.tensors["head"], torch.full((3,), float(version)))
         assert eventually(lambda: server.service.traffic().sent == 10)
+
+
+def test_thirty_two_clients_at_once_get_every_version_and_deliver() -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(make_service(max_actors=32)))
+        pool = stack.enter_context(ThreadPoolExecutor(32))
+        clients = [LearnerClient("127.0.0.1", server.port, number, SETTINGS) for number in range(32)]
+        for client in clients:
+            stack.callback(client.close)
+        list(pool.map(lambda client: client.connect(SOON), clients))
+        assert [info.actor for info in server.service.connected()] == list(range(32))
+        for version in (1, 2, 3):
+            server.service.publish(version, weights(version, 100_000))
+            received = list(pool.map(LearnerClient.wait_weights, clients, [version - 1] * 32, [SOON] * 32))
+            assert [one and one.header.version for one in received] == [version] * 32
+        quotas = [b"quota of %d" % number for number in range(32)]
+        list(pool.map(LearnerClient.send_decisions, clients, quotas))
+        arrived = [server.service.decisions.get(SOON) for _ in clients]
+        assert sorted((one.actor, one.payload) for one in arrived if one) == list(enumerate(quotas))
+        assert server.service.traffic().rejected == {}
 
 
 def test_a_late_client_gets_the_newest_at_once() -> None:

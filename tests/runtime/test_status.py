@@ -78,6 +78,7 @@ def test_the_answer_has_the_report_and_what_the_service_knows(serve: Callable[..
     (actor,) = answer["actors"]
     assert (actor["actor"], actor["version"], actor["env_steps_per_s"]) == (1, 119, 1204.0)
     assert answer["max_actors"] == 4
+    assert (answer["actors_joined"], answer["actors_reconnected"], answer["actors_replaced"]) == (1, 0, 0)
     assert answer["waiting"] == {"decisions": 1, "interactions": 0}
     assert "sent" not in answer
 
@@ -119,6 +120,9 @@ def test_one_screen_says_everything() -> None:
                 actor | {"actor": 2, "version": None, "sent_at": None, "env_steps_per_s": 0.0},
             ],
             "max_actors": 32,
+            "actors_joined": 5,
+            "actors_reconnected": 2,
+            "actors_replaced": 1,
             "waiting": {"decisions": 3, "interactions": 0},
             "refused": {"no token": 2},
             "now": 1900.0,
@@ -132,7 +136,7 @@ def test_one_screen_says_everything() -> None:
         "exploring 0.83, validation 0.91, best 0.94 (version 100)",
         "mean 0.4, oldest 1 versions",
         "outputs/run/checkpoints/000100",
-        "2 of at most 32, 2 left",
+        "2 of at most 32; since the start 5 joined (2 again, 1 in place of a silent one), 2 left",
         "ipv4:10.0.0.2:4431, joined 13 min 20 s ago, last sent 10 s ago with version 119, 1,204 steps/s",
         "nothing sent yet",
         "decisions 3, interactions 0",

@@ -19,6 +19,8 @@ from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.runtime.handshake import flat_settings, settings_differences
 from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.wire import (
+    MAX_DECISIONS_HEADER_BYTES,
+    MAX_DEMONSTRATION_ROWS,
     MAX_INTERACTION_BYTES,
     RolloutHeader,
     TensorField,
@@ -434,3 +436,14 @@ def test_many_or_long_differences_stay_short() -> None:
     assert len(lines) == 21
     assert lines[-1] == "... and 80 more"
     assert all(len(line) < 400 and "\n" not in line for line in lines)
+
+
+def test_only_a_robots_message_may_be_as_large_as_what_a_person_did() -> None:
+    state = {"observation.state": TensorField(torch.float32, (3,))}
+    spec = WireSpec(state, chain=(2, 3, 4), action=(3, 2), denoising_steps=4, max_rows=4)
+    quota = spec.layout(4, 4)
+    size = sum(field.dtype.itemsize * math.prod(field.shape) for field in quota.values())
+    assert spec.max_message_bytes() == size + MAX_DECISIONS_HEADER_BYTES
+    robot = dataclasses.replace(spec, demonstration_steps=20_000)
+    # State, action, task and mark of each step.
+    assert robot.max_message_bytes() == MAX_DEMONSTRATION_ROWS * (12 + 8 + 8 + 1) + MAX_DECISIONS_HEADER_BYTES

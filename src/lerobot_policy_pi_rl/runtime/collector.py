@@ -395,7 +395,8 @@ class Collector:
         statistics = EpisodeStatistics(
             episodes=sum(len(part.returns) for part in ended),
             successes=sum(int(part.success.sum()) for part in ended),
-            return_sum=float(sum(part.returns.sum() for part in ended)),
+            # One that is not finite would not cross the wire; the learner drops and counts its decision.
+            return_sum=float(sum(part.returns[np.isfinite(part.returns)].sum() for part in ended)),
             length_sum=sum(int(part.lengths.sum()) for part in ended),
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,

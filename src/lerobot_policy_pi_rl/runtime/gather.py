@@ -14,6 +14,7 @@ from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .inbox import Received
+from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
 from .service import ActorEvent, PIRLLearnerService
 from .tasks import PER_TASK
@@ -45,6 +46,9 @@ DROPPED = (
     "repeated_decisions",
     "rolled_back_decisions",
     "malformed_messages",
+    "demonstration_steps",
+    "surplus_decisions",
+    "statistics",
 )
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
@@ -114,8 +118,9 @@ class Gatherer:
     """Reads the service's inboxes for the learner.
 
     An iteration is complete when every connected actor has delivered a quota, and at least one has: an actor that
-    dies is not waited for, one that joins is. Quotas may be `max_staleness` versions old; an actor that is ahead of the
-    others has its next ones wait for the next iterations.
+    dies is not waited for, one that joins is. It is complete, too, when as many have delivered as may, under whatever
+    numbers. Quotas may be `max_staleness` versions old; an actor that is ahead of the others has its next ones wait for
+    the next iterations.
     """
 
     def __init__(
@@ -137,8 +142,11 @@ class Gatherer:
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
         # Range of the versions that are of use.
         self._oldest = self._newest = 0
-        self._demonstrations: list[DemonstrationBatch] = []
+        self._demonstrations: deque[DemonstrationBatch] = deque()
         self._last_arrival = time.monotonic()
+        # Most actors whose quotas one iteration takes, and most statistics that are kept for them.
+        self._most_actors = NUMBERS_PER_PLACE * collection.max_actors
+        self._most_statistics = len(STATISTICS) * self._most_actors * (collection.max_staleness + 1) ** 2
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
         # The newest quota of each actor: its version, and when it came, by the monotonic clock.
         self.newest: dict[int, tuple[int, float]] = {}
@@ -176,7 +184,7 @@ class Gatherer:
         iteration = _Iteration(version)
         self._oldest = max(self._oldest, version - self._collection.max_staleness)
         self._newest = version
-        self._seen = {quota for quota in self._seen if quota.version >= self._oldest}
+        self._forget_quotas()
         self._take_waiting(iteration)
         while True:
             complete = self._complete(iteration)
@@ -199,7 +207,7 @@ class Gatherer:
         control = self._pop_statistics("control", iteration.quotas)
         evaluations = self._pop_evaluations(version)
         self._forget_statistics()
-        demonstrations, self._demonstrations = self._demonstrations, []
+        demonstrations, self._demonstrations = list(self._demonstrations), deque()
         seconds = time.monotonic() - began
         return Gathered(iteration.decisions(), collections, evaluations, control, seconds, demonstrations)
 
@@ -220,14 +228,30 @@ class Gatherer:
             self.dropped["stale_decisions"] += sum(len(decisions) for _, decisions in waiting)
             waiting.clear()
 
+    def _forget_quotas(self) -> None:
+        """Forgets the quotas that cannot come again, and actors that have been gone for as long."""
+        here = {info.actor for info in self._service.connected()}
+        self._seen = {quota for quota in self._seen if quota.version >= self._oldest}
+        self.newest = {
+            actor: newest
+            for actor, newest in self.newest.items()
+            if actor in here or newest[0] >= self._oldest
+        }
+
     def _complete(self, iteration: _Iteration) -> bool:
+        return bool(iteration.batches) and self._all_delivered(iteration)
+
+    def _all_delivered(self, iteration: _Iteration) -> bool:
+        """Whether every actor has delivered, or as many as may."""
         connected = {info.actor for info in self._service.connected()}
-        return bool(iteration.batches) and connected <= iteration.delivered
+        return self._is_full(iteration) or connected <= iteration.delivered
+
+    def _is_full(self, iteration: _Iteration) -> bool:
+        return len(iteration.delivered) >= self._most_actors
 
     def _check_any(self, iteration: _Iteration) -> None:
         """Raises when every actor has delivered and nothing of it could be kept."""
-        connected = {info.actor for info in self._service.connected()}
-        if connected and connected <= iteration.delivered and not iteration.batches:
+        if self._service.connected() and not iteration.batches and self._all_delivered(iteration):
             raise NothingUsable(
                 f"every decision of version {iteration.version} was dropped ({dict(+self.dropped)}); "
                 "the policy or the environment gives numbers that are not finite"
@@ -266,7 +290,7 @@ class Gatherer:
         """Decodes a message of decisions, or of demonstrations, and keeps what can be learned from."""
         try:
             if kind_of(message.payload) == DEMONSTRATIONS:
-                self._demonstrations.append(decode_demonstrations(message.payload, self._spec))
+                self._take_demonstrations(message.payload)
                 return
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
@@ -275,6 +299,17 @@ class Gatherer:
             self.dropped["malformed_messages"] += 1
             return
         self._take_quota(message, rollout, iteration)
+
+    def _take_demonstrations(self, payload: bytes) -> None:
+        """Keeps what a person did, and of all that waits the newest messages, as `InterventionStore` would."""
+        if not self._spec.demonstration_steps:
+            raise WireError("has demonstrations, but nobody can take over in this environment")
+        self._demonstrations.append(decode_demonstrations(payload, self._spec))
+        waiting = sum(map(len, self._demonstrations))
+        while waiting > self._spec.demonstration_steps and len(self._demonstrations) > 1:
+            dropped = len(self._demonstrations.popleft())
+            self.dropped["demonstration_steps"] += dropped
+            waiting -= dropped
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
@@ -285,6 +320,10 @@ class Gatherer:
         if quota in self._seen or quota.part > self._collection.max_staleness:
             # It came back after a crash and collected its quota a second time: the same environments, twice.
             self.dropped["repeated_decisions"] += len(rollout.decisions)
+            return
+        if self._is_full(iteration) and quota.actor not in iteration.delivered:
+            # Whoever comes under ever new numbers must not fill the memory.
+            self.dropped["surplus_decisions"] += len(rollout.decisions)
             return
         self._seen.add(quota)
         self.newest[quota.actor] = (quota.version, time.monotonic())
@@ -301,6 +340,8 @@ class Gatherer:
                 self.dropped["stale_decisions"] += len(waiting.popleft()[1])
             if waiting:
                 self._add(iteration, *waiting.popleft())
+        for actor in [actor for actor, waiting in self._waiting.items() if not waiting]:
+            del self._waiting[actor]
 
     def _add(self, iteration: _Iteration, quota: _Quota, decisions: DecisionBatch) -> None:
         iteration.quotas.append(quota)
@@ -365,9 +406,12 @@ class Gatherer:
             self._service.reject(message.actor, "malformed", str(error))
             self.dropped["malformed_messages"] += 1
             return
-        # Of other versions nobody asks, and whoever sends can make up as many as it likes.
-        if self._oldest <= version <= self._newest and 0 <= part <= self._collection.max_staleness:
-            self._statistics[str(kind), _Quota(message.actor, version, part)] = values
+        # Of other versions nobody asks, and whoever sends can make up as many as it likes, under ever new numbers.
+        asked = self._oldest <= version <= self._newest and 0 <= part <= self._collection.max_staleness
+        if not asked or len(self._statistics) >= self._most_statistics:
+            self.dropped["statistics"] += 1
+            return
+        self._statistics[str(kind), _Quota(message.actor, version, part)] = values
 
     def _pop_statistics(self, kind: str, wanted: Iterable[_Quota]) -> list[dict[str, Scalar]]:
         """Takes what is there of some quotas, by actor."""
@@ -386,6 +430,7 @@ class Gatherer:
     def _forget_statistics(self) -> None:
         """Forgets those that nobody will ask for any more."""
         old = [key for key in self._statistics if key[1].version < self._oldest]
+        self.dropped["statistics"] += len(old)
         for key in old:
             del self._statistics[key]
 

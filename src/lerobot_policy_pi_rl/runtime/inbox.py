@@ -22,14 +22,15 @@ class Received:
 class Inbox:
     """A queue of received messages, bounded for each actor; one whose part is full blocks, and no other."""
 
-    def __init__(self, messages: int, size: int) -> None:
+    def __init__(self, messages: int, size: int, actors: int | None = None) -> None:
         """Makes an empty inbox.
 
         Args:
             messages: Most messages of an actor that wait at once.
             size: Most bytes of them; one message may always wait.
+            actors: Most actors whose messages wait at once, the others block; None for any number.
         """
-        self._limits = messages, size
+        self._limits, self._actors = (messages, size), actors
         # Messages and bytes that wait, by actor.
         self._waiting: Counter[int] = Counter()
         self._bytes: Counter[int] = Counter()
@@ -97,7 +98,9 @@ class Inbox:
         """Whether an actor's part has room for one more. Needs the lock."""
         messages, size = self._limits
         waiting, taken = self._waiting[item.actor], self._bytes[item.actor]
-        return waiting == 0 or (waiting < messages and taken + len(item.payload) <= size)
+        if waiting == 0:
+            return self._actors is None or len(self._waiting) < self._actors
+        return waiting < messages and taken + len(item.payload) <= size
 
     def _take(self) -> Received:
         """Removes the oldest message. Needs the lock."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 BURST_SECONDS = 2.0
 """An actor may send at once what it may send in this time."""
 
+NUMBERS_PER_PLACE = 2
+"""For each place, messages of so many actors wait, and so many deliver in an iteration: one may return as another."""
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -36,7 +36,7 @@ from ..errors import ConfigError, config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .checkpoint import CheckpointError, find_last, verify
 from .observations import ObservationPath, offered_features
-from .robots import SIMULATION
+from .robots import SIMULATION, is_robot
 from .wire import WireSpec
 
 # Settings of an environment that do not change what it does.
@@ -413,7 +413,7 @@ def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:
 
 def wire_spec(cfg: PIRLTrainConfig, player: Player) -> WireSpec:
     """The decisions that a learner with this configuration accepts."""
-    policy_cfg, algorithm, _ = parts(cfg)
+    policy_cfg, algorithm, env_cfg = parts(cfg)
     base, collection = player.policy.base, algorithm.collection
     return WireSpec(
         observation=player.path.wire_fields(),
@@ -421,4 +421,5 @@ def wire_spec(cfg: PIRLTrainConfig, player: Player) -> WireSpec:
         action=(policy_cfg.chunk_size, base.real_action_dim),
         denoising_steps=policy_cfg.num_inference_steps,
         max_rows=collection.num_envs * collection.decisions,
+        demonstration_steps=algorithm.intervention_capacity if is_robot(env_cfg) else 0,
     )

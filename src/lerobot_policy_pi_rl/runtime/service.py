@@ -39,14 +39,16 @@ from .handshake import (
     settings_differences,
 )
 from .inbox import Inbox, Received
-from .limits import BURST_SECONDS, Bucket, Limits
+from .limits import BURST_SECONDS, NUMBERS_PER_PLACE, Bucket, Limits
 from .packing import WireError
 from .wire import MAX_INTERACTION_BYTES
 
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 1024
-"""Most events that wait, and most sessions of each kind that are remembered: whoever calls makes new ones."""
+"""Most events that wait, and most sessions and numbers of each kind that are remembered: callers make new ones."""
+ACCOUNT_SECONDS = 600.0
+"""Whoever comes with a number that left a shorter time ago goes on with its limits: reconnecting resets nothing."""
 WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
 """Lines about rejected messages and refused calls in the log; further ones are counted only."""
 DRAIN_SECONDS = 1.5
@@ -88,6 +90,9 @@ class Traffic:
         bytes: Their bytes.
         sent: Messages of weights sent, one per actor and version.
         sent_bytes: Their bytes.
+        joined: Times that an actor connected.
+        reconnected: Of these, times that its number had been there before.
+        replaced: Numbers that were taken over from an actor that gave no sign of life.
         slowed: Chunks that were read later, because their actor sent too many.
         rejected: Rejected messages and refused calls, by reason.
     """
@@ -96,6 +101,9 @@ class Traffic:
     bytes: int
     sent: int
     sent_bytes: int
+    joined: int
+    reconnected: int
+    replaced: int
     slowed: int
     rejected: dict[str, int]
 
@@ -116,19 +124,29 @@ class _Published:
 Stream = Literal["parameters", "decisions", "interactions", "heartbeat"]
 
 
+class _Account:
+    """What counts against the limits of an actor's number, over all its connections."""
+
+    def __init__(self) -> None:
+        self.rejected = 0
+        # How fast it may send with each call.
+        self.buckets: dict[Stream, Bucket] = {}
+        self.seen = time.monotonic()
+
+
 class _Link:
     """One open parameters stream, which is what makes an actor connected."""
 
-    def __init__(self, info: ActorInfo, session: str, parameters: grpc.ServicerContext) -> None:
+    def __init__(
+        self, info: ActorInfo, session: str, parameters: grpc.ServicerContext, account: _Account
+    ) -> None:
         self.info = info
+        self.account = account
         self.session = session
         self.open = True
-        self.rejected = 0
         # Chunks that it sent: any of them shows that it lives.
         self.heard = 0
-        # Its calls, and how fast it may send with each.
         self.calls: dict[Stream, grpc.ServicerContext] = {"parameters": parameters}
-        self.buckets: dict[Stream, Bucket] = {}
 
     def cut(self) -> None:
         """Ends its calls, also those that wait for a peer who is no longer there."""
@@ -150,8 +168,8 @@ class PIRLLearnerService(LearnerService):
             max_actors: Most actors connected at once.
             limits: What one actor may send.
         """
-        self.decisions = Inbox(limits.waiting_messages, limits.waiting_bytes)
-        self.interactions = Inbox(limits.waiting_messages, limits.waiting_bytes)
+        waiting = (limits.waiting_messages, limits.waiting_bytes, NUMBERS_PER_PLACE * max_actors)
+        self.decisions, self.interactions = Inbox(*waiting), Inbox(*waiting)
         super().__init__(
             shutdown_event=threading.Event(),
             parameters_queue=None,
@@ -170,6 +188,8 @@ class PIRLLearnerService(LearnerService):
         self._newest: _Published | None = None
         self._report: dict[str, Any] = {}
         self._links: dict[int, _Link] = {}
+        # By actor; the one that joined last is at the end.
+        self._accounts: dict[int, _Account] = {}
         # Actor and session of those whose settings agreed, and sessions that were cut off.
         self._admitted: deque[tuple[int, str]] = deque(maxlen=REMEMBERED)
         self._cut_off: deque[str] = deque(maxlen=REMEMBERED)
@@ -210,12 +230,13 @@ class PIRLLearnerService(LearnerService):
             report = dict(self._report)
             links = [self._links[actor] for actor in sorted(self._links)]
             rejected = dict(self._rejected)
+            came = {f"actors_{name}": self._counts[name] for name in ("joined", "reconnected", "replaced")}
         sent = report.pop("sent", {})
         nothing = {"version": None, "sent_at": None, "env_steps_per_s": 0.0}
         actors = [asdict(link.info) | nothing | sent.get(str(link.info.actor), {}) for link in links]
         waiting = {"decisions": len(self.decisions), "interactions": len(self.interactions)}
         known = {"actors": actors, "max_actors": self.max_actors, "waiting": waiting, "refused": rejected}
-        return report | known | {"now": time.monotonic()}
+        return report | known | came | {"now": time.monotonic()}
 
     def connected(self) -> list[ActorInfo]:
         """The connected actors, by number."""
@@ -246,16 +267,16 @@ class PIRLLearnerService(LearnerService):
             reason, f"Rejected a message of actor {actor}: {f'{reason}: {detail}' if detail else reason}"
         )
         with self._changed:
-            link = self._links.get(actor)
-            if link is None:
-                return
-            link.rejected += 1
-            if link.rejected < self._limits.rejected_messages:
+            # It counts, too, when its sender has left since.
+            link, account = self._links.get(actor), self._accounts.get(actor)
+            if account is not None:
+                account.rejected += 1
+            if link is None or link.account.rejected < self._limits.rejected_messages:
                 return
             self._cut_off.append(link.session)
         self._disconnect(link)
         self._count_rejected(
-            "cut off", f"Cut off actor {actor}: {link.rejected} of its messages were rejected"
+            "cut off", f"Cut off actor {actor}: {link.account.rejected} of its messages were rejected"
         )
 
     def traffic(self) -> Traffic:
@@ -267,6 +288,9 @@ class PIRLLearnerService(LearnerService):
                 count["bytes"],
                 count["sent"],
                 count["sent_bytes"],
+                count["joined"],
+                count["reconnected"],
+                count["replaced"],
                 count["slowed"],
                 dict(self._rejected),
             )
@@ -357,6 +381,8 @@ class PIRLLearnerService(LearnerService):
             if not taken or holder is None or self._lives(holder):
                 return refusal
             if holder.open:
+                with self._changed:
+                    self._counts["replaced"] += 1
                 silence = MISSED_HEARTBEATS * HEARTBEAT_SECONDS
                 self._warn(
                     f"Actor {hello.actor} at {holder.info.peer} gave no sign of life for {silence:.0f} s; "
@@ -401,7 +427,7 @@ class PIRLLearnerService(LearnerService):
     def _join(self, context: grpc.ServicerContext) -> _Link:
         """Registers an actor's parameters stream."""
         hello = self._introduced(context)
-        link = _Link(ActorInfo(hello.actor, context.peer(), time.monotonic()), hello.session, context)
+        info = ActorInfo(hello.actor, context.peer(), time.monotonic())
         before = None
         with self._changed:
             refusal = self._occupied(hello)
@@ -411,6 +437,7 @@ class PIRLLearnerService(LearnerService):
                 before = self._links.pop(hello.actor, None)
                 if before is not None:
                     self._close(before)
+                link = _Link(info, hello.session, context, self._open_account(hello.actor))
                 self._links[hello.actor] = link
                 self._tell(ActorEvent("joined", link.info))
                 self._changed.notify_all()
@@ -423,6 +450,20 @@ class PIRLLearnerService(LearnerService):
         if not context.add_callback(lambda: self._leave(link)):
             self._leave(link)
         return link
+
+    def _open_account(self, actor: int) -> _Account:
+        """The account of an actor that joins, which goes on if it was here a short time ago. Needs the lock."""
+        account = self._accounts.pop(actor, None)
+        self._counts["joined"] += 1
+        self._counts["reconnected"] += account is not None
+        if account is None or time.monotonic() - account.seen > ACCOUNT_SECONDS:
+            account = _Account()
+        self._accounts[actor] = account
+        if len(self._accounts) > max(REMEMBERED, 2 * self.max_actors):
+            # A connected actor keeps its limits: the account goes that nobody uses.
+            gone = (number for number in self._accounts if number not in self._links and number != actor)
+            del self._accounts[next(gone)]
+        return account
 
     def _leave(self, link: _Link) -> None:
         """Takes an actor off the list, once."""
@@ -442,6 +483,7 @@ class PIRLLearnerService(LearnerService):
     def _close(self, link: _Link) -> None:
         """Marks a link closed and tells everybody who waits. Needs the lock."""
         link.open = False
+        link.account.seen = time.monotonic()
         self._tell(ActorEvent("left", link.info))
         self._changed.notify_all()
         self._heard.notify_all()
@@ -516,7 +558,7 @@ class PIRLLearnerService(LearnerService):
             link = self._links.get(hello.actor)
             if link is not None and link.session == hello.session:
                 before, link.calls[stream] = link.calls.get(stream), context
-                link.buckets.setdefault(stream, self._make_bucket())
+                link.account.buckets.setdefault(stream, self._make_bucket())
             else:
                 link = None
         if link is None:
@@ -538,7 +580,7 @@ class PIRLLearnerService(LearnerService):
 
         A message has one chunk that is not full, its last; any further one counts as a message.
         """
-        bucket = link.buckets[stream]
+        bucket = link.account.buckets[stream]
         for chunk in chunks:
             self._note_life(link)
             pause = bucket.take() if len(chunk.data) < CHUNK_SIZE else 0.0

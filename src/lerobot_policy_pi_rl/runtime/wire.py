@@ -107,6 +107,7 @@ class WireSpec:
         action: Shape of one chunk, `(H, A)`.
         denoising_steps: Number K of denoising steps; step indices are below it.
         max_rows: Most decisions in one message.
+        demonstration_steps: Most steps of people that wait to be learned from; 0 where nobody can take over.
     """
 
     observation: dict[str, TensorField]
@@ -114,6 +115,7 @@ class WireSpec:
     action: tuple[int, int]
     denoising_steps: int
     max_rows: int
+    demonstration_steps: int = 0
 
     def layout(self, rows: int, next_rows: int) -> dict[str, TensorField]:
         """Type and full shape of every tensor of a message, by flat name."""
@@ -153,11 +155,13 @@ class WireSpec:
         return _with_rows(row, rows)
 
     def max_message_bytes(self) -> int:
-        """Most bytes of one message: every decision, each with a next observation of its own, or a person's steps."""
-        layouts = (
-            self.layout(self.max_rows, self.max_rows),
-            self.demonstration_layout(MAX_DEMONSTRATION_ROWS),
-        )
+        """Most bytes of one message: every decision, each with a next observation of its own.
+
+        Where people can take over it may also be what one of them did.
+        """
+        layouts = [self.layout(self.max_rows, self.max_rows)]
+        if self.demonstration_steps:
+            layouts.append(self.demonstration_layout(MAX_DEMONSTRATION_ROWS))
         sizes = [
             sum(field.dtype.itemsize * math.prod(field.shape) for field in layout.values())
             for layout in layouts

@@ -54,8 +54,9 @@ def describe(status: Mapping[str, Any]) -> str:
         f"best {share(success['best'])} (version {success['best_version']:,})",
         f"age of decisions   mean {status['staleness']['mean']:.1f}, oldest {status['staleness']['max']:.0f} versions",
         f"last checkpoint    {status['last_checkpoint'] or 'none'}",
-        f"actors             {len(status['actors'])} of at most {status['max_actors']}, {status['actors_left']} left "
-        "since the start",
+        f"actors             {len(status['actors'])} of at most {status['max_actors']}; since the start "
+        f"{status['actors_joined']} joined ({status['actors_reconnected']} again, {status['actors_replaced']} in place "
+        f"of a silent one), {status['actors_left']} left",
     ]
     lines += [describe_actor(actor, now) for actor in status["actors"]]
     lines += [
