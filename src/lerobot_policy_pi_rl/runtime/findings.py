@@ -210,6 +210,12 @@ def _no_signal(findings: Findings) -> Advice | None:
             f"{findings.tries} tries (above {_percent(MOST_NEVER)} it struggles)."
         )
         return Advice(False, verdict, tuple(_remedies(findings)))
+    if findings.sometimes < LEAST_SOMETIMES <= findings.never:
+        verdict = (
+            f"RL will hardly help here: {_percent(findings.always)} of the starts are always solved, "
+            f"{_percent(findings.never)} never, and only {_percent(findings.sometimes)} sometimes."
+        )
+        return Advice(False, verdict, tuple(_remedies(findings)))
     if findings.sometimes < LEAST_SOMETIMES:
         verdict = (
             f"RL has little left to learn here: {_percent(findings.always)} of the starts are always solved, "

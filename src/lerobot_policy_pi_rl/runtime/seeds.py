@@ -19,7 +19,7 @@ def stream(*key: int) -> np.random.Generator:
 
     Args:
         *key: Non-negative numbers that name the purpose, such as run seed, actor and version. Equal keys give equal
-            numbers, different keys independent ones.
+            numbers, different ones of the same length independent ones.
     """
     return np.random.default_rng(np.random.SeedSequence(key))
 
