@@ -62,7 +62,7 @@ demo: setup  ## demonstrations, supervised training, PI-RL and evaluation (SEED=
 # `make lock` keeps the present pins where it can; `make lock ARGS=--upgrade` takes the newest.
 lock: | $(BIN)/python  ## write requirements.lock anew from pyproject.toml
 	@$(UV) --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
-	$(UV) pip compile pyproject.toml --extra metaworld --extra evo1 --extra groot --extra molmoact2 --extra multi_task_dit --extra pi --extra smolvla --extra vla_jepa --extra xvla --extra peft --extra pusht --extra gym_hil --extra dev --universal --python-version 3.12 \
+	$(UV) pip compile pyproject.toml --extra metaworld --extra eo1 --extra evo1 --extra groot --extra molmoact2 --extra multi_task_dit --extra pi --extra smolvla --extra vla_jepa --extra xvla --extra peft --extra pusht --extra gym_hil --extra dev --universal --python-version 3.12 \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 		--quiet --output-file requirements.lock $(ARGS)
 

@@ -9,6 +9,7 @@ import argparse
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.eo1.configuration_eo1 import EO1Config
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
@@ -17,7 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot_policy_pi_rl.configuration_pi_rl import TRAINABLE, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-BASES = {"pi0": PI0Config, "pi05": PI05Config, "xvla": XVLAConfig}
+BASES = {"pi0": PI0Config, "pi05": PI05Config, "xvla": XVLAConfig, "eo1": EO1Config}
 # X-VLA takes the sizes of its VLM, Florence-2-large, from its checkpoint.
 FLORENCE = {
     "vision_config": {
@@ -28,7 +29,24 @@ FLORENCE = {
     },
     "text_config": {"model_type": "bart", "vocab_size": 51289, "d_model": 1024},
 }
-SETTINGS = {"xvla": {"florence_config": FLORENCE, "action_mode": "auto"}}
+# EO1 reads those of Qwen2.5-VL-3B from the hub.
+QWEN = {
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 2048},
+    "text_config": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "tie_word_embeddings": True,
+}
+SETTINGS = {
+    "xvla": {"florence_config": FLORENCE, "action_mode": "auto"},
+    "eo1": {"vlm_config": QWEN},
+}
 FEATURES = {
     "input_features": {
         "observation.images.image": PolicyFeature(FeatureType.VISUAL, (3, 224, 224)),
@@ -44,6 +62,8 @@ def build(base: str, trainable: str) -> PIRLPolicy:
     stock = BASES[base](device="cpu", dtype="bfloat16", **FEATURES, **SETTINGS.get(base, {}))
     config = PIRLConfig(base=stock, device="cpu", trainable=trainable)
     config.place_on("meta")
+    # No weights are read.
+    config.weights_follow = True
     with torch.device("meta"):
         return PIRLPolicy(config)
 

@@ -13,7 +13,7 @@ from lerobot.processor import PolicyProcessorPipeline, ProcessorStep, ProcessorS
 from lerobot.processor.factory import make_default_policy_processor_steps, make_policy_processor_pipelines
 from torch import Tensor
 
-from .bases.configuration import TASK_EMBEDDING, CompactConfig
+from .bases.configuration import TASK_EMBEDDING, CompactConfig, preprocessor_settings
 from .configuration_pi_rl import PIRLConfig
 from .errors import check
 
@@ -109,7 +109,12 @@ def make_pi_rl_pre_post_processors(
         Preprocessor and postprocessor.
     """
     if config.stock is not None:
-        overrides = {"device_processor": {"device": config.device}} if config.base_path else {}
+        overrides = {}
+        if config.base_path:
+            overrides = {
+                "device_processor": {"device": config.device},
+                **preprocessor_settings(config.base),
+            }
         own = make_pre_post_processors(
             config.stock, config.base_path, dataset_stats=dataset_stats, preprocessor_overrides=overrides
         )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import make_pre_post_processors
+from lerobot.policies.eo1.configuration_eo1 import EO1Config
 from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.groot import groot_n1_7, processor_groot
@@ -31,9 +32,23 @@ from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 # `toy` is the third party's of docs/bases.md.
-BASES = ("smolvla", "pi0", "pi05", "xvla", "multi_task_dit", "evo1", "vla_jepa", "groot", "molmoact2", "toy")
-# Their preprocessors pack prompt and pictures; what they make of a prompt depends on those that it is padded with.
-PACKED = ("groot", "molmoact2")
+BASES = (
+    "smolvla",
+    "pi0",
+    "pi05",
+    "xvla",
+    "multi_task_dit",
+    "eo1",
+    "evo1",
+    "vla_jepa",
+    "groot",
+    "molmoact2",
+    "toy",
+)
+# Their preprocessors pack prompt and pictures.
+PACKED = ("eo1", "groot", "molmoact2")
+# What these stock policies make of a prompt depends on those that it is padded with.
+READ_PADDING = ("groot", "molmoact2")
 ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
@@ -158,10 +173,10 @@ SMALL_MOLMOACT2 = {
     "flow_matching_num_steps": 3,
     "initializer_range": 0.2,
 }
-# How Qwen3-VL's processor writes pictures and words.
+# How Qwen's processors write pictures and words.
 CHAT = (
-    "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
 STATISTICS = ("mean", "std", "min", "max", "q01", "q99")
 
@@ -329,6 +344,44 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen25(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a small Qwen2.5-VL and its processor, as EO1 reads them from the hub."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    folder, tokenizer = tmp_path_factory.mktemp("qwen25"), small_tokenizer()
+    common = {"hidden_size": 32, "intermediate_size": 32, "initializer_range": 0.2}
+    text = common | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    # Its tokenizer learns seven words of EO1's.
+    text |= {"vocab_size": len(tokenizer) + 7, "attention_dropout": 0.2, "max_position_embeddings": 256}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    # Of its two blocks one looks through windows.
+    vision = common | {"depth": 2, "num_heads": 2, "patch_size": 8, "out_hidden_size": 32}
+    vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        **{f"{name}_id": tokenizer.convert_tokens_to_ids(SPECIAL[name]) for name in names},
+    )
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=8),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(patch_size=8),
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def gr00t(tmp_path_factory: pytest.TempPathFactory, qwen: Path) -> Path:
     """Folder with a small GR00T in NVIDIA's layout, the base model of LeRobot's policy."""
     folder = tmp_path_factory.mktemp("gr00t")
@@ -447,6 +500,7 @@ def make_stock(
     clip: Path,
     internvl: Path,
     qwen: Path,
+    qwen25: Path,
     gr00t: Path,
     groot_packages: None,
     molmo: Path,
@@ -466,6 +520,10 @@ def make_stock(
             own |= {"timestep_embed_dim": 8, "image_crop_shape": (CROP, CROP), "tokenizer_max_length": 8}
             own |= {"vision_encoder_name": str(clip), "text_encoder_name": str(clip)}
             return MultiTaskDiTConfig(**own | settings)
+        if name == "eo1":
+            own = {"vlm_base": str(qwen25), "dtype": "float32", "num_denoise_steps": 3}
+            own |= {"image_min_pixels": PIXELS**2, "image_max_pixels": PIXELS**2}
+            return EO1Config(**padded | own | settings)
         if name == "evo1":
             own = {"vlm_model_name": str(internvl), "vlm_num_layers": 2, "vlm_dtype": "float32"}
             own |= {"image_resolution": (PIXELS, PIXELS), "max_views": 2, "num_inference_timesteps": 3}
@@ -498,9 +556,9 @@ def make_stock(
             own = {"vlm_model_name": str(vlm), "load_vlm_weights": False, "num_vlm_layers": 2}
             own |= {"resize_imgs_with_padding": (PIXELS, PIXELS), "num_steps": 3}
             return SmolVLAConfig(**padded | own | settings)
-        if name == "xvla":
-            return XVLAConfig(**padded | SMALL_XVLA | settings)
-        return {"pi0": PI0Config, "pi05": PI05Config}[name](**pi | settings)
+        others = {"pi0": (PI0Config, pi), "pi05": (PI05Config, pi), "xvla": (XVLAConfig, padded | SMALL_XVLA)}
+        config_class, own = others[name]
+        return config_class(**own | settings)
 
     return make
 
@@ -516,7 +574,7 @@ def precision(name: str, dtype: str) -> dict[str, Any]:
     if name == "groot":
         # Its weights are in float32 either way.
         return {"use_bf16": dtype == "bfloat16"}
-    same = dict.fromkeys(("smolvla", "pi0", "pi05", "xvla"), "dtype")
+    same = dict.fromkeys(("smolvla", "pi0", "pi05", "xvla", "eo1"), "dtype")
     field = (same | {"evo1": "vlm_dtype", "vla_jepa": "torch_dtype", "molmoact2": "model_dtype"}).get(name)
     return {} if field is None else {field: dtype}
 
@@ -571,7 +629,7 @@ def own_chunk(policy: PIRLPolicy, batch: Batch, seed: int = 7) -> Tensor:
     """The chunk of a `pi_rl` policy, from the same initial noise; as much of it as the stock policy gives."""
     torch.manual_seed(seed)
     chunk = policy.predict_action_chunk(dict(batch))
-    gives_all = policy.config.base.type not in ("multi_task_dit", *PACKED)
+    gives_all = policy.config.base.type not in ("multi_task_dit", "groot", "molmoact2")
     given = None if gives_all else policy.config.n_action_steps
     return chunk[:, :given]
 
@@ -586,9 +644,13 @@ def statistics(stock: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def packed(stock: Any, batch: Batch) -> Batch:
-    """What a small GR00T's or MolmoAct2's own preprocessor makes of a batch that the other bases can read as it is."""
+    """What the own preprocessor of one of `PACKED` makes of a batch that the other bases can read as it is."""
     preprocessor, _ = make_pre_post_processors(stock, dataset_stats=statistics(stock))
-    return preprocessor(batch)
+    if stock.type != "eo1":
+        return preprocessor(batch)
+    # Prompts that are padded on the left, which EO1 acts on, are written where no actions are given.
+    shown = {key: batch[key] for key in (ACTION, "action_is_pad") if key in batch}
+    return preprocessor({key: value for key, value in batch.items() if key not in shown}) | shown
 
 
 @pytest.fixture
@@ -601,7 +663,7 @@ def name() -> str:
 def batch(name: str, make_stock: MakeStock) -> Batch:
     """Preprocessed observations of two rows, whose prompts are not equally long, and their demonstrated chunks.
 
-    Those of `PACKED` are: their stock policies read the padding, or count it.
+    Those of `READ_PADDING` are: their stock policies read the padding, or count it.
     """
     generator = torch.Generator().manual_seed(0)
     rows = {
@@ -614,7 +676,7 @@ def batch(name: str, make_stock: MakeStock) -> Batch:
         ACTION: torch.randn(2, CHUNK, ACTION_DIM, generator=generator),
         "action_is_pad": torch.zeros(2, CHUNK, dtype=torch.bool),
         # What of it EVO1 reads, the others have in their tokens.
-        "task": ["pick the cube up", "pick up the cube" if name in PACKED else "pick the"],
+        "task": ["pick the cube up", "pick up the cube" if name in READ_PADDING else "pick the"],
     }
     return packed(make_stock(name), rows) if name in PACKED else rows
 

@@ -21,7 +21,7 @@ from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
 from lerobot_policy_pi_rl.scripts.export import export
 
-from .conftest import BASES, PACKED, equal, explorer, features, own_chunk, precision, stock_chunk
+from .conftest import BASES, READ_PADDING, equal, explorer, features, own_chunk, precision, stock_chunk
 
 pytest.importorskip("transformers")
 
@@ -34,7 +34,7 @@ def raw_observation(name: str) -> dict[str, Any]:
         "observation.images.top": torch.rand(2, 3, 32, 32, generator=generator),
         OBS_STATE: torch.randn(2, 5, generator=generator),
         # Equally long where the stock policy reads the padding of a shorter one, or counts it.
-        "task": ["pick the cube", "pick up the" if name in PACKED else "pick up"],
+        "task": ["pick the cube", "pick up the" if name in READ_PADDING else "pick up"],
     }
 
 

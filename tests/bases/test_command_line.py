@@ -15,7 +15,8 @@ def checkpoint(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", ["pi0", "pi05", "smolvla", "xvla", "multi_task_dit", "evo1", "vla_jepa", "groot", "molmoact2"]
+    "kind",
+    ["pi0", "pi05", "smolvla", "xvla", "multi_task_dit", "eo1", "evo1", "vla_jepa", "groot", "molmoact2"],
 )
 def test_a_stock_checkpoint_is_wrapped_on_its_way_in(tmp_path: Path, kind: str) -> None:
     path = checkpoint(tmp_path / kind, kind)

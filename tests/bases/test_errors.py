@@ -25,6 +25,7 @@ MakeConfig = Callable[..., PIRLConfig]
         ("smolvla", "smolvla"),
         ("xvla", "xvla"),
         ("multi_task_dit", "multi_task_dit"),
+        ("eo1", "eo1"),
         ("vla_jepa", "vla_jepa"),
         ("groot", "groot"),
         ("molmoact2", "molmoact2"),

@@ -20,6 +20,7 @@ DTYPES = [(name, "float32") for name in BASES] + [
     ("pi0", "bfloat16"),
     ("pi05", "bfloat16"),
     ("xvla", "bfloat16"),
+    ("eo1", "bfloat16"),
     ("evo1", "bfloat16"),
     ("vla_jepa", "bfloat16"),
     ("groot", "bfloat16"),
@@ -136,6 +137,23 @@ def test_a_context_has_a_row_for_each_observation(make_policy: MakePolicy, batch
             torch.testing.assert_close(alone, both[rows], rtol=0, atol=1e-4)
 
 
+def with_padding(batch: Batch) -> Batch:
+    """The same prompts with three more words that are not to be read; those that are packed are padded on the left."""
+    longer = dict(batch)
+    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+    longer[OBS_LANGUAGE_TOKENS] = torch.cat([tokens, torch.full((2, 3), 5)], 1)
+    longer[OBS_LANGUAGE_ATTENTION_MASK] = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], 1)
+    for key, value in batch.items():
+        # Words, mask and kinds of words.
+        if (
+            "input_ids" in batch
+            and isinstance(value, torch.Tensor)
+            and value.shape == batch["input_ids"].shape
+        ):
+            longer[key] = torch.cat([value.new_full((2, 3), 5 if key == "input_ids" else 0), value], 1)
+    return longer
+
+
 @pytest.mark.parametrize("source", ["expert", "encoder"])
 @pytest.mark.parametrize("name", BASES)
 def test_the_critic_reads_real_tokens_only(
@@ -146,11 +164,7 @@ def test_the_critic_reads_real_tokens_only(
     features = base.critic_features(base.encode(dict(batch)), source)
     assert features.shape == (2, base.critic_dims[source])
     assert features.requires_grad is base.trains_for_critic(source)
-    longer = dict(batch)
-    tokens, mask = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
-    longer[OBS_LANGUAGE_TOKENS] = torch.cat([tokens, torch.full((2, 3), 5)], 1)
-    longer[OBS_LANGUAGE_ATTENTION_MASK] = torch.cat([mask, torch.zeros(2, 3, dtype=torch.bool)], 1)
-    padded = base.critic_features(base.encode(longer), source)
+    padded = base.critic_features(base.encode(with_padding(batch)), source)
     if name == "xvla":
         # It attends to padding like to words, so that its prompts always have one length: all of it is real.
         assert not torch.allclose(padded, features, rtol=1e-4, atol=1e-4)

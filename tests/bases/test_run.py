@@ -141,6 +141,8 @@ def train(
         ("xvla", "expert"),
         ("multi_task_dit", "expert"),
         ("multi_task_dit", "all"),
+        ("eo1", "expert"),
+        ("eo1", "lora"),
         ("evo1", "expert_lora"),
         ("vla_jepa", "expert"),
         ("groot", "expert"),

@@ -116,7 +116,7 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     assert heads <= {id(p) for key, p in algorithm.policy.named_parameters() if key in moved}
 
 
-@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05", "xvla", "molmoact2"])
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05", "xvla", "eo1", "molmoact2"])
 def test_an_update_in_bfloat16_is_checked_within_its_own_tolerance(
     make_algorithm: MakeAlgorithm, name: str
 ) -> None:
@@ -197,22 +197,29 @@ def test_kept_contexts_of_different_lengths_are_padded(make_algorithm: MakeAlgor
     torch.testing.assert_close(two[1:], one, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla"])
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla", "eo1"])
 def test_kept_contexts_of_prompts_that_are_padded_part_by_part(
     make_algorithm: MakeAlgorithm, name: str
 ) -> None:
     """A tokenizer pads to the longest prompt of those that it is given together."""
     algorithm = make_algorithm(name)
-    policy, seen = algorithm.policy.eval(), observations()
-    lengths = seen[OBS_LANGUAGE_ATTENTION_MASK].sum(1)
+    policy = algorithm.policy.eval()
+    seen = observations(policy)
+    is_packed = name in PACKED
+    mask = seen["attention_mask" if is_packed else OBS_LANGUAGE_ATTENTION_MASK]
+    lengths = mask.sum(1)
 
     def preprocess(observation: dict[str, Tensor], task: list[str]) -> dict[str, Any]:
         rows = observation["row"].long()
         part = policy.base.take(seen, rows)
         # X-VLA's has one length.
-        longest = 4 if name == "xvla" else int(lengths[rows].max())
-        text = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
-        return part | {key: part[key][:, :longest] for key in text}
+        longest = mask.shape[1] if name == "xvla" else int(lengths[rows].max())
+        # What is packed is padded on the left.
+        kept = slice(-longest, None) if is_packed else slice(longest)
+        return {
+            key: value[:, kept] if getattr(value, "shape", None) == mask[rows].shape else value
+            for key, value in part.items()
+        }
 
     lazy = Observations({"row": torch.arange(COUNT, dtype=torch.uint8)}, ["pick"] * COUNT, preprocess)
     parts = torch.arange(COUNT).split(1)
@@ -301,7 +308,7 @@ def test_a_weight_of_the_critic_s_loss_that_trains_nothing_is_refused(make_algor
         )
 
 
-@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla", "multi_task_dit", "molmoact2"])
+@pytest.mark.parametrize("name", ["smolvla", "pi0", "xvla", "multi_task_dit", "eo1", "molmoact2"])
 def test_a_separate_critic_sees_for_itself(make_algorithm: MakeAlgorithm, name: str) -> None:
     algorithm = make_algorithm(name, critic_features="separate")
     before = {key: value.clone() for key, value in algorithm.critic.state_dict().items()}

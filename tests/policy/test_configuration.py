@@ -53,7 +53,7 @@ def test_policy_settings_that_cannot_work(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["act", "diffusion", "eo1"])
+@pytest.mark.parametrize("name", ["act", "diffusion", "wall_x"])
 def test_a_policy_of_lerobot_that_cannot_be_a_base(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"policy.base.type.*{name!r} .*use 'compact'"):
         BaseConfig.get_choice_class(name)()

@@ -10,7 +10,7 @@ import torch
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.runtime.demonstrations import DemonstrationSource
+from lerobot_policy_pi_rl.runtime.demonstrations import DemonstrationSource, for_loss
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, make_player
 from lerobot_policy_pi_rl.scripts.demos import main
 
@@ -52,6 +52,13 @@ def test_batches_are_what_supervised_training_reads(recorded: Path, monkeypatch:
     assert batch["task"] == again["task"]
     assert len(batch["task"]) == 16
     assert torch.isfinite(player.policy.base.loss(batch))
+
+
+def test_a_loss_may_read_rows_texts_and_numbers_that_hold_for_all() -> None:
+    """EO1 is told which tokens stand for actions; EVO1 reads the texts."""
+    read = {"action": torch.zeros(2, 3), "task": ["pick", "place"], "action_token_id": 19}
+    rest = {"next.reward": 0.0, "info": {}, "index": torch.tensor(3), "observation.absent": None}
+    assert for_loss(read | rest) == read
 
 
 def test_co_training_without_a_data_set_is_one_line(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

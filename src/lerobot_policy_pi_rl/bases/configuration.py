@@ -7,6 +7,7 @@ from typing import Any
 
 import draccus
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.eo1.configuration_eo1 import EO1Config
 from lerobot.policies.evo1.configuration_evo1 import Evo1Config
 from lerobot.policies.groot.configuration_groot import (
     GrootConfig,
@@ -117,12 +118,14 @@ class StockFields:
         chunk: Field with the number of actions H of a chunk.
         sizes: Reads the sizes, where these fields alone do not say them.
         check: Raises a `ConfigError` for a `pi_rl` configuration with a base that PI-RL cannot train.
+        preprocessor: Settings of steps of a checkpoint's preprocessor that follow the configuration.
     """
 
     steps: str
     chunk: str
     sizes: Callable[[Any], Sizes] | None
     check: Callable[[Any], None] | None
+    preprocessor: Callable[[Any], dict[str, dict[str, Any]]] | None
 
 
 # By the policy's name.
@@ -166,12 +169,23 @@ def check_base(config: Any) -> None:
         fields.check(config)
 
 
+def preprocessor_settings(base: Any) -> dict[str, dict[str, Any]]:
+    """Settings, by the name of their step, in which the preprocessor of a stock checkpoint follows what is chosen here.
+
+    Args:
+        base: A base's configuration, with the sizes that were set.
+    """
+    fields = STOCK.get(base.type)
+    return {} if fields is None or fields.preprocessor is None else fields.preprocessor(base)
+
+
 def register_base_config(
     config_class: type,
     steps_field: str = "num_inference_steps",
     chunk_field: str = "chunk_size",
     sizes: Callable[[Any], Sizes] | None = None,
     check: Callable[[Any], None] | None = None,
+    preprocessor: Callable[[Any], dict[str, dict[str, Any]]] | None = None,
 ) -> None:
     """Makes the configuration of a stock policy one that `policy.base` can hold.
 
@@ -184,11 +198,13 @@ def register_base_config(
         chunk_field: Its field with the number of actions of a chunk.
         sizes: Takes the configuration; reads the sizes that it has where these fields alone do not say them.
         check: Takes the `pi_rl` configuration around such a base; raises `errors.config_error` for what cannot work.
+        preprocessor: Takes the configuration; gives settings, by the name of their step, in which a checkpoint's
+            preprocessor is to follow it, because the sizes can be changed after it was saved.
     """
     name = PreTrainedConfig.get_choice_name(config_class)
     BaseConfig.register_subclass(name, config_class)
     BaseConfig.register(config_class)
-    STOCK[name] = StockFields(steps_field, chunk_field, sizes, check)
+    STOCK[name] = StockFields(steps_field, chunk_field, sizes, check, preprocessor)
 
 
 def load_stock_config(path: str) -> Any:
@@ -336,6 +352,12 @@ def _check_molmoact2(config: Any) -> None:
     )
 
 
+def _eo1_preprocessor(base: Any) -> dict[str, dict[str, Any]]:
+    """Its prompts have a token for each action."""
+    return {"eo1_conversation_template_processor": {"chunk_size": base.chunk_size}}
+
+
+register_base_config(EO1Config, "num_denoise_steps", preprocessor=_eo1_preprocessor)
 register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1)
 register_base_config(GrootConfig, "num_inference_timesteps", sizes=_groot_sizes, check=_check_groot)
 register_base_config(
@@ -351,7 +373,7 @@ register_base_config(VLAJEPAConfig, "num_inference_timesteps")
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.
 NOT_FLOW_MATCHING = ("act", "diffusion", "gaussian_actor", "pi0_fast", "tdmpc", "vqbet")
-WITHOUT_ADAPTER = ("eo1", "fastwam", "lingbot_va", "wall_x")
+WITHOUT_ADAPTER = ("fastwam", "lingbot_va", "wall_x")
 
 
 def _register_refusal(name: str, reason: str) -> None:

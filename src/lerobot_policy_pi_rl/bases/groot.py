@@ -9,18 +9,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import check, config_error
-from .adapter import Context, take
-from .stock import StockBase, make_stock_policy, pooled
+from .adapter import Context
+from .qwen import GRIDS, PATCHES, QwenBase
+from .stock import make_stock_policy, pooled
 
 if TYPE_CHECKING:
     from lerobot.policies.pretrained import PreTrainedPolicy
 
     from ..configuration_pi_rl import PIRLConfig
 
-# Tensors of a preprocessed batch that have no row for each observation: the patches of all its pictures, one after
-# the other, and the grid of patches of each picture.
-PATCHES, GRIDS = "pixel_values", "image_grid_thw"
-# Those with a row of tokens for each observation.
+# Tensors of a preprocessed batch with a row of tokens for each observation.
 TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
 # What the policy's configuration changes in that of its model; None leaves it.
 MODEL_SETTINGS = (
@@ -36,7 +34,7 @@ MODEL_SETTINGS = (
 )
 
 
-class GrootBase(StockBase):
+class GrootBase(QwenBase):
     """Adapter of GR00T N1.7.
 
     Time runs from 0 (noise) to 1, in buckets, and the policy predicts `action - noise`. The state that it denoises has
@@ -127,20 +125,6 @@ class GrootBase(StockBase):
     def actions(self, x: Tensor) -> Tensor:
         """The real dimensions of those actions that are used."""
         return x[:, : self.predicted, : self.real_action_dim]
-
-    def rows(self, batch: dict[str, Any]) -> int:
-        """Number of observations of a preprocessed batch."""
-        return len(batch["input_ids"])
-
-    def take(self, batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-        """The given observations (int64) of a preprocessed batch, with their pictures."""
-        part = take({key: value for key, value in batch.items() if key not in (PATCHES, GRIDS)}, rows)
-        grids = batch[GRIDS].unflatten(0, (self.rows(batch), -1))
-        patches = batch[PATCHES].split(grids.prod(-1).sum(-1).tolist())
-        return part | {
-            PATCHES: torch.cat([patches[row] for row in rows.tolist()]),
-            GRIDS: grids[rows.to(grids.device)].flatten(0, 1),
-        }
 
     def encode(self, batch: dict[str, Tensor]) -> Context:
         """Runs the VLM over images and instruction once; the state goes along, because the action head embeds it."""

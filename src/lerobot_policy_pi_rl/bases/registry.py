@@ -14,6 +14,7 @@ BaseFactory = Callable[["PIRLConfig"], FlowBase]
 _FACTORIES: dict[str, BaseFactory] = {}
 # Extra of this package that installs what a base needs.
 EXTRAS = {
+    "eo1": "eo1",
     "evo1": "evo1",
     "groot": "groot",
     "molmoact2": "molmoact2",
@@ -66,6 +67,7 @@ def _lazy(module: str, name: str) -> BaseFactory:
 
 
 register_base("compact", _lazy("compact", "CompactBase"))
+register_base("eo1", _lazy("eo1", "EO1Base"))
 register_base("evo1", _lazy("evo1", "Evo1Base"))
 register_base("groot", _lazy("groot", "GrootBase"))
 register_base("molmoact2", _lazy("molmoact2", "MolmoAct2Base"))

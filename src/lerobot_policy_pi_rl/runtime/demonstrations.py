@@ -57,9 +57,13 @@ class DemonstrationSource:
         for key in self._cameras:
             if batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255
-        prepared = self._preprocess(batch)
-        return {
-            key: value
-            for key, value in prepared.items()
-            if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
-        }
+        return for_loss(self._preprocess(batch))
+
+
+def for_loss(prepared: dict[str, Any]) -> dict[str, Any]:
+    """What of a preprocessed batch a base's loss may read: rows, texts too, and numbers that hold for all."""
+    return {
+        key: value
+        for key, value in prepared.items()
+        if isinstance(value, (list, int)) or (isinstance(value, Tensor) and value.ndim)
+    }

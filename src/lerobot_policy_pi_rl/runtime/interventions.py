@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lerobot.utils.constants import ACTION
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "interventions"
 
 # Packed observations and task texts, actions `[B, H, A]` and their padding -> the batch of the base's own loss.
-Prepare = Callable[[dict[str, Tensor], list[str], dict[str, Tensor]], dict[str, Tensor]]
+Prepare = Callable[[dict[str, Tensor], list[str], dict[str, Tensor]], dict[str, Any]]
 
 
 class InterventionStore:
@@ -85,7 +86,7 @@ class InterventionStore:
         self._parts.append((file, batch))
         self._forget_oldest()
 
-    def __call__(self, count: int) -> dict[str, Tensor] | None:
+    def __call__(self, count: int) -> dict[str, Any] | None:
         """A batch of `count` chunks, drawn with replacement; None while nobody has shown anything."""
         if not self._parts:
             return None

@@ -22,7 +22,7 @@ from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .access import read_learner_access
-from .demonstrations import DemonstrationSource
+from .demonstrations import DemonstrationSource, for_loss
 from .findings import FirstLook
 from .gather import STATISTICS, Gathered, Gatherer, Stopped
 from .guard import RUNAWAY_ITERATIONS, has_collapsed, is_conclusive, runaway_cause
@@ -182,9 +182,8 @@ class Learner:
 
         def prepare(
             observation: dict[str, Tensor], task: list[str], actions: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            batch = player.preprocessor({**player.path.unpack(observation), **actions, "task": task})
-            return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        ) -> dict[str, Any]:
+            return for_loss(player.preprocessor({**player.path.unpack(observation), **actions, "task": task}))
 
         return InterventionStore(self._output_dir, spec, self._config.intervention_capacity, prepare)
 

@@ -30,7 +30,7 @@ from lerobot.utils.device_utils import is_torch_device_available
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
-from ..bases.configuration import STOCK
+from ..bases.configuration import STOCK, preprocessor_settings
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import ConfigError, config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -309,7 +309,10 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     preprocessor, postprocessor = make_pre_post_processors(
         policy_cfg,
         pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
-        preprocessor_overrides={"device_processor": {"device": policy_cfg.device}},
+        preprocessor_overrides={
+            "device_processor": {"device": policy_cfg.device},
+            **preprocessor_settings(policy_cfg.base),
+        },
     )
     path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg, cfg.rename_map)
     return Player(policy.eval(), preprocessor, postprocessor, path)
