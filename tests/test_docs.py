@@ -94,7 +94,7 @@ def runtime_metrics() -> set[str]:
     """Names that the learner and the gatherer write out in their code."""
     learner, gatherer = ((RUNTIME / name).read_text() for name in ("learner.py", "gather.py"))
     stated = re.findall(rf'"((?:{GROUPS})/\w+)"', learner)
-    counted = re.findall(r'self\.dropped\["(\w+)"\]', gatherer)
+    counted = re.findall(r'\.dropped\["(\w+)"\]', gatherer + learner)
     assert stated
     assert counted
     return {*stated, *(f"dropped/{name}" for name in counted)}
