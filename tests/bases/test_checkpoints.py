@@ -38,6 +38,15 @@ def raw_observation(name: str) -> dict[str, Any]:
     }
 
 
+def loaded_equal(name: str, one: Tensor, two: Tensor) -> bool:
+    """Whether chunks are the same, of policies whose weights were put into memory by different loaders.
+
+    X-VLA's matrices are then aligned otherwise, and on some processors a product of them is rounded otherwise in its last bit,
+    with equal weights.
+    """
+    return torch.allclose(one, two, rtol=1e-6, atol=1e-6) if name == "xvla" else equal(name, one, two)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str], Path], name: str) -> None:
     folder = save_stock(name)
@@ -52,7 +61,7 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
     batch, expected = ours[0](raw_observation(name)), theirs[0](raw_observation(name))
     assert all(torch.equal(batch[key], value) for key, value in expected.items() if isinstance(value, Tensor))
     chunk = stock_chunk(stock, expected)
-    assert torch.equal(own_chunk(policy, batch), chunk)
+    assert loaded_equal(name, own_chunk(policy, batch), chunk)
     assert torch.equal(ours[1](chunk), theirs[1](chunk))
 
 
@@ -80,8 +89,8 @@ def test_a_checkpoint_is_exported_as_a_stock_one(
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock", config=stock_config)
     batch = make_pre_post_processors(stock_config, str(tmp_path / "stock"))[0](raw_observation(name))
     expected = own_chunk(policy, batch)
-    assert torch.equal(stock_chunk(stock, batch), expected)
-    assert torch.equal(own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), expected)
+    assert loaded_equal(name, stock_chunk(stock, batch), expected)
+    assert loaded_equal(name, own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), expected)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -104,7 +113,7 @@ def test_adapters_are_merged_into_what_is_exported(
     policy.save_pretrained(tmp_path / "pi_rl")
     for processor in (preprocessor, postprocessor):
         processor.save_pretrained(tmp_path / "pi_rl")
-    assert torch.equal(own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), changed)
+    assert loaded_equal(name, own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), changed)
     export(tmp_path / "pi_rl", tmp_path / "stock")
     assert not any("lora" in key for key in load_file(tmp_path / "stock" / WEIGHTS))
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock")
@@ -112,7 +121,7 @@ def test_adapters_are_merged_into_what_is_exported(
     # Merging rounds once more; what is merged is exported to the bit.
     rounding = 0.05 if name == "vla_jepa" else 1e-3  # its VLM runs in bfloat16 autocast
     torch.testing.assert_close(exported, changed, rtol=1e-5, atol=rounding)
-    assert equal(name, stock_chunk(policy.base.export(), batch), exported)
+    assert loaded_equal(name, stock_chunk(policy.base.export(), batch), exported)
 
 
 @pytest.mark.parametrize("name", BASES)
