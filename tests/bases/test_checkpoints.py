@@ -41,8 +41,8 @@ def raw_observation(name: str) -> dict[str, Any]:
 def loaded_equal(name: str, one: Tensor, two: Tensor) -> bool:
     """Whether chunks are the same, of policies whose weights were put into memory by different loaders.
 
-    X-VLA's matrices are then aligned otherwise, and on some processors a product of them is rounded otherwise in its last bit,
-    with equal weights.
+    X-VLA's matrices are then aligned otherwise, and some processors round a product of equal matrices otherwise in its
+    last bit.
     """
     return torch.allclose(one, two, rtol=1e-6, atol=1e-6) if name == "xvla" else equal(name, one, two)
 
