@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,16 @@ def test_what_another_process_is_writing_is_left_alone(
     assert [path.name for path in found] == ["000003"]
     checkpoint.verify(place)
     assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
+
+
+def test_a_write_waits_for_a_process_that_clears_up(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, make_state(Regression()))
+    with ThreadPoolExecutor(1) as pool:
+        with checkpoint._holding(tmp_path / "checkpoints", wait=False):
+            saving = pool.submit(checkpoint.save, tmp_path, make_state(Regression(), step=4))
+            with pytest.raises(TimeoutError):
+                saving.result(0.5)
+        assert saving.result(30) == tmp_path / "checkpoints" / "000004"
 
 
 # Missing and broken

@@ -134,7 +134,7 @@ def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LIN
     aside = place.with_name(ASIDE + place.name)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _writing(place.parent):
+        with _holding(place.parent, wait=True):
             try:
                 _remove_unfinished(place.parent)
                 _write(aside, state)
@@ -309,15 +309,19 @@ def pretrained_dir(checkpoint_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Holds the folder of the checkpoints while one is written, so that no other process takes it for a leftover.
+def _holding(folder: Path, wait: bool) -> Iterator[None]:
+    """Holds the folder of the checkpoints, so that no other process takes what is being written for a leftover.
+
+    Args:
+        folder: The folder.
+        wait: Wait for another process that holds it, which takes no longer than a write.
 
     Raises:
-        BlockingIOError: If another process holds it.
+        BlockingIOError: If another process holds it, and this one does not wait.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -336,7 +340,7 @@ def remove_unfinished(output_dir: Path) -> list[Path]:
         The directories removed.
     """
     folder = output_dir / CHECKPOINTS_DIR
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), _writing(folder):
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), _holding(folder, wait=False):
         return _remove_unfinished(folder)
     return []
 
