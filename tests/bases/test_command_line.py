@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.scripts.console import wrap_stock_policy
 
 
@@ -27,6 +28,41 @@ def test_a_stock_checkpoint_is_wrapped_on_its_way_in(tmp_path: Path, kind: str) 
         "--policy.type=pi_rl",
         f"--policy.base_path={path}",
     ]
+
+
+@pytest.mark.parametrize("where", ["command line", "file"])
+def test_a_stock_checkpoint_takes_the_place_of_what_the_file_begins_with(tmp_path: Path, where: str) -> None:
+    path, other = checkpoint(tmp_path / "mine", "smolvla"), checkpoint(tmp_path / "recipes", "pi_rl")
+    policy = {"path": str(other), "device": "cpu", "base": {"type": "compact"}}
+    arguments = [f"--policy.path={path}"]
+    if where == "file":
+        policy["path"], arguments = str(path), []
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"policy": policy, "seed": 3}))
+    *rest, kind, base = wrap_stock_policy([*arguments, f"--config_path={file}"])
+    assert (kind, base) == ("--policy.type=pi_rl", f"--policy.base_path={path}")
+    (copy,) = rest
+    read = json.loads(Path(copy.removeprefix("--config_path=")).read_text())
+    assert read == {"policy": {"type": "pi_rl", "device": "cpu"}, "seed": 3}
+
+
+def test_a_file_with_another_checkpoint_is_left_to_lerobot(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"policy": {"path": str(checkpoint(tmp_path / "mine", "pi_rl"))}}))
+    arguments = [f"--config_path={file}", "--policy.base.hidden_dim=8"]
+    assert wrap_stock_policy(arguments) == arguments
+
+
+def test_settings_of_a_base_beside_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    """They would not change single settings of the checkpoint, but replace them all."""
+    path = checkpoint(tmp_path / "pi0", "pi0")
+    for given in ("policy.path", "policy.base_path"):
+        with pytest.raises(
+            ConfigError, match=r"`policy.base.dtype`: would replace all settings of the checkpoint"
+        ):
+            wrap_stock_policy(
+                [f"--{given}={path}", "--policy.base.type=pi0", "--policy.base.dtype=bfloat16"][::-1]
+            )
 
 
 def test_any_other_checkpoint_is_left_to_lerobot(tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """What every command shares: plugins, logging, signals, and errors of one line."""
 
+import atexit
 import contextlib
 import json
 import logging
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+import yaml
 from draccus.utils import DraccusException
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
@@ -18,12 +22,13 @@ from tqdm import tqdm
 
 from ..algorithm.pi_rl import RatioError
 from ..bases.configuration import STOCK
+from ..errors import config_error
 from ..runtime.checkpoint import CheckpointError
 from ..runtime.environments import EnvironmentFailed
 from ..runtime.gather import NothingUsable
 
 PACKAGE = "lerobot_policy_pi_rl"
-POLICY_PATH = "--policy.path"
+POLICY_PATH, BASE_PATH, CONFIG_PATH = "--policy.path", "--policy.base_path", "--config_path"
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -50,19 +55,77 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
-    """Turns `--policy.path=<a stock checkpoint>` into the `pi_rl` policy that begins with it.
+    """Turns a stock checkpoint as `policy.path` into the `pi_rl` policy that begins with it.
 
-    LeRobot would parse the settings of the checkpoint's own class, which knows nothing of exploration.
+    LeRobot would parse the settings of the checkpoint's own class, which knows nothing of exploration. The path may be
+    on the command line or in the configuration file; on the command line it takes the place of what is in the file.
 
     Args:
         arguments: A command line; one whose checkpoint is a `pi_rl` policy, or no base, is left as it is.
+
+    Raises:
+        ConfigError: If there are settings of a base beside the checkpoint that brings its own.
     """
-    path = next((a.partition("=")[2] for a in arguments if a.startswith(f"{POLICY_PATH}=")), None)
-    config = _find_config(path) if path else None
-    if config is None or json.loads(config.read_text()).get("type") not in STOCK:
+    file = _value(arguments, CONFIG_PATH)
+    policy = _policy_section(file)
+    path = _value(arguments, POLICY_PATH) or policy.get("path")
+    config = _find_config(str(path)) if path else None
+    wrapped = config is not None and json.loads(config.read_text()).get("type") in STOCK
+    if not wrapped:
+        _refuse_two_bases(arguments, _value(arguments, BASE_PATH) or policy.get("base_path"), policy)
         return list(arguments)
-    kept = [a for a in arguments if not a.startswith(f"{POLICY_PATH}=")]
-    return [*kept, "--policy.type=pi_rl", f"--policy.base_path={path}"]
+    kept = [a for a in arguments if a.partition("=")[0] != POLICY_PATH]
+    # A resumed run has the policy of its checkpoint, wherever the file says that it began.
+    if file is not None and policy and _value(arguments, "--resume") != "true":
+        begun = {
+            name: value for name, value in policy.items() if name not in ("path", "base_path", "base", "type")
+        }
+        kept = [a for a in kept if a.partition("=")[0] != CONFIG_PATH]
+        kept.append(f"{CONFIG_PATH}={_without_base(file, begun)}")
+    _refuse_two_bases(kept, path, {})
+    return [*kept, "--policy.type=pi_rl", f"{BASE_PATH}={path}"]
+
+
+def _value(arguments: Sequence[str], name: str) -> str | None:
+    """What the command line gives a setting; the last one counts."""
+    return next((a.partition("=")[2] for a in reversed(arguments) if a.startswith(f"{name}=")), None)
+
+
+def _policy_section(file: str | None) -> dict[str, Any]:
+    """What a configuration file says of the policy; nothing where LeRobot's parser will say what is wrong with it."""
+    if file is None or not Path(file).is_file():
+        return {}
+    try:
+        content = yaml.safe_load(Path(file).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    policy = content.get("policy") if isinstance(content, dict) else None
+    return policy if isinstance(policy, dict) else {}
+
+
+def _without_base(file: str, policy: dict[str, Any]) -> str:
+    """A copy of a configuration file with another section of the policy, which this process removes when it ends."""
+    content = yaml.safe_load(Path(file).read_text()) | {"policy": {"type": "pi_rl", **policy}}
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as copy:
+        json.dump(content, copy)
+    atexit.register(Path(copy.name).unlink, missing_ok=True)
+    return copy.name
+
+
+def _refuse_two_bases(arguments: Sequence[str], base_path: object, policy: dict[str, Any]) -> None:
+    """A checkpoint and settings of a base exclude each other: the settings would replace all of the checkpoint's."""
+    given = next(
+        (a.partition("=")[0].removeprefix("--") for a in arguments if a.startswith("--policy.base.")), None
+    )
+    # A file that this package has written names both: the base as it was found in the checkpoint.
+    if given is None and "base" in policy and "base_path" not in policy:
+        given = "policy.base"
+    if base_path and given:
+        raise config_error(
+            given,
+            f"would replace all settings of the checkpoint {base_path}; leave it out, or change {CONFIG_NAME} in "
+            "a copy of that folder",
+        )
 
 
 def _find_config(path: str) -> Path | None:
