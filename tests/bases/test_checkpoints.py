@@ -140,6 +140,29 @@ def test_a_checkpoint_that_lacks_weights_is_refused(save_stock: Callable[[str], 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_checkpoint_without_its_embedding_is_read_as_lerobot_does(
+    save_stock: Callable[[str], Path], name: str, prefix: str
+) -> None:
+    """So they are published: the embedding is the matrix of the output layer."""
+    folder = save_stock(name)
+    tensors = load_file(folder / WEIGHTS)
+    (embedding,) = (key for key in tensors if key.endswith("language_model.embed_tokens.weight"))
+    (head,) = (key for key in tensors if key.endswith("paligemma.lm_head.weight"))
+    del tensors[embedding]
+    tensors = {prefix + key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS)
+    policy = PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
+    loaded = policy.base.policy.state_dict()
+    assert torch.equal(loaded[embedding], tensors[prefix + head.removeprefix("model.")])
+    # Nothing else may be missing.
+    del tensors[prefix + head.removeprefix("model.")]
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ConfigError, match="was not loaded"):
+        PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
+
+
 def test_a_folder_without_a_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"policy.base_path.*cannot be read as a LeRobot checkpoint"

@@ -281,7 +281,7 @@ def _check_loaded(policy: "PreTrainedPolicy", path: str) -> None:
         raise config_error("policy.base_path", f"{path} has no {SAFETENSORS_SINGLE_FILE}")
     own = policy.state_dict()
     with safe_open(file, framework="pt") as tensors:
-        names = {name if name in own else f"model.{name}": name for name in tensors.keys()}  # noqa: SIM118
+        names = _own_names(policy, own, list(tensors.keys()))
         missing = missing_tensors(own, names)
         found = sorted(own.keys() & names.keys())
         # A few of them tell a policy that was loaded from one that was not.
@@ -294,6 +294,17 @@ def _check_loaded(policy: "PreTrainedPolicy", path: str) -> None:
         raise config_error(
             "policy.base_path", f"{path} was not loaded as a {policy.name}: {problem} in {file.name}"
         )
+
+
+def _own_names(policy: "PreTrainedPolicy", own: Collection[str], names: list[str]) -> dict[str, str]:
+    """What the stock loader calls the tensors of a file: the file's name by the policy's.
+
+    pi0 and pi0.5 are published without their embedding, which is their output layer's matrix.
+    """
+    fix: Any = getattr(policy, "_fix_pytorch_state_dict_keys", None)
+    numbers = {name: torch.tensor(number) for number, name in enumerate(names)}
+    loaded = numbers if fix is None else fix(numbers, policy.config) | numbers
+    return {name if name in own else f"model.{name}": names[int(number)] for name, number in loaded.items()}
 
 
 def missing_tensors(own: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
