@@ -76,7 +76,7 @@ def size(tensors: list[torch.Tensor]) -> int:
 def main() -> None:
     """Prints the table."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    print("| base | trained | tensors | MB per push | share of the whole state |")
+    print("| base | trained | tensors | MB per push | share of the full state dict |")
     print("|---|---|---|---|---|")
     for base in BASES:
         for trainable in TRAINABLE:

@@ -231,16 +231,19 @@ class PIRLPolicy(PreTrainedPolicy):
         """Copies what `trainable_state` gave into this policy.
 
         Raises:
-            ValueError: If names or shapes differ from this policy's trainable tensors.
+            ValueError: If names, shapes or dtypes are not those of this policy's trainable tensors, or a number is not
+                finite.
         """
         own = {name: p for name, p in self.named_parameters() if p.requires_grad}
         wrong = sorted(own.keys() ^ tensors.keys()) or [
-            n for n, p in own.items() if p.shape != tensors[n].shape
+            n for n, p in own.items() if (p.shape, p.dtype) != (tensors[n].shape, tensors[n].dtype)
         ]
         if wrong:
             raise ValueError(
                 f"pushed weights do not fit this policy: {wrong[:3]} differ; start both from one config"
             )
+        if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(f"pushed weights are not finite: {broken[:3]}; look at the learner's log")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])

@@ -425,6 +425,26 @@ def test_only_trainable_tensors_are_pushed(make_algorithm: MakeAlgorithm) -> Non
     algorithm.load_weights(algorithm.get_weights())
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.half(), "differ"),
+        (lambda t: t[..., :1], "differ"),
+        (lambda t: t * float("nan"), "not finite"),
+    ],
+)
+def test_other_weights_than_those_of_the_policy_are_refused(
+    make_algorithm: MakeAlgorithm, change: Callable[[Tensor], Tensor], reason: str
+) -> None:
+    policy = make_algorithm().policy
+    before = policy.trainable_state()
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    last = max(before)
+    with pytest.raises(ValueError, match=reason):
+        policy.load_trainable_state(before | {last: change(before[last])})
+    assert all(torch.equal(policy.trainable_state()[name], kept[name]) for name in kept)
+
+
 def test_weights_of_another_policy_are_refused_and_change_nothing(make_algorithm: MakeAlgorithm) -> None:
     algorithm = make_algorithm()
     before = policy_of(algorithm)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.runtime.handshake import flat_settings, settings_differences
-from lerobot_policy_pi_rl.runtime.packing import WireError
+from lerobot_policy_pi_rl.runtime.packing import WireError, checksum
 from lerobot_policy_pi_rl.runtime.wire import (
     MAX_DECISIONS_HEADER_BYTES,
     MAX_DEMONSTRATION_ROWS,
@@ -347,6 +347,22 @@ def test_weights_round_trip_in_their_own_dtypes() -> None:
     for name, tensor in tensors.items():
         assert weights.tensors[name].dtype == tensor.dtype
         assert torch.equal(weights.tensors[name], tensor)
+
+
+def test_weights_that_were_damaged_on_their_way_are_refused() -> None:
+    for place in (-1, -5):
+        damaged = bytearray(WEIGHTS_DATA)
+        damaged[place] ^= 1
+        with pytest.raises(WireError, match="checksum differs"):
+            decode_weights(bytes(damaged))
+
+
+def test_a_checksum_tells_names_dtypes_and_shapes_apart() -> None:
+    one = torch.zeros(2, 3)
+    others = ({"b": one}, {"a": one.half()}, {"a": one.t()}, {"a": one + 1}, {"a": one, "b": one}, {})
+    assert checksum({"a": one}) == checksum({"a": one.clone()})
+    assert checksum({"a": one, "b": one + 1}) == checksum({"b": one + 1, "a": one})
+    assert checksum({"a": one}) not in [checksum(other) for other in others]
 
 
 def test_decisions_are_no_weights() -> None:

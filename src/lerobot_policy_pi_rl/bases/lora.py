@@ -30,6 +30,10 @@ def insert_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: 
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern), model
     )
+    # As peft does itself, but for a model without memory.
+    for _, _, layer in _adapted(model):
+        for adapters in (layer.lora_A, layer.lora_B):
+            adapters.to(layer.get_base_layer().weight.dtype)
 
 
 def is_adapter(parameter: str) -> bool:

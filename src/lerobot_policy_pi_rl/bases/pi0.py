@@ -20,6 +20,12 @@ class PI05Base(StockBase):
         "time_mlp_in",
         "time_mlp_out",
     )
+    # Words and pooled pictures are not what acts. The expert's head alone is nearly half of what would be pushed.
+    frozen_modules = (
+        "paligemma_with_expert.gemma_expert.lm_head",
+        "paligemma_with_expert.paligemma.lm_head",
+        "paligemma_with_expert.paligemma.model.vision_tower.vision_model.head",
+    )
     vlm_lora = r".*\.paligemma\.model\.language_model\..*\.self_attn\.[qkvo]_proj"
     expert_lora = (
         r".*\.gemma_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|time|state).*(proj|mlp_in|mlp_out)"

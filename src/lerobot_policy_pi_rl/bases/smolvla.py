@@ -22,6 +22,8 @@ class SmolVLABase(StockBase):
         "action_time_mlp_in",
         "action_time_mlp_out",
     )
+    # Words are not what acts.
+    frozen_modules = ("vlm_with_expert.vlm.lm_head",)
     vlm_lora = r".*\.text_model\.layers\..*\.self_attn\.[qkvo]_proj"
     expert_lora = r".*\.lm_expert\..*\.self_attn\.[qkvo]_proj|model\.(action|state).*(proj|mlp_in|mlp_out)"
     # It takes the layers of VLM and expert apart; what is large in them are attention and MLP.

@@ -40,7 +40,7 @@ class StockBase(FlowBase):
         policy: The stock policy.
         root: What the policy's names of the modules below begin with.
         expert_modules: Modules that only `velocity` uses; the others encode.
-        frozen_modules: Modules through which the stock policy lets no gradient; they are trained in no mode.
+        frozen_modules: Modules that no gradient reaches in the stock policy; they are trained in no mode.
         vlm_lora: Layers of the VLM, or of what else encodes, that get an adapter: a regular expression of their names.
         expert_lora: The same of the action expert.
         encoder_source: The critic's name for what encodes.

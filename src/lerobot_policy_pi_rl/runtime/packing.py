@@ -1,10 +1,12 @@
 """Bytes that hold tensors and a header: safetensors with strict JSON, taken apart without trust in any of them."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -62,6 +64,15 @@ def unpack(kind: str, data: bytes, max_header_bytes: int, names: Set[str] | None
         # KeyError: a dtype that torch lacks; the others: a shape or buffer that torch refuses.
         raise WireError(f"not a safetensors payload: {short(error)}") from error
     return Parts(read_json(metadata.get("header"), "the header"), metadata, tensors)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and contents, in hexadecimal; the order of the tensors does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_header(data: bytes, max_bytes: int) -> dict[str, Any]:

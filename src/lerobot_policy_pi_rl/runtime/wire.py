@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
-from .packing import WireError, pack, read_header, read_json, read_record, short, unpack
+from .packing import WireError, checksum, pack, read_header, read_json, read_record, short, unpack
 
 Scalar = bool | int | float | str
 
@@ -470,17 +470,20 @@ def decode_demonstrations(data: bytes, spec: WireSpec) -> DemonstrationBatch:
 def encode_weights(
     tensors: Mapping[str, Tensor], header: WeightsHeader, task_shares: Mapping[str, float] | None = None
 ) -> bytes:
-    """Encodes weights for the parameters stream, each tensor in its own dtype; see `Weights`."""
-    return pack("weights", asdict(header), tensors, {"task_shares": json.dumps(dict(task_shares or {}))})
+    """Encodes weights for the parameters stream, each tensor in its own dtype, with a checksum; see `Weights`."""
+    metadata = {"task_shares": json.dumps(dict(task_shares or {})), "checksum": checksum(tensors)}
+    return pack("weights", asdict(header), tensors, metadata)
 
 
 def decode_weights(data: bytes) -> Weights:
     """Decodes a message of weights.
 
     Raises:
-        WireError: The message is not a well-formed message of weights.
+        WireError: The message is not a well-formed message of weights, or was damaged on its way.
     """
     parts = unpack("weights", data, MAX_HEADER_BYTES)
+    if parts.metadata.get("checksum") != checksum(parts.tensors):
+        raise WireError("the weights are not those that were sent: their checksum differs")
     shares = _checked_shares(parts.metadata.get("task_shares"))
     return Weights(read_record(WeightsHeader, parts.header), parts.tensors, shares)
 
