@@ -38,7 +38,7 @@ class Contexts:
             critic_source: What the critic reads, one of the base's `critic_dims`; None without a critic.
             rows_at_once: How many are encoded at a time.
             budget_bytes: Largest size of the contexts that are kept.
-            storage: Where they are kept; on the CPU in pinned memory if the policy is on a GPU.
+            storage: Where they are kept. From the CPU to a GPU they go through pinned memory, some rows at a time.
         """
         self._policy = policy
         self._observations = observations
@@ -54,7 +54,7 @@ class Contexts:
         base = self._policy.base
         count = len(self._observations)
         keeps = base.context_is_fixed
-        pieces: list[Context] = []
+        kept: Context = {}
         features: list[Tensor] = []
         for rows in torch.arange(count).split(rows_at_once):
             context = self._policy.encode(self._part(rows))
@@ -62,13 +62,15 @@ class Contexts:
                 features.append(base.critic_features(context, critic_source))
             keeps = keeps and count * size_of(context) / len(rows) <= budget_bytes
             if keeps:
-                pieces.append(self._put_away(context))
+                self._put_away(kept, context, rows, count)
             elif critic_source is None:
                 return
+            else:
+                kept.clear()
         if features:
             self.critic_features = torch.cat(features)
         if keeps:
-            self._kept = {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
+            self._kept = kept
 
     @property
     def kept(self) -> bool:
@@ -80,27 +82,39 @@ class Contexts:
         if self._kept is None:
             return self._policy.encode(self._part(rows))
         rows = rows.to(self._storage)
-        return {name: value[rows].to(self._device, non_blocking=True) for name, value in self._kept.items()}
+        return {name: self._bring(value, rows) for name, value in self._kept.items()}
 
     def _part(self, rows: Tensor) -> dict[str, Any]:
         return self._observations.rows(rows, self._policy.base.take)
 
-    def _put_away(self, context: Context) -> Context:
-        away = {name: value.to(self._storage) for name, value in context.items()}
-        pins = self._storage.type == "cpu" and self._device.type == "cuda"
-        return {name: value.pin_memory() for name, value in away.items()} if pins else away
+    def _put_away(self, kept: Context, context: Context, rows: Tensor, count: int) -> None:
+        """Writes rows into the tensors that hold all of them, so that nothing is in memory twice."""
+        for name, value in context.items():
+            if name not in kept or any(
+                new > old for new, old in zip(value.shape, kept[name].shape, strict=True)
+            ):
+                kept[name] = _enlarged(kept.get(name), value, count, self._storage)
+            kept[name][(slice(int(rows[0]), int(rows[-1]) + 1), *map(slice, value.shape[1:]))] = value
+
+    def _bring(self, value: Tensor, rows: Tensor) -> Tensor:
+        """Rows on the policy's device."""
+        if self._storage.type != "cpu" or self._device.type != "cuda":
+            return value[rows].to(self._device)
+        # Only from pinned memory does a copy not wait. All of it pinned would be rounded up to a power of two.
+        staged = torch.empty(len(rows), *value.shape[1:], dtype=value.dtype, pin_memory=True)
+        return torch.index_select(value, 0, rows, out=staged).to(self._device, non_blocking=True)
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    """Joins rows; shorter sequences, in whichever dimension, end in zeros, which their masks leave out."""
-    shapes = [piece.shape[1:] for piece in pieces]
-    if len(set(shapes)) == 1:
-        return torch.cat(pieces)
-    longest = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    joined = pieces[0].new_zeros(sum(map(len, pieces)), *longest)
-    for part, piece in zip(joined.split([len(piece) for piece in pieces]), pieces, strict=True):
-        part[(slice(None), *(slice(size) for size in piece.shape[1:]))] = piece
-    return joined
+def _enlarged(before: Tensor | None, value: Tensor, count: int, storage: torch.device) -> Tensor:
+    """Room for `count` rows as large as those before and the new ones.
+
+    Shorter sequences, in whichever dimension, end in zeros, which their masks leave out.
+    """
+    sizes = value.shape[1:] if before is None else map(max, before.shape[1:], value.shape[1:])
+    room = torch.zeros(count, *sizes, dtype=value.dtype, device=storage)
+    if before is not None:
+        room[tuple(map(slice, before.shape))] = before
+    return room
 
 
 def size_of(context: Context) -> int:

@@ -379,7 +379,7 @@ class PIRLAlgorithm(RLAlgorithm):
             log_prob=proximal,
             weight=weight,
             advantage=advantage,
-            reference=self._reference_steps(rollout.observations, chain, step),
+            reference=self._reference_steps(contexts, rollout.observations, chain, step),
         )
         return Material(contexts, batch, critic, trained, len(candidates) - len(trained))
 
@@ -492,13 +492,20 @@ class PIRLAlgorithm(RLAlgorithm):
     def _log_ratio(self, part: Batch, score: Score) -> Tensor:
         return self.reduce(score.log_prob, part.scored) - part.log_prob
 
-    def _reference_steps(self, observations: Observations, chain: Tensor, step: Tensor) -> Gaussian | None:
+    def _reference_steps(
+        self, contexts: Contexts, observations: Observations, chain: Tensor, step: Tensor
+    ) -> Gaussian | None:
         """The steps of the policy before reinforcement learning from the recorded states, `[N, S, H, D]`."""
         if self.reference is None:
             return None
         means, stds = [], []
         for rows in torch.arange(len(chain)).split(self._rows_at_once):
-            context = self.reference.encode(observations.rows(rows, self.reference.base.take))
+            # What is kept does not depend on what is trained: it is the reference's own, too.
+            context = (
+                contexts.rows(rows)
+                if contexts.kept
+                else self.reference.encode(observations.rows(rows, self.reference.base.take))
+            )
             here = rows.to(chain.device)
             steps = self.reference.score(context, chain[here], step[here]).steps
             means.append(steps.mean)
