@@ -253,6 +253,16 @@ def test_the_reference_shares_what_is_not_trained(make_algorithm: MakeAlgorithm)
     assert stats.extra["reference_kl"] >= 0
 
 
+def test_the_reference_encodes_nothing_that_was_kept(
+    make_algorithm: MakeAlgorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = make_algorithm(kl_coef=0.1)
+    assert algorithm.reference is not None
+    rollout = collect(algorithm)
+    monkeypatch.setattr(algorithm.reference.base, "encode", lambda batch: pytest.fail("it was encoded again"))
+    assert algorithm.update(iter([rollout])).extra["reference_kl"] >= 0
+
+
 def test_features_that_the_base_does_not_offer_are_one_line(make_algorithm: MakeAlgorithm) -> None:
     with pytest.raises(
         ConfigError,

@@ -1,19 +1,27 @@
 """`lerobot-pi-rl-export`: gives back the stock policy of a `pi_rl` checkpoint."""
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
+from lerobot.utils.constants import (
+    POLICY_POSTPROCESSOR_DEFAULT_NAME,
+    POLICY_PREPROCESSOR_DEFAULT_NAME,
+    PRETRAINED_MODEL_DIR,
+)
 
 from ..bases.stock import StockBase
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .console import run_command
+
+PROCESSORS = (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,11 +45,12 @@ def export(path: Path, output_dir: Path) -> str:
         One line that says what was written.
 
     Raises:
-        ConfigError: If the checkpoint is not of a `pi_rl` policy around a stock one.
+        ConfigError: If there is no whole checkpoint of a `pi_rl` policy around a stock one.
         FileExistsError: If the folder exists.
     """
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already: choose another --output_dir, or remove it first")
+    _check_folder(path)
     config = PreTrainedConfig.from_pretrained(path)
     if not isinstance(config, PIRLConfig):
         raise config_error("policy.path", f"{path} holds a {config.type!r}; only a 'pi_rl' can be exported")
@@ -53,11 +62,31 @@ def export(path: Path, output_dir: Path) -> str:
     config.place_on("cpu")
     base = PIRLPolicy.from_pretrained(path, config=config).base
     assert isinstance(base, StockBase)
-    base.export().save_pretrained(output_dir)
-    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
+    stock = base.export()
+    # Where it was trained, as the checkpoint says: here may be no GPU, and LeRobot keeps a "cpu" wherever it finds it.
+    stock.config.device = json.loads((path / CONFIG_NAME).read_text())["device"]
+    stock.save_pretrained(output_dir)
+    for name in PROCESSORS:
         for file in path.glob(f"{name}*"):
             shutil.copy2(file, output_dir / file.name)
     return f"{config.stock.type} written to {output_dir}; it needs nothing of this package any more"
+
+
+def _check_folder(path: Path) -> None:
+    """Looks for all that an export is made of, before anything slow starts."""
+    if not (path / CONFIG_NAME).is_file():
+        inside = path / PRETRAINED_MODEL_DIR
+        found = f"; it is in {inside}" if (inside / CONFIG_NAME).is_file() else ""
+        raise config_error(
+            "policy.path",
+            f"{path} is no checkpoint's `{PRETRAINED_MODEL_DIR}` folder, which has a {CONFIG_NAME}{found}",
+        )
+    missing = [f"{name}.json" for name in PROCESSORS if not (path / f"{name}.json").is_file()]
+    if missing:
+        raise config_error(
+            "policy.path",
+            f"{path} lacks {', '.join(missing)}, without which the stock policy cannot act; take a whole one",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
