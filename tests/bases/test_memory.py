@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -180,13 +181,28 @@ def test_the_velocity_is_what_is_compiled(
     assert torch.equal(scored(policy, batch), expected)
 
 
-@pytest.mark.parametrize("name", ["pi0", "smolvla"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        # It traces forward and backward pass, and generates no code, which takes minutes.
+        ("pi0", "aot_eager"),
+        ("smolvla", "aot_eager"),
+        pytest.param(
+            "pi0",
+            "inductor",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.timeout(900),
+                pytest.mark.skipif(shutil.which("g++") is None, reason="it compiles with g++"),
+            ],
+        ),
+    ],
+)
 def test_compiled_velocities_are_those_of_eager_mode(
-    make_policy: MakePolicy, batch: Batch, name: str, monkeypatch: pytest.MonkeyPatch
+    make_policy: MakePolicy, batch: Batch, name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
-    # It traces forward and backward pass, and generates no code, which would take minutes.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     eager, compiled = make_policy(name), make_policy(name, compile=True)
     expected, value = scored(eager, batch), scored(compiled, batch)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-3)
