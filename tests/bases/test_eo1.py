@@ -362,6 +362,8 @@ def test_a_checkpoint_needs_no_weights_of_its_vlm_alone(
     again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl", config=config)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in policy.state_dict().items())
     # Nor do LeRobot's commands for what is exported, which name its folder in its configuration.
+    for processor in make_pi_rl_pre_post_processors(config):
+        processor.save_pretrained(tmp_path / "pi_rl")
     export(tmp_path / "pi_rl", tmp_path / "stock")
     config = PreTrainedConfig.from_pretrained(tmp_path / "stock")
     config.pretrained_path = tmp_path / "stock"
