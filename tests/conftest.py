@@ -121,8 +121,10 @@ def _is_marked(process: psutil.Process) -> bool:
 
 
 def _is_helper(process: psutil.Process) -> bool:
-    command = _describe(process)
-    return not command or any(name in command for name in PYTHON_HELPERS)
+    """Whether it is one of Python's, or has ended; what was forked from a helper has the same command line."""
+    command, parent = _describe(process), process.parent()
+    forked = parent is not None and _describe(parent) == command
+    return not command or (any(name in command for name in PYTHON_HELPERS) and not forked)
 
 
 def _describe(process: psutil.Process) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -34,6 +35,10 @@ from lerobot_policy_pi_rl.runtime.actor import Actor
 from lerobot_policy_pi_rl.runtime.collector import Collector, make_groups
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, make_player, parts
+
+sys.path.insert(0, str(Path(__file__).parent / "processes"))
+
+from forked import Forked, run_installed
 
 SMALL = [
     "--policy.type=pi_rl",
@@ -348,20 +353,27 @@ def await_true(condition: Callable[[], Any], timeout: float, what: str) -> None:
         never.wait(0.05)
 
 
-class Command:
-    """One of the installed commands, running."""
+def start_installed(name: str, arguments: Sequence[str], console: Path) -> subprocess.Popen[bytes]:
+    """Starts one of the installed commands, as a user does."""
+    with console.open("wb") as file:
+        return subprocess.Popen(
+            [Path(sys.executable).parent / name, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
-    def __init__(self, name: str, arguments: Sequence[str], console: Path) -> None:
-        program = Path(sys.executable).parent / name
-        self.console, self.expected_to_fail = console, False
-        with console.open("wb") as file:
-            self.process = subprocess.Popen(
-                [program, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+
+class Command:
+    """A command in a process of its own."""
+
+    def __init__(self, process: "subprocess.Popen[bytes] | Forked", console: Path) -> None:
+        self.process, self.console, self.expected_to_fail = process, console, False
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     @property
     def running(self) -> bool:
@@ -428,20 +440,28 @@ class Run:
         self._commands: list[Command] = []
 
     def start(self, name: str, *arguments: str, without: Sequence[str] = (), alone: bool = False) -> Command:
-        """Starts a command with the run's arguments and more, or `alone` with these only."""
-        console = self._folder / f"console_{len(self._commands)}.txt"
+        """Starts an installed command with the run's arguments and more, or `alone` with these only."""
         given = list(arguments) if alone else latest([*self.arguments, *arguments], without)
-        self._commands.append(Command(name, given, console))
-        return self._commands[-1]
+        return self._add(lambda console: start_installed(name, given, console))
 
     def learner(self, *arguments: str, without: Sequence[str] = ()) -> Command:
-        return self.start("lerobot-pi-rl-learner", *arguments, without=without)
+        return self._fork("lerobot-pi-rl-learner", *arguments, without=without)
 
     def actor(self, number: int = 0, *arguments: str) -> Command:
-        return self.start("lerobot-pi-rl-actor", f"--algorithm.collection.actor_id={number}", *arguments)
+        return self._fork("lerobot-pi-rl-actor", f"--algorithm.collection.actor_id={number}", *arguments)
 
     def train(self, *arguments: str, without: Sequence[str] = ()) -> Command:
         return self.start("lerobot-pi-rl-train", *arguments, without=without)
+
+    def _fork(self, name: str, *arguments: str, without: Sequence[str] = ()) -> Command:
+        """Starts what the installed command does, in a process that has imported everything."""
+        given = [name, *latest([*self.arguments, *arguments], without)]
+        return self._add(partial(Forked, run_installed, given))
+
+    def _add(self, start: Callable[[Path], "subprocess.Popen[bytes] | Forked"]) -> Command:
+        console = self._folder / f"console_{len(self._commands)}.txt"
+        self._commands.append(Command(start(console), console))
+        return self._commands[-1]
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of iterations in `metrics.jsonl` so far, without those of evaluations."""

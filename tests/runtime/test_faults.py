@@ -34,19 +34,19 @@ ENVIRONMENT = ("--env.task", "--env.episode_length", "--env.reward")
 
 @pytest.fixture(scope="module")
 def hopeless(make_run: MakeRun) -> Any:
-    """Commands that cannot work, started together: each imports for seconds, and most end at their first look."""
+    """Commands that cannot work; two are started as a user does."""
     run = make_run()
     nowhere = run.output_dir.parent / "nowhere"
     path, stray = f"--policy.path={nowhere}/pretrained_model", f"--output_dir={nowhere}"
     return {
-        "resume": run.learner("--resume=true", stray),
+        "resume": run.start("lerobot-pi-rl-learner", "--resume=true", stray),
         "path": run.learner(path, stray, without=POLICY),
         "sac": run.learner("--algorithm.type=sac", stray, without=ALGORITHM),
         # Its actor starts four times; the last test looks at it. The simulator of Aloha is not installed.
         "train": make_run("--steps=3", "--algorithm.collection.num_workers=1", "--env.type=aloha").train(
             without=ENVIRONMENT
         ),
-        "alone": run.actor(0, "--algorithm.collection.connect_timeout_s=2", stray),
+        "alone": run.start("lerobot-pi-rl-actor", "--algorithm.collection.connect_timeout_s=2", stray),
     }
 
 

@@ -232,7 +232,7 @@ def test_sac_trains_before_beside_and_after_a_run_of_pi_rl(
             sac.wait_until((first / "training_state").exists)
             if not more:
                 run = make_run("--steps=2")
-                assert run.train().wait(SOON) == 0
+                assert [command.wait(SOON) for command in (run.learner(), run.actor())] == [0, 0]
                 assert len(run.rows()) == 2
                 beside = max(int(folder.name) for folder in first.parent.iterdir() if folder.name.isdecimal())
             else:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_a_token_in_the_environment_is_enough_on_one_machine(make_run: MakeRun, 
 
 def test_tls_without_certificates_of_actors_trains(make_run: MakeRun, certificates: Path) -> None:
     run = make_run("--steps=1")
-    command = run.train(*files(certificates, "learner")[:-1])
-    assert command.wait(LOADED) == 0, command.shown
+    commands = [side(*files(certificates, "learner")[:-1]) for side in (run.learner, partial(run.actor, 0))]
+    for command in commands:
+        assert command.wait(LOADED) == 0, command.shown
     assert [row["step"] for row in run.rows()] == [1]

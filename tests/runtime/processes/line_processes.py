@@ -1,12 +1,8 @@
-"""Learners and actors on `Line` in real processes of their own, and what befalls them there.
-
-The processes are forked from one that has imported everything, so that a start takes tenths of a second.
-"""
+"""Learners and actors on `Line` in forked processes, and what befalls them there."""
 
 import importlib.util
 import itertools
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,10 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["pytest", "lerobot_policy_pi_rl.runtime.learner", "lerobot_policy_pi_rl.runtime.actor"]
-)
+from forked import Forked
+
 HOURS = 3600.0
 
 
@@ -191,7 +185,7 @@ def notice_silence(seconds: int) -> None:
 # The processes
 
 
-def work(actor: bool, arguments: Sequence[str], console: Path, faults: Sequence[Fault]) -> None:
+def work(actor: bool, arguments: Sequence[str], faults: Sequence[Fault]) -> None:
     """A process' life: as that of the command, but for LeRobot's slow parser of the command line."""
     import draccus
     import torch
@@ -201,9 +195,6 @@ def work(actor: bool, arguments: Sequence[str], console: Path, faults: Sequence[
 
     # As the commands do: LeRobot's lines about FFmpeg are none of ours.
     logging.getLogger("lerobot.utils.import_utils").addFilter(lambda r: "torchcodec" not in r.getMessage())
-    file = os.open(console, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
     torch.set_num_threads(1)
     near, sys.argv = neighbour(), ["lerobot-pi-rl-line", *arguments]
 
@@ -231,38 +222,7 @@ def work(actor: bool, arguments: Sequence[str], console: Path, faults: Sequence[
     run_command(run)
 
 
-class LineProcess(neighbour().Command):
-    """A learner or an actor, running."""
-
-    def __init__(self, actor: bool, arguments: Sequence[str], console: Path, faults: Sequence[Fault]) -> None:
-        self.console, self.expected_to_fail = console, False
-        console.touch()
-        self.process = CONTEXT.Process(target=work, args=(actor, arguments, console, faults))
-        self.process.start()
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def running(self) -> bool:
-        return self.process.is_alive()
-
-    def wait(self, timeout: float = 90) -> int:
-        self.process.join(timeout)
-        if self.running:
-            raise TimeoutError(f"it still runs; it says {self.shown[-5:]}")
-        return self.process.exitcode
-
-    def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-
-    def end(self) -> None:
-        self.kill()
+LineProcess = neighbour().Command
 
 
 class LineRun(neighbour().Run):
@@ -279,11 +239,9 @@ class LineRun(neighbour().Run):
     def actor(self, number: int = 0, *arguments: str, faults: Sequence[Fault] = ()) -> LineProcess:
         return self._start(True, [f"--algorithm.collection.actor_id={number}", *arguments], faults)
 
-    def _start(self, actor: bool, arguments: Sequence[str], faults: Sequence[Fault]) -> LineProcess:
-        console = self._folder / f"console_{len(self._commands)}.txt"
+    def _start(self, actor: bool, arguments: Sequence[str], faults: Sequence[Fault]) -> Any:
         given = neighbour().latest([*self.arguments, *arguments])
-        self._commands.append(LineProcess(actor, given, console, faults))
-        return self._commands[-1]
+        return self._add(partial(Forked, work, (actor, given, faults)))
 
     def await_log(self, name: str, text: str, times: int = 1, timeout: float = 90) -> None:
         """Waits until a log has a text, this often."""
