@@ -12,7 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 from lerobot_policy_pi_rl.envs.demonstrations import Episode, add_episode, dataset_features
-from lerobot_policy_pi_rl.runtime.environments import ChunkStep
+from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -15,12 +15,12 @@ import torch
 import lerobot_pi_rl_launcher as launcher
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
-from lerobot_policy_pi_rl.runtime import check, environments, findings
+from lerobot_policy_pi_rl.runtime import check, findings, pool
 from lerobot_policy_pi_rl.runtime.collector import make_groups
-from lerobot_policy_pi_rl.runtime.environments import ChunkStep
 from lerobot_policy_pi_rl.runtime.evaluation import Turn, by_exploring, evaluate, play
 from lerobot_policy_pi_rl.runtime.findings import Findings, FirstLook, advise, first_impression, wilson
 from lerobot_policy_pi_rl.runtime.pipeline import make_player, parts
+from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.seeds import VALIDATION_SEED
 from lerobot_policy_pi_rl.scripts import check as command
 from lerobot_policy_pi_rl.scripts.check import NO_SIGNAL, main, sentences, table
@@ -243,13 +243,13 @@ def test_it_never_touches_the_starts_of_a_reported_evaluation(
     measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seeds: list[int] = []
-    reset = environments._Slot.reset
+    reset = pool._Slot.reset
 
     def spy(slot: Any, seed: int) -> Any:
         seeds.append(int(seed))
         return reset(slot, seed)
 
-    monkeypatch.setattr(environments._Slot, "reset", spy)
+    monkeypatch.setattr(pool._Slot, "reset", spy)
     measured()
     assert min(seeds) >= VALIDATION_SEED
 
@@ -257,13 +257,13 @@ def test_it_never_touches_the_starts_of_a_reported_evaluation(
 def test_a_policy_of_nothing_but_nan(
     measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = environments._Slot.step
+    step = pool._Slot.step
 
     def finite(slot: Any, chunk: np.ndarray, *rest: Any) -> Any:
         assert np.isfinite(chunk).all()
         return step(slot, chunk, *rest)
 
-    monkeypatch.setattr(environments._Slot, "step", finite)
+    monkeypatch.setattr(pool._Slot, "step", finite)
 
     def spoil(player: Any) -> None:
         for parameter in player.policy.parameters():

@@ -15,7 +15,8 @@ from gymnasium import spaces
 from lerobot.envs.configs import EnvConfig
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
-from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv, ChunkStep, first_ready, nested
+from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv, first_ready
+from lerobot_policy_pi_rl.runtime.pool import ChunkStep, nested
 
 WORKERS = [0, 1, 2]
 

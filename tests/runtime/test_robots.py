@@ -34,11 +34,12 @@ from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.actor import Actor
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
-from lerobot_policy_pi_rl.runtime.environments import ChunkStep, EnvironmentFailed
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
 from lerobot_policy_pi_rl.runtime.learner import Learner, control_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
+from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
 STAND_IN = Path(__file__).parent / "stand_in"
 RECIPE = Path(__file__).parents[2] / "recipes/so101.json"

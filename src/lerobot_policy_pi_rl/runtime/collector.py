@@ -22,8 +22,9 @@ from ..algorithm.demonstrations import DemonstrationBatch
 from ..errors import config_error
 from ..flow.sampler import Sample
 from .control import ControlStatistics
-from .environments import ChunkedVectorEnv, ChunkStep, Observation, Vector, first_ready
+from .environments import ChunkedVectorEnv, Vector, first_ready
 from .pipeline import Player
+from .pool import ChunkStep, Observation
 from .robots import RobotVector
 from .seeds import TRAINING_SEEDS, stream, torch_seed
 from .tasks import count_by_task, deal

@@ -11,8 +11,8 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from .collector import Group, Interrupted
-from .environments import ChunkStep, Observation
 from .pipeline import Player
+from .pool import ChunkStep, Observation
 from .seeds import torch_seed
 
 # Chooses normalised chunks `[E, H, A]` for the preprocessed observations of E environments.

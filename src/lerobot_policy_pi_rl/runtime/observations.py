@@ -15,7 +15,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from ..errors import config_error
-from .environments import Observation, nested
+from .pool import Observation, nested
 from .robots import is_robot
 from .wire import TensorField
 

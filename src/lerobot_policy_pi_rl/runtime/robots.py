@@ -27,7 +27,8 @@ from lerobot.utils.constants import ACTION, OBS_STR
 from torch import Tensor
 
 from .control import Clock, ControlStatistics
-from .environments import ChunkStep, EnvironmentFailed, Observation
+from .pool import ChunkStep, Observation
+from .workers import EnvironmentFailed
 
 logger = logging.getLogger(__name__)
 

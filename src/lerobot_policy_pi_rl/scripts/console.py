@@ -24,8 +24,8 @@ from ..algorithm.pi_rl import RatioError
 from ..bases.configuration import STOCK
 from ..errors import config_error
 from ..runtime.checkpoint import CheckpointError
-from ..runtime.environments import EnvironmentFailed
 from ..runtime.gather import NothingUsable
+from ..runtime.workers import EnvironmentFailed
 
 PACKAGE = "lerobot_policy_pi_rl"
 POLICY_PATH, BASE_PATH, CONFIG_PATH = "--policy.path", "--policy.base_path", "--config_path"
