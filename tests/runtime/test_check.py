@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_wilson_interval() -> None:
     assert wilson(20, 20) == pytest.approx((20 / (20 + z2), 1))
     half = findings.Z / (2 * (50 + z2) ** 0.5)
     assert wilson(25, 50) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+PAGE = Path(__file__).parents[2] / "docs/check.md"
+# What the page shows: a signal, a time limit that is too short, and too much noise.
+SHOWN = [
+    GOOD,
+    but(time_limit=110, solved_length=93.0, late=0.35, solved=(0,) * 11 + (4,) * 21, ode_successes=24),
+    but(noise=4.0, solved=(0,) * 32, solved_length=float("nan"), late=0.0, clipped=0.75),
+]
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    blocks = re.findall(r"```\n\$ lerobot-pi-rl-check [^\n]*\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for block, shown in zip(blocks, SHOWN, strict=True):
+        printed = [*table(shown), "", *sentences(advise(shown))]
+        assert set(block.splitlines()) - {"..."} <= set(printed)
+    assert blocks[0].splitlines() == [*table(GOOD), "", *sentences(advise(GOOD))]
 
 
 def test_a_good_policy_needs_no_change() -> None:
