@@ -1,0 +1,164 @@
+"""The tables of results on the pages say what the raw results say."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from benchmarks.baselines import report
+
+ROOT = Path(__file__).parent.parent
+GRID = ROOT / "benchmarks/results/grid"
+README, BENCHMARKS, BASELINES = ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/baselines.md"
+TASK = "peg-insert-side-v3"
+
+
+def shown(page: Path, heading: str) -> list[list[str]]:
+    """Cells of the table whose heading begins so, without emphasis."""
+    lines = page.read_text().splitlines()
+    (first,) = [number for number, line in enumerate(lines) if line.startswith(heading)]
+    rows = []
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().replace("*", "").replace("`", "") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def cells(grid: str) -> list[dict[str, Any]]:
+    """The cells of a grid, ordered by seed."""
+    rows = json.loads((GRID / grid / "summary.json").read_text())["rows"]
+    return sorted(rows, key=lambda row: row["seed"])
+
+
+def by_variant(grid: str) -> dict[str, list[dict[str, Any]]]:
+    rows = cells(grid)
+    return {
+        name: [row for row in rows if row["variant"] == name] for name in {row["variant"] for row in rows}
+    }
+
+
+def interval(row: dict[str, Any]) -> str:
+    low, high = row["best_interval"]
+    return f"{row['best']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def listed(values: list[float], form: str) -> str:
+    return ", ".join(format(value, form) for value in values)
+
+
+def test_single_tasks() -> None:
+    expected = [
+        [
+            row["task"],
+            str(row["demonstrations"]),
+            str(row["seed"]),
+            f"{row['supervised']:.2f}",
+            interval(row),
+            f"{row['last']:.2f}",
+            f"{row['env_steps']:,}",
+        ]
+        for row in cells("single_task")
+    ]
+    assert sorted(shown(README, "| task | demonstrations | seed |")) == sorted(expected)
+
+
+def test_explorers() -> None:
+    tasks = ("peg-insert-side-v3", "reach-v3")
+
+    def row(grid: str, variant: str, value: str) -> list[str]:
+        rows = by_variant(grid)[variant]
+        return [spread([row[value] for row in rows if row["task"] == task]) for task in tasks]
+
+    assert [found[1:] for found in shown(BENCHMARKS, "| explorer |")] == [
+        row("single_task", "default", "supervised"),
+        row("single_task", "default", "best"),
+        row("explorers", "flow_sde_joint", "best"),
+        row("explorers", "flow_noise", "best"),
+    ]
+
+
+def mean_over_curves(rows: list[dict[str, Any]], metric: str, form: str) -> str:
+    """A metric's mean over a run and over the seeds; a dash where it does not exist."""
+    means = []
+    for row in rows:
+        name = f"{row['task']}_{row['seed']}_{row['variant']}.jsonl"
+        lines = (GRID / "ablation/curves" / name).read_text().splitlines()
+        values = [line[metric] for line in map(json.loads, lines) if metric in line]
+        means += [statistics.mean(values)] if values else []
+    return format(statistics.mean(means), form) if means else "-"
+
+
+def test_ablation() -> None:
+    variants = by_variant("ablation")
+    expected = {
+        name: [
+            *(f"{row['last']:.2f}" for row in rows),
+            f"{statistics.mean(row['last'] for row in rows):.2f}",
+            mean_over_curves(rows, "ppo/approx_kl", ".3f"),
+            mean_over_curves(rows, "ppo/clip_fraction", ".2f"),
+            mean_over_curves(rows, "ppo/explained_variance", ".2f"),
+        ]
+        for name, rows in variants.items()
+    }
+    assert {row[0]: row[1:] for row in shown(BENCHMARKS, "| variant | seed 0 |")} == expected
+
+
+def test_the_page_names_the_variants_that_were_not_run() -> None:
+    grid = json.loads((ROOT / "benchmarks/grids/ablation.json").read_text())
+    _, _, said = BENCHMARKS.read_text().partition("Not run: the grid's")
+    missing = set(grid["variants"]) - set(by_variant("ablation"))
+    assert {name for name in grid["variants"] if f"`{name}`" in said.partition("\n\n")[0]} == missing
+
+
+def test_asynchronous_collection() -> None:
+    expected = {
+        str(staleness): [
+            listed([row["last"] for row in rows], ".2f"),
+            listed([row["decisions_per_s"] for row in rows], ".0f"),
+        ]
+        for staleness in (0, 1, 2)
+        for rows in [by_variant("async")[f"staleness_{staleness}"]]
+    }
+    assert {row[0]: row[2:4] for row in shown(BENCHMARKS, "| `max_staleness` |")} == expected
+
+
+def test_through_a_small_camera() -> None:
+    expected = [
+        [
+            str(row["seed"]),
+            f"{row['supervised']:.2f}",
+            interval(row),
+            f"{row['last']:.2f}",
+            f"{row['rl_minutes']:.1f}",
+        ]
+        for row in cells("camera")
+    ]
+    assert shown(BENCHMARKS, "| seed | supervised | best checkpoint (95 %) |") == expected
+
+
+def thousands(steps: str) -> str:
+    return f"{round(int(steps.replace(',', '')), -3):,}" if steps[0].isdigit() else steps
+
+
+def test_against_what_people_use() -> None:
+    files = sorted(report.GRID.glob(f"{TASK}_*_default.jsonl"))
+    curves = report.collect(report.RESULTS, TASK, files)
+    steps, minutes = (
+        min(values)
+        for values in zip(*[(c.env_steps[-1], c.minutes[-1]) for c in curves["pi_rl"]], strict=True)
+    )
+    expected = []
+    for method in ("pi_rl", "ppo", "sac"):
+        _, _, held_out, _, at_steps, at_minutes, to_level, in_minutes, all_steps, all_minutes, _ = report.row(
+            method, curves[method], steps, minutes, report.LEVEL
+        )
+        whole = f"{thousands(all_steps)} in {float(all_minutes):g}"
+        expected.append([held_out, at_steps, at_minutes, thousands(to_level), in_minutes, whole])
+    places = [f"{thousands(f'{steps:.0f}')} steps", f"{minutes:.1f} minutes"]
+    heading = "| | held-out success | " + " | ".join(f"success after {place}" for place in places)
+    assert [row[1:] for row in shown(BASELINES, heading)] == expected
