@@ -203,6 +203,7 @@ def test_an_update_moves_the_policy_towards_what_paid(
     assert stats.grad_norms.keys() == {"policy", "critic"}
     expected = {
         "approx_kl",
+        "last_epoch_kl",
         "clip_fraction",
         "entropy",
         "explained_variance",

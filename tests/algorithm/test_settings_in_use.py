@@ -209,7 +209,9 @@ def test_the_learning_rate_follows_the_last_epoch(
 ) -> None:
     algorithm = make_algorithm(target_kl=0.02, epochs=2, minibatch_size=8, lr=1e-4)
     measure(monkeypatch, *first, *last)
-    assert algorithm.update(iter([collect(algorithm, count=16)])).extra["epochs"] == 2
+    found = algorithm.update(iter([collect(algorithm, count=16)])).extra
+    assert found["epochs"] == 2
+    assert found["last_epoch_kl"] == pytest.approx(sum(last) / 2)
     assert algorithm.lr == pytest.approx(1e-4 * factor)
 
 

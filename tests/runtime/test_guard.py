@@ -32,13 +32,14 @@ def test_a_validation_decides_with_at_least_half_of_its_starts() -> None:
 
 
 def test_a_large_divergence_is_a_runaway_only_where_nothing_can_lower_the_learning_rate() -> None:
-    wild = {"approx_kl": 1.0, "epochs": 1, "policy_grad_norm": 1.0}
+    wild = {"last_epoch_kl": 1.3, "epochs": 1, "policy_grad_norm": 1.0}
     assert runaway_cause(wild | {"lr": 1e-4}, CONFIG) is None
-    assert "1 nats" in (runaway_cause(wild | {"lr": CONFIG.lr_min}, CONFIG) or "")
+    assert "1.3 nats" in (runaway_cause(wild | {"lr": CONFIG.lr_min}, CONFIG) or "")
     assert "lr_schedule=adaptive" in (
         runaway_cause(wild | {"lr": 1e-4}, PIRLAlgorithmConfig(lr_schedule="constant")) or ""
     )
-    assert runaway_cause(wild | {"lr": CONFIG.lr_min, "approx_kl": 0.1}, CONFIG) is None
+    # 3 * 0.2 stops an iteration, so that its last epoch is often a little above; twice that is not held.
+    assert runaway_cause(wild | {"lr": CONFIG.lr_min, "last_epoch_kl": 1.1}, CONFIG) is None
 
 
 def test_an_iteration_without_any_finite_gradient_is_a_runaway() -> None:

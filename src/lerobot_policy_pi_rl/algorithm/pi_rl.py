@@ -306,20 +306,21 @@ class PIRLAlgorithm(RLAlgorithm):
     def _improve_policy(self, material: Material, averages: Averages) -> dict[str, float]:
         """The policy's epochs, none while the critic warms up or where there is nothing to train on."""
         config, generator = self.config, self._generator(0)
-        skipped, epochs = 0, 0
+        skipped, epochs, last_kl = 0, 0, 0.0
         while (
             epochs < config.epochs and not self._warming_up and len(material.trained) and not self.stopping()
         ):
             last_epoch = Averages()
             for rows in self._minibatches(material, generator):
                 skipped += self._policy_step(material, rows, averages, last_epoch)
-            epochs += 1
-            if last_epoch.mean("approx_kl") > config.kl_stop * config.target_kl:
+            epochs, last_kl = epochs + 1, last_epoch.mean("approx_kl")
+            if last_kl > config.kl_stop * config.target_kl:
                 break
         if epochs and not self.stopping():
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
-            self._adapt_lr(math.inf if skipped else last_epoch.mean("approx_kl"))
-        return {"epochs": epochs, "skipped_steps": skipped}
+            self._adapt_lr(math.inf if skipped else last_kl)
+        found: dict[str, float] = {"epochs": epochs, "skipped_steps": skipped}
+        return found | {"last_epoch_kl": last_kl} if epochs else found
 
     def _train_critic(self, material: Material, averages: Averages) -> int:
         """The critic's epochs, unless it has taken the policy's; returns how many steps were skipped."""

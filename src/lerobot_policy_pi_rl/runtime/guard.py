@@ -6,6 +6,9 @@ from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 
 # Iterations in a row after which a run that cannot be held back is stopped.
 RUNAWAY_ITERATIONS = 5
+# The divergence that stops an iteration is passed by its last epoch, whatever it is. Beyond this multiple of it the
+# policy is not held by stopping.
+RUNAWAY_FACTOR = 2.0
 
 
 def has_collapsed(success: float, best: float, drop: float | None, episodes: int) -> bool:
@@ -39,7 +42,7 @@ def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> 
     """Why an iteration's update was out of control, with what to change, or None if it was not.
 
     Args:
-        statistics: Of the algorithm: `approx_kl`, `lr`, `epochs`, `skipped_steps`.
+        statistics: Of the algorithm: `last_epoch_kl`, `lr`, `epochs`, `skipped_steps`.
         config: Its settings.
     """
     if not statistics.get("epochs"):
@@ -49,9 +52,9 @@ def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> 
             "no gradient of the policy was finite; look at the environment's observations and the data set's "
             "statistics for numbers that are not finite, and lower algorithm.lr_max"
         )
-    kl, lr = statistics.get("approx_kl", 0.0), statistics.get("lr", config.lr)
+    kl, lr = statistics.get("last_epoch_kl", 0.0), statistics.get("lr", config.lr)
     at_the_bottom = config.lr_schedule == "constant" or lr <= config.lr_min
-    if at_the_bottom and kl > config.kl_stop * config.target_kl:
+    if at_the_bottom and kl > RUNAWAY_FACTOR * config.kl_stop * config.target_kl:
         return (
             f"the policy moves by {kl:.2g} nats in an iteration (algorithm.target_kl is {config.target_kl:g}) and the "
             f"learning rate {lr:.1g} is not lowered any further; lower algorithm.lr_min or algorithm.epochs, use "
