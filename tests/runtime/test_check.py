@@ -17,8 +17,8 @@ import lerobot_pi_rl_launcher as launcher
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.runtime import check, findings, pool
-from lerobot_policy_pi_rl.runtime.collector import make_groups
-from lerobot_policy_pi_rl.runtime.evaluation import Turn, by_exploring, evaluate, play
+from lerobot_policy_pi_rl.runtime.collector import make_eval_groups, make_groups
+from lerobot_policy_pi_rl.runtime.evaluation import Evaluation, Turn, by_exploring, play
 from lerobot_policy_pi_rl.runtime.findings import Findings, FirstLook, advise, first_impression, wilson
 from lerobot_policy_pi_rl.runtime.pipeline import make_player, parts
 from lerobot_policy_pi_rl.runtime.pool import ChunkStep
@@ -26,7 +26,7 @@ from lerobot_policy_pi_rl.runtime.seeds import VALIDATION_SEED
 from lerobot_policy_pi_rl.scripts import check as command
 from lerobot_policy_pi_rl.scripts.check import NO_SIGNAL, main, sentences, table
 
-from .conftest import SMALL
+from .conftest import SMALL, MakeConfig, Train
 
 FATE = "--env.fate=true"
 STARTS = ("--eval.n_episodes=12", "--eval.batch_size=1")
@@ -204,10 +204,12 @@ def measured(make_cfg: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
         _, algorithm, env = parts(cfg)
         mine = make_groups(env, algorithm.collection)
         groups.extend(mine)
+        own = make_eval_groups(env, algorithm.collection)
+        groups.extend(own)
         player = make_player(cfg)
         spoil(player)
         ended: list[int] = []
-        findings = check.measure(cfg, player, mine, ended.append)
+        findings = check.measure(cfg, player, mine, own or mine, ended.append)
         assert sum(ended) == check.count_episodes(cfg, mine)
         return findings, sum(ended)
 
@@ -247,14 +249,29 @@ def test_a_real_policy(measured: Callable[..., Measured], workers: int) -> None:
     assert (findings.noise_setting, findings.noise) == ("policy.explorer.noise_level", 1.0)
 
 
-def test_the_ode_is_that_of_the_first_validation_of_a_run(
-    measured: Callable[..., Measured], make_collector: Callable[..., Any]
+@pytest.mark.parametrize("eval_envs", [0, 3])
+def test_the_ode_is_the_first_validation_of_a_run(make_cfg: MakeConfig, train: Train, eval_envs: int) -> None:
+    """Also where that has fewer environments than the collection, and with them other noise."""
+    settings = ("--eval.n_episodes=40", f"--algorithm.collection.eval_envs={eval_envs}")
+    findings = command._measure(make_cfg(*settings))
+    first = train("--steps=1", "--env_eval_freq=1", *settings)[0]
+    assert findings.ode_success == first["eval/success"]
+
+
+def test_every_try_has_noise_of_its_own(
+    measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    findings, _ = measured()
-    collector = make_collector()
-    seeds = VALIDATION_SEED + np.arange(12)
-    expected = evaluate(collector._player, collector._groups, seeds)
-    assert findings.ode_successes == int(expected.success.sum())
+    played: list[Evaluation] = []
+
+    def spy(*arguments: Any, **options: Any) -> Evaluation:
+        played.append(play(*arguments, **options))
+        return played[-1]
+
+    monkeypatch.setattr(check, "play", spy)
+    measured()
+    # By the ODE first, and in the end one decision alone.
+    tries = [tuple(one.length.tolist()) for one in played[1:-1]]
+    assert len(tries) == len(set(tries)) == 8
 
 
 def test_it_never_touches_the_starts_of_a_reported_evaluation(

@@ -71,7 +71,11 @@ def count_episodes(cfg: PIRLTrainConfig, groups: list[Group]) -> int:
 
 
 def measure(
-    cfg: PIRLTrainConfig, player: Player, groups: list[Group], progress: Callable[[int], None]
+    cfg: PIRLTrainConfig,
+    player: Player,
+    groups: list[Group],
+    eval_groups: list[Group],
+    progress: Callable[[int], None],
 ) -> Findings:
     """Measures a policy without training it.
 
@@ -80,7 +84,8 @@ def measure(
     Args:
         cfg: Validated configuration, with at least one start for the ODE (`eval.n_episodes`).
         player: The policy.
-        groups: Its environments.
+        groups: Its environments, for exploring.
+        eval_groups: Those of the run's validation, for the ODE.
         progress: Told how many more episodes have ended.
     """
     policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
@@ -88,7 +93,7 @@ def measure(
     limits = action_range(env_cfg)
     ode, exploring = _Tally(limits, progress), _Tally(limits, progress)
     starts = VALIDATION_SEED + np.arange(max(count, explored))
-    deployed = play(player, groups, starts[:count], ode.guard(by_ode(player)), watch=ode.watch)
+    deployed = play(player, eval_groups, starts[:count], ode.guard(by_ode(player)), watch=ode.watch)
     # One round after the other, so that a start always has the same environment and with it the same task.
     choose = exploring.guard(by_exploring(player))
     rounds = [

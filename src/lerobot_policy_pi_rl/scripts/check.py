@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import check, config_error
 from ..runtime.check import count_episodes, measure
-from ..runtime.collector import make_groups
+from ..runtime.collector import make_eval_groups, make_groups
 from ..runtime.findings import Advice, Findings, advise, wilson
 from ..runtime.pipeline import PIRLTrainConfig, make_player, parts
 from ..runtime.robots import is_robot
@@ -56,9 +56,12 @@ def _measure(cfg: PIRLTrainConfig) -> Findings:
         groups = make_groups(env, algorithm.collection)
         for group in groups:
             stack.callback(group.envs.close)
+        eval_groups = make_eval_groups(env, algorithm.collection)
+        for group in eval_groups:
+            stack.callback(group.envs.close)
         player = make_player(cfg)
         bar = stack.enter_context(tqdm(total=count_episodes(cfg, groups), desc="check", unit="episode"))
-        return measure(cfg, player, groups, bar.update)
+        return measure(cfg, player, groups, eval_groups or groups, bar.update)
 
 
 def table(findings: Findings) -> list[str]:
