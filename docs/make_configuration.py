@@ -12,14 +12,13 @@ from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from lerobot.rl.train_rl import TrainRLServerPipelineConfig
-
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.configuration_security import SecurityConfig
 from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.envs.configuration_metaworld_camera import MetaworldCameraEnv
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
+from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 
 PACKAGE = "lerobot_policy_pi_rl"
 PAGE = Path(__file__).parent / "configuration.md"
@@ -116,8 +115,8 @@ is refused with one line that names it.
 
 ## The run: LeRobot's fields
 
-What PI-RL reads of LeRobot's training configuration, and what it means here. The defaults are LeRobot's, and some of
-them are made for supervised training; `recipe` is `recipes/metaworld.json`.
+What PI-RL reads of LeRobot's training configuration, and what it means here. The defaults are LeRobot's (but for
+`env_eval_freq`), and some of them are made for supervised training; `recipe` is `recipes/metaworld.json`.
 
 | field | default | recipe | meaning |
 |---|---|---|---|
@@ -134,8 +133,8 @@ RUN_FIELDS = {
     "save_freq": "Iterations between checkpoints; 0 or less: only the first and the last one. At each of them all "
     "actors begin fresh episodes, which is what makes a resumed run continue exactly.",
     "save_checkpoint": "False: as `save_freq=0`.",
-    "env_eval_freq": "Iterations between validations of the policy by the actors, without exploration; 0 is never. "
-    "`checkpoints/best` is the best of them.",
+    "env_eval_freq": "Iterations between validations of the policy by the actors, without exploration; 0 is never "
+    "(on a robot, which they would occupy). `checkpoints/best` is the best of them.",
     "eval.n_episodes": "Starts of a validation, shared by the actors. The other `eval.*` fields are `lerobot-eval`'s.",
     "seed": "Of the run: new weights, exploration, starts, minibatches. Actor and learner must agree on it.",
     "output_dir": "Checkpoints, `metrics.jsonl` and `logs/`. A folder with checkpoints is refused unless the run is "
@@ -188,7 +187,7 @@ def _run_default(name: str) -> str:
     if first in roots:
         owner, (field, *inner) = roots[first], rest
     else:
-        owner, field, inner = TrainRLServerPipelineConfig, first, rest
+        owner, field, inner = PIRLTrainConfig, first, rest
     value = _default_of({f.name: f for f in dataclasses.fields(owner)}[field])
     for part in inner:
         value = getattr(value, part)

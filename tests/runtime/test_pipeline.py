@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import draccus
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.rl.algorithms.sac import SACAlgorithmConfig
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.bases.configuration import COMPACT_SIZES
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime import pipeline
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
@@ -64,6 +66,18 @@ def test_the_algorithm_is_ours_when_none_is_named(make_cfg: MakeConfig) -> None:
     cfg.algorithm = None
     cfg.validate()
     assert isinstance(cfg.algorithm, PIRLAlgorithmConfig)
+
+
+def test_a_run_that_nobody_configures_is_validated_again_and_again() -> None:
+    stated = {
+        "policy": {"type": "pi_rl", "device": "cpu"},
+        "algorithm": {"type": "pi_rl"},
+        "env": {"type": "test_line"},
+    }
+    cfg = draccus.decode(PIRLTrainConfig, stated)
+    policy, algorithm, _ = parts(cfg)
+    steps = algorithm.collection.num_envs * algorithm.collection.decisions * COMPACT_SIZES.n_action_steps
+    assert 5 <= policy.online_steps / steps / cfg.env_eval_freq <= 50
 
 
 def test_another_algorithm_is_refused(make_cfg: MakeConfig) -> None:

@@ -51,12 +51,15 @@ def _encode_reset(config: ResetConfig, declared_type: Any = None) -> dict[str, A
 
 @dataclass(kw_only=True)
 class PIRLTrainConfig(TrainRLServerPipelineConfig):
-    """LeRobot's own configuration of an actor and a learner, with no field of ours beside it.
+    """LeRobot's own configuration of an actor and a learner, with no field of ours beside it and one other default.
 
     What it adds is in `validate`: it works without a data set, never falls back to SAC, and resumes from a checkpoint
     with its weights.
     """
 
+    # Iterations between validations. LeRobot's 20,000 are more than a run has: nothing would be compared, and no best
+    # checkpoint brought back.
+    env_eval_freq: int = 20
     # Set by the actor's command: it runs next to a learner that made the output folder, and never loads its
     # checkpoints. Not annotated, so it is no setting and is not saved.
     is_actor = False
