@@ -15,12 +15,16 @@ import torch
 from lerobot.rl.algorithms.configs import TrainingStats
 from safetensors.torch import load_file
 
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
 from lerobot_policy_pi_rl.runtime import actor as actor_module
+from lerobot_policy_pi_rl.runtime import learner as learner_module
 from lerobot_policy_pi_rl.runtime.actor import Actor, Pace
 from lerobot_policy_pi_rl.runtime.client import LearnerClient
 from lerobot_policy_pi_rl.runtime.collector import Collected, Collector, Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
+from lerobot_policy_pi_rl.runtime.gather import Gathered
+from lerobot_policy_pi_rl.runtime.guard import RUNAWAY_ITERATIONS
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import Player
 from lerobot_policy_pi_rl.runtime.server import PortUnavailable
@@ -252,6 +256,39 @@ def test_a_collapsed_policy_makes_way_for_the_best_one(
     assert (tmp_path / "run" / "checkpoints" / "best").readlink() == Path("000002")
 
 
+def test_what_a_collapsed_policy_collected_ahead_is_not_learned_from(
+    train: Train, validations: Callable[[list[float]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roll_back = Learner._roll_back
+
+    def roll_back_late(learner: Learner, gathered: Gathered) -> None:
+        """When the actor, which may be a quota ahead, has sent the next one of the same version."""
+        assert eventually(lambda: bool(len(learner._service.decisions) or learner._gatherer._waiting))
+        roll_back(learner, gathered)
+
+    monkeypatch.setattr(Learner, "_roll_back", roll_back_late)
+    validations([0.9, 0.9, 0.9, 0.2, 0.8])
+    rows = iterations(train("--steps=6", "--algorithm.collection.max_staleness=1", *VALIDATED))
+    steps = {row["step"]: row for row in rows}
+    assert 4 not in steps
+    assert (steps[5]["dropped/rolled_back_decisions"], steps[5]["dropped/stale_decisions"]) == (16, 16)
+    assert steps[5]["rollout/staleness_max"] == 0
+
+
+def test_with_groups_every_quota_is_of_fresh_episodes(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An episode of twelve steps takes three decisions of five steps; the fourth begins one that is left behind."""
+    begun: list[list[float]] = []
+    collect = Collector.collect
+
+    def spy(self: Collector, version: int, part: int = 0) -> Collected:
+        begun.append([step for group in self._groups for step in group.raw["agent_pos"][:, 1].tolist()])
+        return collect(self, version, part)
+
+    monkeypatch.setattr(Collector, "collect", spy)
+    train("--steps=3", "--algorithm.advantage=group", "--algorithm.collection.group_size=2")
+    assert begun == [[0.0] * 4] * 3
+
+
 def test_what_is_brought_back_takes_smaller_steps_and_warms_a_cold_critic(
     train: Train, validations: Callable[[list[float]], None]
 ) -> None:
@@ -331,6 +368,23 @@ def test_a_run_that_cannot_be_held_back_is_ended(train: Train, caplog: pytest.Lo
     )
     assert len(rows) < 20
     assert "nats in an iteration" in caplog.text
+
+
+def test_an_iteration_under_control_between_others_begins_the_count_anew(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[dict[str, float]] = []
+
+    def cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> str | None:
+        told.append(statistics)
+        return None if len(told) in (1, 4) else f"wild in iteration {len(told)}"
+
+    monkeypatch.setattr(learner_module, "runaway_cause", cause)
+    rows = iterations(train("--steps=50"))
+    assert len(rows) == 4 + RUNAWAY_ITERATIONS
+    assert "Training ends early: wild in iteration 9" in caplog.text
+    # All that the guard reads; the first iteration is the critic's alone.
+    assert {"last_epoch_kl", "lr", "epochs", "skipped_steps", "policy_grad_norm"} <= told[1].keys()
 
 
 @pytest.mark.parametrize("explorer", ["flow_sde", "flow_noise"])
