@@ -1,10 +1,11 @@
 """Configuration of the `pi_rl` policy: a base flow policy and an explorer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.optimizers import OptimizerConfig
 from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig, LRSchedulerConfig
@@ -17,6 +18,7 @@ from .bases.configuration import (
     Sizes,
     check_base,
     get_sizes,
+    has_optional_cameras,
     load_stock_config,
     set_sizes,
 )
@@ -222,6 +224,22 @@ class PIRLConfig(PreTrainedConfig):
             self.input_features = self.input_features or seen  # type: ignore[has-type]
             self.output_features = self.output_features or own.output_features  # type: ignore[has-type]
             self.normalization_mapping = own.normalization_mapping
+            self._check_left_out(seen)
+
+    def _check_left_out(self, seen: Mapping[str, PolicyFeature]) -> None:
+        """Checks that a base is not asked to do without what it reads."""
+        needed = {
+            key
+            for key, feature in seen.items()
+            if feature.type is not FeatureType.VISUAL or not has_optional_cameras(self.base)
+        }
+        left_out = sorted(needed - (self.input_features or {}).keys())
+        check(
+            not left_out,
+            "policy.input_features",
+            f"leaves out {left_out}, which this base reads and cannot do without; add what is missing, or take a "
+            "checkpoint that was trained without",
+        )
 
     def place_on(self, device: str) -> None:
         """Moves the policy that is built from this configuration, and its processors, to another device.

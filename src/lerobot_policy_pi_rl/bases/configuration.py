@@ -55,7 +55,7 @@ class BaseConfig(draccus.ChoiceRegistry):
         if name not in choices:
             raise config_error(
                 "policy.base.type",
-                f"{name!r} is not a flow-matching base policy; choose one of {sorted(choices)}",
+                f"{name!r} is not a flow-matching base policy; choose one of {['compact', *sorted(STOCK)]}",
             )
         return choices[name]
 
@@ -119,6 +119,7 @@ class StockFields:
         sizes: Reads the sizes, where these fields alone do not say them.
         check: Raises a `ConfigError` for a `pi_rl` configuration with a base that PI-RL cannot train.
         preprocessor: Settings of steps of a checkpoint's preprocessor that follow the configuration.
+        optional_cameras: Whether the policy acts on observations that lack some of its cameras.
     """
 
     steps: str
@@ -126,6 +127,7 @@ class StockFields:
     sizes: Callable[[Any], Sizes] | None
     check: Callable[[Any], None] | None
     preprocessor: Callable[[Any], dict[str, dict[str, Any]]] | None
+    optional_cameras: bool
 
 
 # By the policy's name.
@@ -179,6 +181,11 @@ def preprocessor_settings(base: Any) -> dict[str, dict[str, Any]]:
     return {} if fields is None or fields.preprocessor is None else fields.preprocessor(base)
 
 
+def has_optional_cameras(base: Any) -> bool:
+    """Whether a base acts on observations that lack some of its cameras."""
+    return base.type in STOCK and STOCK[base.type].optional_cameras
+
+
 def register_base_config(
     config_class: type,
     steps_field: str = "num_inference_steps",
@@ -186,6 +193,7 @@ def register_base_config(
     sizes: Callable[[Any], Sizes] | None = None,
     check: Callable[[Any], None] | None = None,
     preprocessor: Callable[[Any], dict[str, dict[str, Any]]] | None = None,
+    optional_cameras: bool = False,
 ) -> None:
     """Makes the configuration of a stock policy one that `policy.base` can hold.
 
@@ -200,11 +208,12 @@ def register_base_config(
         check: Takes the `pi_rl` configuration around such a base; raises `errors.config_error` for what cannot work.
         preprocessor: Takes the configuration; gives settings, by the name of their step, in which a checkpoint's
             preprocessor is to follow it, because the sizes can be changed after it was saved.
+        optional_cameras: Whether the policy, and its preprocessor, take observations that lack some of its cameras.
     """
     name = PreTrainedConfig.get_choice_name(config_class)
     BaseConfig.register_subclass(name, config_class)
     BaseConfig.register(config_class)
-    STOCK[name] = StockFields(steps_field, chunk_field, sizes, check, preprocessor)
+    STOCK[name] = StockFields(steps_field, chunk_field, sizes, check, preprocessor, optional_cameras)
 
 
 def load_stock_config(path: str) -> Any:
@@ -364,10 +373,10 @@ register_base_config(
     MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
 )
 register_base_config(MolmoAct2Config, sizes=_molmoact2_sizes, check=_check_molmoact2)
-register_base_config(PI0Config)
-register_base_config(PI05Config)
-register_base_config(SmolVLAConfig, "num_steps")
-register_base_config(XVLAConfig, "num_denoising_steps")
+register_base_config(PI0Config, optional_cameras=True)
+register_base_config(PI05Config, optional_cameras=True)
+register_base_config(SmolVLAConfig, "num_steps", optional_cameras=True)
+register_base_config(XVLAConfig, "num_denoising_steps", optional_cameras=True)
 register_base_config(VLAJEPAConfig, "num_inference_timesteps")
 
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
