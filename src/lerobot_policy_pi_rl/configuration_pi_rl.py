@@ -20,6 +20,7 @@ from .bases.configuration import (
     get_sizes,
     has_optional_cameras,
     load_stock_config,
+    set_dtype,
     set_sizes,
 )
 from .errors import check, config_error, refuse_stock_command
@@ -113,6 +114,9 @@ class PIRLConfig(PreTrainedConfig):
     # Checkpoint of a stock LeRobot policy to start from, a folder or a name on the hub: its configuration, its weights
     # and its processors are taken from it.
     base_path: str | None = None
+    # Precision of a stock base's weights, `float32` or `bfloat16`; null takes that of its own configuration. For pi0,
+    # pi05, xvla, eo1, evo1, vla_jepa and molmoact2; what these keep in float32 always stays so.
+    dtype: str | None = None
     # What of a stock base is trained: `expert` (the action expert; the VLM stays as it is, and each observation is
     # encoded once), `expert_lora` (the expert, and low-rank adapters in the VLM), `lora` (adapters in both) or `all`.
     # The compact base is always trained whole.
@@ -216,6 +220,8 @@ class PIRLConfig(PreTrainedConfig):
         self.n_action_steps = self.n_action_steps or min(base.n_action_steps, self.chunk_size)
         self.num_inference_steps = self.num_inference_steps or base.num_inference_steps
         set_sizes(own, Sizes(self.chunk_size, self.n_action_steps, self.num_inference_steps))
+        if self.dtype is not None:
+            set_dtype(own, self.dtype)
         if not isinstance(own, CompactConfig):
             own.device = self.device
             # Cameras that a stock policy only pads its input with are not to be looked for.

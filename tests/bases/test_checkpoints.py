@@ -66,6 +66,32 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
 
 
 @pytest.mark.parametrize(
+    ("name", "was", "wanted"),
+    [
+        (name, "float32", "bfloat16")
+        for name in ("pi0", "pi05", "xvla", "eo1", "evo1", "vla_jepa", "molmoact2")
+    ]
+    + [("pi0", "bfloat16", "float32")],
+)
+def test_the_precision_of_a_checkpoint_can_be_changed(
+    save_stock: Callable[..., Path], name: str, was: str, wanted: str, tmp_path: Path
+) -> None:
+    """As if its configuration had it, in the export, too."""
+    folder = save_stock(name, **precision(name, was))
+    config = PIRLConfig(base_path=str(folder), device="cpu", explorer=explorer(name), dtype=wanted)
+    dtypes = {key: value.dtype for key, value in PIRLPolicy(config).base.policy.state_dict().items()}
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | precision(name, wanted)))
+    stock = get_policy_class(name).from_pretrained(folder)
+    assert dtypes == {key: value.dtype for key, value in stock.state_dict().items()}
+    assert (torch.bfloat16 in dtypes.values()) is (wanted == "bfloat16")
+    save_pi_rl(config, tmp_path / "pi_rl")
+    export(tmp_path / "pi_rl", tmp_path / "stock")
+    again = get_policy_class(name).from_pretrained(tmp_path / "stock")
+    assert dtypes == {key: value.dtype for key, value in again.state_dict().items()}
+
+
+@pytest.mark.parametrize(
     ("name", "dtype"), [(name, "float32") for name in BASES] + [("smolvla", "bfloat16"), ("pi0", "bfloat16")]
 )
 def test_a_checkpoint_is_exported_as_a_stock_one(

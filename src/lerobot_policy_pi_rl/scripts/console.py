@@ -152,7 +152,7 @@ def _refuse_two_bases(arguments: Sequence[str], base_path: object, policy: dict[
         raise config_error(
             given,
             f"would replace all settings of the checkpoint {base_path}; leave it out, or change {CONFIG_NAME} in "
-            "a copy of that folder",
+            "a copy of that folder (policy.dtype sets its precision)",
         )
 
 
