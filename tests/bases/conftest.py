@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -579,6 +580,17 @@ def precision(name: str, dtype: str) -> dict[str, Any]:
     return {} if field is None else {field: dtype}
 
 
+def counted(policy: nn.Module, run: Callable[[], object]) -> Counter[str]:
+    """How often each of a policy's layers is called in a run; layers are modules that have weights of their own."""
+    calls: Counter[str] = Counter()
+    layers = [(key, m) for key, m in policy.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [m.register_forward_pre_hook(lambda *_, key=key: calls.update([key])) for key, m in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
 def explorer(name: str) -> ExplorerConfig:
     """An explorer that a base can do with."""
     return ExplorerConfig("flow_noise" if name == "evo1" else "flow_sde")
@@ -715,3 +727,4 @@ def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callab
         return folder
 
     return save
+
