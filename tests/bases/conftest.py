@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -728,3 +729,24 @@ def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callab
 
     return save
 
+
+@pytest.fixture
+def save_adapters(save_stock: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Saves LeRobot's adapters, with random weights, on a small stock policy, as `lerobot-train --peft` does."""
+
+    def save(name: str, **peft: Any) -> Path:
+        base, folder = save_stock(name), tmp_path / "adapters"
+        policy = get_policy_class(name).from_pretrained(base)
+        policy.config.pretrained_path = base
+        adapted = policy.wrap_with_peft(peft_cli_overrides={"r": 2, **peft})
+        for key, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(len(key))
+                nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(folder)
+        adapted.config.save_pretrained(folder)
+        for file in base.glob("policy_p*"):
+            shutil.copy2(file, folder)
+        return folder
+
+    return save
