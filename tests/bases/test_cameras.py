@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,18 @@ import draccus
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants, file_download
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.bases.configuration import STOCK
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, check_features, make_player
+from lerobot_policy_pi_rl.scripts.console import wrap_stock_policy
 
-from .conftest import CAMERA, PIXELS, features, own_chunk, stock_chunk
+from .conftest import BASES, CAMERA, PIXELS, explorer, features, own_chunk, stock_chunk
 from .window import WindowConfig
 
 pytest.importorskip("transformers")
@@ -83,6 +87,34 @@ def test_cameras_that_the_environment_lacks_are_left_out_as_the_error_says(
     # It is not that of an observation with black pictures in their places.
     black = {key: torch.zeros_like(observation[CAMERA]) for key in (WRIST, SIDE)}
     assert not torch.equal(chunk, own_chunk(player.policy, player.preprocess(observation | black, tasks)))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_base_from_a_folder_is_neither_warned_of_nor_looked_up(
+    save_stock: Callable[..., Path],
+    parse: Callable[..., PIRLTrainConfig],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With the hub within reach: nothing is asked of it, and nothing said of a policy from scratch."""
+    asked: list[object] = []
+
+    def ask(*arguments: object, **more: object) -> None:
+        asked.append((arguments, more))
+        raise OSError("there is no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(file_download, "_hf_hub_download_to_cache_dir", ask)
+    monkeypatch.setattr(socket, "getaddrinfo", ask)
+    base = save_stock(name)
+    asked.clear()
+    explored = [f"--policy.explorer.kind={explorer(name).kind}"]
+    assert wrap_stock_policy([f"--policy.path={base}"])[-1] == f"--policy.base_path={base}"
+    player = make_player(parse(base, *explored))
+    assert isinstance(player.policy, PIRLPolicy)
+    assert asked == []
+    assert "from scratch" not in caplog.text
 
 
 def test_a_camera_is_renamed_before_others_are_left_out(make_config: MakeConfig) -> None:

@@ -307,10 +307,7 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
         offered = offered_features(env_cfg, policy_cfg, cfg.rename_map)
         policy_cfg.input_features = {k: f for k, f in offered.items() if f.type != FeatureType.ACTION}
     torch.manual_seed(cfg.seed or 0)
-    # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
-    with contextlib.redirect_stdout(io.StringIO()):
-        policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=cfg.rename_map)
-    assert isinstance(policy, PIRLPolicy)
+    policy = _make_policy(policy_cfg, env_cfg, cfg.rename_map)
     preprocessor, postprocessor = make_pre_post_processors(
         policy_cfg,
         pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
@@ -321,6 +318,18 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     )
     path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg, cfg.rename_map)
     return Player(policy.eval(), preprocessor, postprocessor, path)
+
+
+def _make_policy(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: dict[str, str]) -> PIRLPolicy:
+    """The policy, on its device."""
+    if policy_cfg.base_path and not policy_cfg.pretrained_path and policy_cfg.output_features:
+        # LeRobot knows nothing of a base's checkpoint, and would warn of a policy from scratch.
+        return PIRLPolicy(policy_cfg).to(policy_cfg.device)
+    # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=renamed)
+    assert isinstance(policy, PIRLPolicy)
+    return policy
 
 
 def check_checkpoint(path: str | Path | None) -> None:
