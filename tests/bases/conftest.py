@@ -706,6 +706,17 @@ def make_config(make_stock: MakeStock) -> Callable[..., PIRLConfig]:
 
 
 @pytest.fixture
+def make_policy(make_config: Callable[..., PIRLConfig], name: str) -> Callable[..., PIRLPolicy]:
+    """Makes a policy with seeded weights, in evaluation mode; what is given by `stock` are settings of its base."""
+
+    def make(stock: dict[str, Any] | None = None, **settings: Any) -> PIRLPolicy:
+        torch.manual_seed(0)
+        return PIRLPolicy(make_config(name, stock, **settings)).eval()
+
+    return make
+
+
+@pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small tokenizer wherever one is asked for by the name that it has on the hub."""
     from transformers import AutoTokenizer
