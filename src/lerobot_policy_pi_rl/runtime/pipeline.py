@@ -96,7 +96,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if self.is_actor and self.algorithm.collection.device is not None:
             self._check_device(self.algorithm.collection.device)
             self.policy.place_on(self.algorithm.collection.device)
-        check_features(self.policy, self.env, self.rename_map)
+        check_features(self.policy, self.env, self.rename_map)  # type: ignore[has-type]  # as above
         self._check_algorithm(self.algorithm, self.policy, self.env)
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
