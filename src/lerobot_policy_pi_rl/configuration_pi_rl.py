@@ -1,10 +1,11 @@
 """Configuration of the `pi_rl` policy: a base flow policy and an explorer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.optim.optimizers import OptimizerConfig
 from lerobot.optim.schedulers import CosineAnnealingWithWarmupSchedulerConfig, LRSchedulerConfig
@@ -17,7 +18,9 @@ from .bases.configuration import (
     Sizes,
     check_base,
     get_sizes,
+    has_optional_cameras,
     load_stock_config,
+    set_dtype,
     set_sizes,
 )
 from .errors import check, config_error, refuse_stock_command
@@ -111,6 +114,9 @@ class PIRLConfig(PreTrainedConfig):
     # Checkpoint of a stock LeRobot policy to start from, a folder or a name on the hub: its configuration, its weights
     # and its processors are taken from it.
     base_path: str | None = None
+    # Precision of a stock base's weights, `float32` or `bfloat16`; null takes that of its own configuration. For pi0,
+    # pi05, xvla, eo1, evo1, vla_jepa and molmoact2; what these keep in float32 always stays so.
+    dtype: str | None = None
     # What of a stock base is trained: `expert` (the action expert; the VLM stays as it is, and each observation is
     # encoded once), `expert_lora` (the expert, and low-rank adapters in the VLM), `lora` (adapters in both) or `all`.
     # The compact base is always trained whole.
@@ -214,6 +220,8 @@ class PIRLConfig(PreTrainedConfig):
         self.n_action_steps = self.n_action_steps or min(base.n_action_steps, self.chunk_size)
         self.num_inference_steps = self.num_inference_steps or base.num_inference_steps
         set_sizes(own, Sizes(self.chunk_size, self.n_action_steps, self.num_inference_steps))
+        if self.dtype is not None:
+            set_dtype(own, self.dtype)
         if not isinstance(own, CompactConfig):
             own.device = self.device
             # Cameras that a stock policy only pads its input with are not to be looked for.
@@ -222,6 +230,22 @@ class PIRLConfig(PreTrainedConfig):
             self.input_features = self.input_features or seen  # type: ignore[has-type]
             self.output_features = self.output_features or own.output_features  # type: ignore[has-type]
             self.normalization_mapping = own.normalization_mapping
+            self._check_left_out(seen)
+
+    def _check_left_out(self, seen: Mapping[str, PolicyFeature]) -> None:
+        """Checks that a base is not asked to do without what it reads."""
+        needed = {
+            key
+            for key, feature in seen.items()
+            if feature.type is not FeatureType.VISUAL or not has_optional_cameras(self.base)
+        }
+        left_out = sorted(needed - (self.input_features or {}).keys())
+        check(
+            not left_out,
+            "policy.input_features",
+            f"leaves out {left_out}, which this base reads and cannot do without; add what is missing, or take a "
+            "checkpoint that was trained without",
+        )
 
     def place_on(self, device: str) -> None:
         """Moves the policy that is built from this configuration, and its processors, to another device.

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -579,6 +581,17 @@ def precision(name: str, dtype: str) -> dict[str, Any]:
     return {} if field is None else {field: dtype}
 
 
+def counted(policy: nn.Module, run: Callable[[], object]) -> Counter[str]:
+    """How often each of a policy's layers is called in a run; layers are modules that have weights of their own."""
+    calls: Counter[str] = Counter()
+    layers = [(key, m) for key, m in policy.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [m.register_forward_pre_hook(lambda *_, key=key: calls.update([key])) for key, m in layers]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
 def explorer(name: str) -> ExplorerConfig:
     """An explorer that a base can do with."""
     return ExplorerConfig("flow_noise" if name == "evo1" else "flow_sde")
@@ -693,6 +706,17 @@ def make_config(make_stock: MakeStock) -> Callable[..., PIRLConfig]:
 
 
 @pytest.fixture
+def make_policy(make_config: Callable[..., PIRLConfig], name: str) -> Callable[..., PIRLPolicy]:
+    """Makes a policy with seeded weights, in evaluation mode; what is given by `stock` are settings of its base."""
+
+    def make(stock: dict[str, Any] | None = None, **settings: Any) -> PIRLPolicy:
+        torch.manual_seed(0)
+        return PIRLPolicy(make_config(name, stock, **settings)).eval()
+
+    return make
+
+
+@pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small tokenizer wherever one is asked for by the name that it has on the hub."""
     from transformers import AutoTokenizer
@@ -712,6 +736,28 @@ def save_stock(make_stock: MakeStock, tmp_path: Path, tokenizer: None) -> Callab
         policy.save_pretrained(folder)
         for processor in make_pre_post_processors(config, dataset_stats=statistics(config)):
             processor.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
+def save_adapters(save_stock: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Saves LeRobot's adapters, with random weights, on a small stock policy, as `lerobot-train --peft` does."""
+
+    def save(name: str, **peft: Any) -> Path:
+        base, folder = save_stock(name), tmp_path / "adapters"
+        policy = get_policy_class(name).from_pretrained(base)
+        policy.config.pretrained_path = base
+        adapted = policy.wrap_with_peft(peft_cli_overrides={"r": 2, **peft})
+        for key, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(len(key))
+                nn.init.normal_(parameter, std=0.1)
+        adapted.save_pretrained(folder)
+        adapted.config.save_pretrained(folder)
+        for file in base.glob("policy_p*"):
+            shutil.copy2(file, folder)
         return folder
 
     return save

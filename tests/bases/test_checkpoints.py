@@ -11,7 +11,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,6 +63,75 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
     chunk = stock_chunk(stock, expected)
     assert loaded_equal(name, own_chunk(policy, batch), chunk)
     assert torch.equal(ours[1](chunk), theirs[1](chunk))
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "wanted"),
+    [
+        (name, "float32", "bfloat16")
+        for name in ("pi0", "pi05", "xvla", "eo1", "evo1", "vla_jepa", "molmoact2")
+    ]
+    + [("pi0", "bfloat16", "float32")],
+)
+def test_the_precision_of_a_checkpoint_can_be_changed(
+    save_stock: Callable[..., Path], name: str, was: str, wanted: str, tmp_path: Path
+) -> None:
+    """As if its configuration had it, in the export, too."""
+    folder = save_stock(name, **precision(name, was))
+    config = PIRLConfig(base_path=str(folder), device="cpu", explorer=explorer(name), dtype=wanted)
+    dtypes = {key: value.dtype for key, value in PIRLPolicy(config).base.policy.state_dict().items()}
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | precision(name, wanted)))
+    stock = get_policy_class(name).from_pretrained(folder)
+    assert dtypes == {key: value.dtype for key, value in stock.state_dict().items()}
+    assert (torch.bfloat16 in dtypes.values()) is (wanted == "bfloat16")
+    save_pi_rl(config, tmp_path / "pi_rl")
+    export(tmp_path / "pi_rl", tmp_path / "stock")
+    again = get_policy_class(name).from_pretrained(tmp_path / "stock")
+    assert dtypes == {key: value.dtype for key, value in again.state_dict().items()}
+
+
+RELATIVE = {
+    "use_relative_actions": True,
+    "relative_exclude_joints": ["gripper"],
+    "action_feature_names": ["one", "two", "three", "gripper"],
+}
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_relative_actions_are_those_of_the_stock_policy(
+    save_stock: Callable[..., Path], name: str, tmp_path: Path
+) -> None:
+    """From the checkpoint, a `pi_rl` one and the export: chunks are added to the state that they were chosen in."""
+    folder = save_stock(name, **RELATIVE)
+    config = PIRLConfig(base_path=str(folder), device="cpu")
+    policy = PIRLPolicy(config)
+    save_pi_rl(config, tmp_path / "pi_rl")
+    export(tmp_path / "pi_rl", tmp_path / "stock")
+    stock = get_policy_class(name).from_pretrained(folder)
+    theirs = make_pre_post_processors(stock.config, str(folder))
+    seen = raw_observation(name)
+    shown = {ACTION: torch.randn(2, 6, 4)}
+    expected = theirs[0](seen | shown)
+    chunk = stock_chunk(stock, expected)
+    absolute = theirs[1](chunk)
+    stock_config = PreTrainedConfig.from_pretrained(tmp_path / "stock")
+    for ours in (
+        make_pi_rl_pre_post_processors(config),
+        make_pre_post_processors(
+            PreTrainedConfig.from_pretrained(tmp_path / "pi_rl"), str(tmp_path / "pi_rl")
+        ),
+        make_pre_post_processors(stock_config, str(tmp_path / "stock")),
+    ):
+        batch = ours[0](seen | shown)
+        assert torch.equal(batch[ACTION], expected[ACTION])
+        del batch[ACTION]
+        own = own_chunk(policy, batch)
+        assert torch.equal(ours[1](own), absolute)
+        # All but the gripper move with the state.
+        ours[0](seen | {OBS_STATE: seen[OBS_STATE] + 1})
+        moved = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(2, 6, 4)
+        torch.testing.assert_close(ours[1](own) - absolute, moved)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,25 @@
 """A stock checkpoint on the command line."""
 
 import json
+import re
+import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.scripts.console import wrap_stock_policy
+from lerobot_policy_pi_rl.scripts.console import run_command, wrap_stock_policy
+
+
+def run(arguments: list[str]) -> None:
+    """Runs a command that does not get to its work."""
+    with (
+        patch.object(sys, "argv", ["command", *arguments]),
+        pytest.raises(SystemExit) as left,
+    ):
+        run_command(lambda: pytest.fail("the command was run"))
+    assert left.value.code == 1
 
 
 def checkpoint(folder: Path, kind: str) -> Path:
@@ -65,10 +78,47 @@ def test_settings_of_a_base_beside_a_checkpoint_are_refused(tmp_path: Path) -> N
             )
 
 
-def test_any_other_checkpoint_is_left_to_lerobot(tmp_path: Path) -> None:
-    for kind in ("pi_rl", "act"):
-        arguments = [f"--policy.path={checkpoint(tmp_path / kind, kind)}", "--seed=3"]
+@pytest.mark.parametrize("where", ["command line", "file"])
+@pytest.mark.parametrize("kind", ["act", "wall_x"])
+def test_a_checkpoint_of_another_policy_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, where: str
+) -> None:
+    """Before LeRobot's parser says that the other policy has no such settings."""
+    path = checkpoint(tmp_path / kind, kind)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"policy": {"path": str(path)}} if where == "file" else {}))
+    arguments = [f"--config_path={file}", "--policy.explorer.kind=flow_noise"]
+    run([*arguments, *([f"--policy.path={path}"] if where == "command line" else [])])
+    said = capsys.readouterr()
+    assert re.fullmatch(
+        rf"error: .*policy.path.*holds a '{kind}', which PI-RL does not train.*one of \['eo1', .*'xvla'\], or of "
+        r"'pi_rl'\n",
+        said.err,
+    )
+    assert said.out == ""
+
+
+def test_a_base_that_is_not_known_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the parser's usage of some hundred lines."""
+    run(["--policy.type=pi_rl", "--policy.base.type=foo"])
+    said = capsys.readouterr()
+    assert re.fullmatch(
+        r"error: .*policy.base.type.*'foo' is not a flow-matching base.*\['compact', .*'xvla'\]\n", said.err
+    )
+    assert said.out == ""
+
+
+def test_what_a_package_may_bring_is_left_to_lerobot(tmp_path: Path) -> None:
+    """It is imported by the parser."""
+    path = checkpoint(tmp_path / "mine", "mine")
+    for given in ("--policy.base.type=mine", f"--policy.path={path}"):
+        arguments = ["--policy.discover_packages_path=my_package", given]
         assert wrap_stock_policy(arguments) == arguments
+
+
+def test_any_other_checkpoint_is_left_to_lerobot(tmp_path: Path) -> None:
+    arguments = [f"--policy.path={checkpoint(tmp_path / 'pi_rl', 'pi_rl')}", "--seed=3"]
+    assert wrap_stock_policy(arguments) == arguments
     for arguments in (["--policy.path=someone/something"], ["--seed=3"], []):
         assert wrap_stock_policy(arguments) == arguments
 

@@ -12,7 +12,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.eo1.modeling_eo1 import EO1Policy
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 
@@ -26,10 +26,7 @@ from lerobot_policy_pi_rl.scripts.export import export
 
 from .conftest import (
     ACTION_DIM,
-    CAMERA,
     CHUNK,
-    PIXELS,
-    STATE_DIM,
     Batch,
     MakeStock,
     features,
@@ -39,10 +36,16 @@ from .conftest import (
     stock_chunk,
     stock_loss,
 )
+from .two_cameras import (
+    TASKS,
+    WRIST,
+    from_one_camera,
+    raw_observations,
+    some_of,
+    unpadded,
+    whole_state,
+)
 
-WRIST = "observation.images.wrist"
-# Of unequal length.
-TASKS = ["pick the cube up", "pick the", "the cube up pick the cube"]
 WIDTH = 8
 
 MakeConfig = Callable[..., PIRLConfig]
@@ -56,36 +59,6 @@ def name() -> str:
 
 
 @pytest.fixture
-def make_policy(make_config: MakeConfig) -> MakePolicy:
-    """Makes a policy with seeded weights, in evaluation mode; what is given by `stock` are settings of EO1."""
-
-    def make(stock: dict[str, Any] | None = None, **settings: Any) -> PIRLPolicy:
-        torch.manual_seed(0)
-        return PIRLPolicy(make_config("eo1", stock, **settings)).eval()
-
-    return make
-
-
-def raw_observations() -> dict[str, Any]:
-    """Three of them, with two cameras whose pictures are of unequal size."""
-    generator = torch.Generator().manual_seed(3)
-    return {
-        CAMERA: torch.rand(3, 3, PIXELS, PIXELS, generator=generator),
-        WRIST: torch.rand(3, 3, 16, 64, generator=generator),
-        OBS_STATE: torch.randn(3, STATE_DIM, generator=generator),
-        "task": TASKS,
-    }
-
-
-def some_of(raw: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Some of raw observations."""
-    return {
-        key: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
-        for key, value in raw.items()
-    }
-
-
-@pytest.fixture
 def two_cameras(make_stock: MakeStock) -> Any:
     """Configuration of a policy with both."""
     seen = features()["input_features"] | {WRIST: PolicyFeature(FeatureType.VISUAL, (3, 16, 64))}
@@ -96,7 +69,7 @@ def two_cameras(make_stock: MakeStock) -> Any:
 def mixed(two_cameras: Any) -> dict[str, Any]:
     """Preprocessed observations with two cameras, whose prompts are not equally long."""
     torch.manual_seed(5)
-    return packed(two_cameras, raw_observations())
+    return packed(two_cameras, raw_observations(16, 64))
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 0], [1, 2, 1]])
@@ -110,7 +83,7 @@ def test_rows_are_taken_with_their_own_pictures(
     assert not torch.equal(grids[0], grids[1])
     part = base.take(mixed, torch.tensor(rows))
     torch.manual_seed(5)
-    expected = packed(two_cameras, some_of(raw_observations(), rows))
+    expected = packed(two_cameras, some_of(raw_observations(16, 64), rows))
     for key in ("pixel_values", "image_grid_thw"):
         assert torch.equal(part[key], expected[key])
     assert part["task"] == [TASKS[row] for row in rows]
@@ -119,13 +92,6 @@ def test_rows_are_taken_with_their_own_pictures(
     ]
     # Prompts keep the padding that they had.
     assert torch.equal(part["input_ids"], mixed["input_ids"][rows])
-
-
-def unpadded(batch: dict[str, Any]) -> dict[str, Any]:
-    """One observation without the padding of its prompt, which is on the left."""
-    length = int(batch["attention_mask"].sum())
-    tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
-    return batch | {key: batch[key][:, -length:] for key in tokens}
 
 
 def stock_chunk_from(policy: Any, batch: dict[str, Any], noise: Tensor) -> Tensor:
@@ -278,8 +244,7 @@ def demonstrations(make_stock: MakeStock) -> dict[str, Any]:
     """As `lerobot-train` and co-training read them: beside actions, prompts are padded on the right."""
     stock = make_stock("eo1")
     preprocessor, _ = make_pre_post_processors(stock, dataset_stats=statistics(stock))
-    raw = some_of(raw_observations(), [0, 1])
-    del raw[WRIST]
+    raw = from_one_camera([0, 1])
     pad = torch.arange(CHUNK) > torch.tensor([[3], [5]])
     return for_loss(preprocessor(raw | {ACTION: torch.randn(2, CHUNK, ACTION_DIM), "action_is_pad": pad}))
 
@@ -312,8 +277,7 @@ def test_a_chunk_of_another_length_changes_the_prompt(
     """The checkpoint's preprocessor writes a token for each action."""
     config = PIRLConfig(base_path=str(save_stock("eo1")), device="cpu", chunk_size=4)
     policy, processors = PIRLPolicy(config), make_pi_rl_pre_post_processors(config)
-    raw = some_of(raw_observations(), [0, 1])
-    del raw[WRIST]
+    raw = from_one_camera([0, 1])
     batch = processors[0](raw)
     chunk = own_chunk(policy, batch)
     assert chunk.shape == (2, 4, ACTION_DIM)
@@ -328,11 +292,6 @@ def test_a_chunk_of_another_length_changes_the_prompt(
     policy.base.chunk_size = 5
     with pytest.raises(ConfigError, match=r"policy.chunk_size.*is 5, and the preprocessor writes \[4\]"):
         policy.encode(batch)
-
-
-def whole_state(policy: nn.Module) -> dict[str, Tensor]:
-    """All weights and all buffers, those that are not saved, too."""
-    return {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])

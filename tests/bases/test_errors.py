@@ -90,6 +90,22 @@ def test_vla_jepa_is_loaded_without_its_world_model(make_config: MakeConfig) -> 
     assert not policy.config.enable_world_model
 
 
+@pytest.mark.parametrize("name", ["smolvla", "groot", "multi_task_dit", "compact"])
+def test_a_base_without_a_precision_of_its_own_is_one_line(make_config: MakeConfig, name: str) -> None:
+    said = rf"policy.dtype.*'{name}' has no setting.*\['eo1', .*'xvla'\].*leave it out"
+    with pytest.raises(ConfigError, match=said) as error:
+        PIRLConfig(device="cpu", dtype="bfloat16") if name == "compact" else make_config(
+            name, dtype="bfloat16"
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_precision_is_one_line(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"policy.dtype.*'float16'.*\['float32', 'bfloat16'\]") as error:
+        make_config("pi0", dtype="float16")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("mode", ["expert_lora", "lora"])
 def test_a_mode_without_layers_to_adapt_is_one_line(make_config: MakeConfig, mode: str) -> None:
     state_only = {"input_features": {OBS_STATE: PolicyFeature(FeatureType.STATE, (5,))}}

@@ -13,7 +13,7 @@ from lerobot.policies.groot.groot_n1_7 import GR00TN17
 from lerobot.policies.groot.modeling_groot import GrootPolicy
 from lerobot.utils.constants import OBS_STATE
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
@@ -25,7 +25,6 @@ from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
 
 from .conftest import (
     ACTION_DIM,
-    CAMERA,
     CHUNK,
     PIXELS,
     STATE_DIM,
@@ -36,10 +35,15 @@ from .conftest import (
     stock_chunk,
     stock_chunk_from,
 )
-
-WRIST = "observation.images.wrist"
-# Of unequal length.
-TASKS = ["pick the cube up", "pick the", "the cube up pick the cube"]
+from .two_cameras import (
+    TASKS,
+    WRIST,
+    change_config,
+    from_one_camera,
+    raw_observations,
+    some_of,
+    whole_state,
+)
 
 MakeConfig = Callable[..., PIRLConfig]
 MakePolicy = Callable[..., PIRLPolicy]
@@ -49,36 +53,6 @@ MakePolicy = Callable[..., PIRLPolicy]
 def name() -> str:
     """The base of these tests."""
     return "groot"
-
-
-@pytest.fixture
-def make_policy(make_config: MakeConfig) -> MakePolicy:
-    """Makes a policy with seeded weights, in evaluation mode; what is given by `stock` are settings of GR00T."""
-
-    def make(stock: dict[str, Any] | None = None, **settings: Any) -> PIRLPolicy:
-        torch.manual_seed(0)
-        return PIRLPolicy(make_config("groot", stock, **settings)).eval()
-
-    return make
-
-
-def raw_observations() -> dict[str, Any]:
-    """Three of them, with two cameras."""
-    generator = torch.Generator().manual_seed(3)
-    return {
-        CAMERA: torch.rand(3, 3, PIXELS, PIXELS, generator=generator),
-        WRIST: torch.rand(3, 3, PIXELS, PIXELS, generator=generator),
-        OBS_STATE: torch.randn(3, STATE_DIM, generator=generator),
-        "task": TASKS,
-    }
-
-
-def some_of(raw: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Some of raw observations."""
-    return {
-        key: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
-        for key, value in raw.items()
-    }
 
 
 @pytest.fixture
@@ -175,17 +149,6 @@ def test_autocast_is_allowed_for_in_the_first_ratio(
     assert algorithm.ratio_tolerance == tolerance
 
 
-def change_config(folder: Path, **settings: Any) -> None:
-    """Changes settings of a base model."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-
-
-def whole_state(policy: nn.Module) -> dict[str, Tensor]:
-    """All weights and all buffers, those that are not saved, too."""
-    return {**dict(policy.named_parameters()), **dict(policy.named_buffers())}
-
-
 @pytest.mark.parametrize("in_float32", [True, False])
 def test_a_checkpoint_needs_no_weights_of_its_base_model(
     save_stock: Callable[..., Path],
@@ -274,8 +237,7 @@ def test_a_chunk_has_the_actions_of_the_embodiment(
 def test_processors_of_a_base_model_are_its_own(make_policy: MakePolicy, four_actions: Path) -> None:
     policy = make_policy({"base_model_path": str(four_actions)})
     preprocessor, postprocessor = make_pi_rl_pre_post_processors(policy.config)
-    raw = some_of(raw_observations(), [0, 1])
-    del raw[WRIST]
+    raw = from_one_camera([0, 1])
     batch = preprocessor(raw)
     # From [-2, 4] to [-1, 1], and back.
     normalised = ((raw_observations()[OBS_STATE][:2] - 1) / 3).clamp(-1, 1)

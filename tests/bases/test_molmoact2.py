@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,11 +12,11 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.molmoact2.modeling_molmoact2 import MolmoAct2Policy
 from lerobot.utils.constants import ACTION, OBS_STATE
-from torch import Tensor, nn
+from torch import nn
 
 from lerobot_policy_pi_rl.algorithm.contexts import Contexts
 from lerobot_policy_pi_rl.algorithm.storage import Observations
-from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
+from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.processor_pi_rl import make_pi_rl_pre_post_processors
@@ -28,7 +27,6 @@ from .conftest import (
     CAMERA,
     CHUNK,
     MOLMO_BINS,
-    PIXELS,
     STATE_DIM,
     STATISTICS,
     MakeStock,
@@ -38,10 +36,16 @@ from .conftest import (
     stock_chunk_from,
     stock_loss,
 )
+from .two_cameras import (
+    TASKS,
+    WRIST,
+    change_config,
+    from_one_camera,
+    raw_observations,
+    some_of,
+    unpadded,
+)
 
-WRIST = "observation.images.wrist"
-# Of unequal length.
-TASKS = ["pick the cube up", "pick the", "the cube up pick the cube"]
 WIDTH = 32
 
 MakeConfig = Callable[..., PIRLConfig]
@@ -55,36 +59,6 @@ def name() -> str:
 
 
 @pytest.fixture
-def make_policy(make_config: MakeConfig) -> MakePolicy:
-    """Makes a policy, in evaluation mode; what is given by `stock` are settings of MolmoAct2."""
-
-    def make(stock: dict[str, Any] | None = None, **settings: Any) -> PIRLPolicy:
-        torch.manual_seed(0)
-        return PIRLPolicy(make_config("molmoact2", stock, **settings)).eval()
-
-    return make
-
-
-def raw_observations() -> dict[str, Any]:
-    """Three of them, with two cameras whose pictures are not cut into equally many crops."""
-    generator = torch.Generator().manual_seed(3)
-    return {
-        CAMERA: torch.rand(3, 3, PIXELS, PIXELS, generator=generator),
-        WRIST: torch.rand(3, 3, 16, 24, generator=generator),
-        OBS_STATE: torch.randn(3, STATE_DIM, generator=generator),
-        "task": TASKS,
-    }
-
-
-def some_of(raw: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Some of raw observations."""
-    return {
-        key: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
-        for key, value in raw.items()
-    }
-
-
-@pytest.fixture
 def two_cameras(make_stock: MakeStock) -> Any:
     """Configuration of a policy with both."""
     return make_stock("molmoact2", image_keys=[CAMERA, WRIST])
@@ -94,7 +68,7 @@ def two_cameras(make_stock: MakeStock) -> Any:
 def mixed(two_cameras: Any) -> dict[str, Any]:
     """Preprocessed observations with two cameras, whose prompts are not equally long."""
     torch.manual_seed(5)
-    return packed(two_cameras, raw_observations())
+    return packed(two_cameras, raw_observations(16, 24))
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 0], [1, 2, 1]])
@@ -107,19 +81,12 @@ def test_rows_are_taken_with_their_own_pictures(
     assert crops == [*crops[:2]] * 3
     assert crops[0] != crops[1]
     part = base.take(mixed, torch.tensor(rows))
-    expected = packed(two_cameras, some_of(raw_observations(), rows))
+    expected = packed(two_cameras, some_of(raw_observations(16, 24), rows))
     for key in ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops"):
         assert torch.equal(part[key], expected[key])
     assert part["task"] == [TASKS[row] for row in rows]
     # Prompts keep the padding that they had.
     assert torch.equal(part["input_ids"], mixed["input_ids"][rows])
-
-
-def unpadded(batch: dict[str, Any]) -> dict[str, Any]:
-    """One observation without the padding of its prompt, which is on the left."""
-    length = int(batch["attention_mask"].sum())
-    text = ("input_ids", "attention_mask", "token_type_ids")
-    return batch | {key: batch[key][:, -length:] for key in text}
 
 
 def test_an_observation_s_chunk_is_what_the_stock_policy_gives_it_alone(
@@ -194,22 +161,6 @@ def test_after_an_update_the_velocity_is_that_of_the_new_weights(
     assert torch.equal(stock_chunk(MolmoAct2Policy.from_pretrained(tmp_path / "exported"), batch), after)
 
 
-@pytest.mark.parametrize(("kind", "scored"), [("flow_sde", 1), ("flow_noise", 3)])
-def test_an_observation_is_encoded_once_for_all_steps(
-    make_policy: MakePolicy, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: str, scored: int
-) -> None:
-    policy = make_policy(explorer=ExplorerConfig(kind))
-    vlm, expert = policy.base._backbone.transformer, policy.base._expert
-    seen = Mock(wraps=vlm.forward)
-    read = Mock(wraps=expert.forward_with_context)
-    monkeypatch.setattr(vlm, "forward", seen)
-    monkeypatch.setattr(expert, "forward_with_context", read)
-    sample = policy.explore(dict(batch))
-    assert (seen.call_count, read.call_count) == (1, 3)
-    policy.score(policy.encode(dict(batch)), sample.chain, sample.step)
-    assert (seen.call_count, read.call_count) == (2, 3 + scored)
-
-
 @pytest.mark.parametrize("steps", [1, 3, 4])
 def test_in_bfloat16_the_chunk_is_the_stock_policy_s_to_the_bit(
     make_policy: MakePolicy, batch: dict[str, Any], steps: int
@@ -279,8 +230,7 @@ def test_a_policy_trained_for_both_kinds_of_actions_acts_by_its_flow(
     policy = make_policy(both, trainable=mode)
     assert policy.base.policy.config.inference_action_mode == "continuous"
     assert torch.equal(own_chunk(policy, batch)[:, :3], stock_chunk(policy.base.policy, batch))
-    raw = some_of(raw_observations(), [0, 1])
-    del raw[WRIST]
+    raw = from_one_camera([0, 1])
     shown = {ACTION: torch.randn(2, CHUNK, ACTION_DIM), "action_is_pad": torch.zeros(2, CHUNK).bool()}
     demonstrations = packed(policy.config.stock, raw | shown)
     # Its loss is of both kinds; the one of tokens reaches the VLM only.
@@ -295,12 +245,6 @@ def test_a_policy_trained_for_both_kinds_of_actions_acts_by_its_flow(
         if p.grad is not None and bool(p.grad.any())
     }
     assert reached == ({True} if mode == "expert" else {True, False})
-
-
-def change_config(folder: Path, **settings: Any) -> None:
-    """Changes settings of a model in the hub's format."""
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
 
 
 @pytest.fixture
@@ -326,8 +270,7 @@ def test_sizes_prompts_and_statistics_of_an_embodiment_are_its_own(
     policy = make_policy(own, n_action_steps=4)
     assert (policy.config.chunk_size, policy.config.n_action_steps) == (5, 4)
     processors = make_pi_rl_pre_post_processors(policy.config)
-    raw = some_of(raw_observations(), [0])
-    del raw[WRIST]
+    raw = from_one_camera([0])
     batch = processors[0](raw)
     # From [-2, 4] to [-1, 1], and back.
     normalised = ((raw[OBS_STATE] - 1) / 3).clamp(-1, 1)

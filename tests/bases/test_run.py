@@ -2,86 +2,26 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import draccus
-import gymnasium as gym
-import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import get_policy_class
-from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_policy_pi_rl.bases.registry import make_base
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.scripts.export import export
 
+from . import window  # noqa: F401  registers the environment
 from .conftest import explorer
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(240)
 
 ITERATIONS = 2
-
-
-class Window(gym.Env):
-    """A picture whose brightness is to be raised by the first action; cut after twelve steps."""
-
-    observation_space = spaces.Dict(
-        {
-            "pixels": spaces.Dict({"top": spaces.Box(0, 255, (32, 32, 3), np.uint8)}),
-            "agent_pos": spaces.Box(-10, 10, (5,), np.float32),
-        }
-    )
-    action_space = spaces.Box(-1, 1, (4,), np.float32)
-    task_description = "pick the cube"
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.light, self.time = float(np.random.default_rng(seed).uniform(80, 120)), 0
-        return self._observe(), {}
-
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        self.light, self.time = float(np.clip(self.light + 20 * action[0], 0, 255)), self.time + 1
-        solved = self.light > 150
-        return self._observe(), float(solved), solved, self.time >= 12, {"is_success": solved}
-
-    def _observe(self) -> dict:
-        picture = np.full((32, 32, 3), self.light, np.uint8)
-        return {"pixels": {"top": picture}, "agent_pos": np.full(5, self.light / 255, np.float32)}
-
-
-@EnvConfig.register_subclass("test_window")
-@dataclass
-class WindowConfig(EnvConfig):
-    """Configuration of `Window`."""
-
-    features: dict[str, PolicyFeature] = field(
-        default_factory=lambda: {
-            ACTION: PolicyFeature(FeatureType.ACTION, (4,)),
-            "agent_pos": PolicyFeature(FeatureType.STATE, (5,)),
-            "pixels/top": PolicyFeature(FeatureType.VISUAL, (32, 32, 3)),
-        }
-    )
-    features_map: dict[str, str] = field(
-        default_factory=lambda: {
-            ACTION: ACTION,
-            "agent_pos": OBS_STATE,
-            "pixels/top": "observation.images.top",
-        }
-    )
-
-    @property
-    def gym_kwargs(self) -> dict:
-        return {}
-
-    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
-        return {"window": {0: gym.vector.SyncVectorEnv([Window] * n_envs)}}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, PACKED, awaken, packed, precision
+from .conftest import BASES, PACKED, awaken, counted, packed, precision
 
 pytest.importorskip("transformers")
 
@@ -137,6 +137,37 @@ def test_kept_contexts_give_the_numbers_of_those_computed_again(
     again = trained(make_algorithm(name, context_memory_gb=0.0))
     for key, value in kept.items():
         torch.testing.assert_close(value, again[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_an_update_encodes_each_observation_once(
+    make_algorithm: MakeAlgorithm, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Two epochs of two minibatches each, and the critic: what encodes runs before them, and not again."""
+    algorithm = make_algorithm(name)
+    base, rollout = algorithm.policy.base, collect(algorithm)
+    seen = rollout.observations.rows(torch.arange(COUNT), base.take)
+    with torch.no_grad():
+        context = base.encode(seen)
+        noise = base.initial_noise(COUNT, torch.device("cpu"))
+        prefix = counted(base.policy, lambda: base.encode(seen))
+        velocity = counted(base.policy, lambda: base.velocity(context, noise, torch.ones(COUNT)))
+    encoded: list[int] = []
+    encode = base.encode
+
+    def count(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        encoded.append(base.rows(batch))
+        return encode(batch)
+
+    monkeypatch.setattr(base, "encode", count)
+    calls = counted(base.policy, lambda: algorithm.update(iter([rollout])))
+    assert encoded == [COUNT]
+    assert prefix.keys() - velocity.keys()
+    for layer in prefix.keys() - velocity.keys():
+        assert calls[layer] == prefix[layer], layer
+    # Each of the two epochs scores each of its two minibatches.
+    for layer in velocity.keys() - prefix.keys():
+        assert calls[layer] >= 4 * velocity[layer], layer
 
 
 @pytest.mark.parametrize("mode", ["expert", "all"])

@@ -28,6 +28,7 @@ from ..errors import check, config_error
 
 # Observation key under which the preprocessor puts the hashed task text.
 TASK_EMBEDDING = "observation.task_embedding"
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -55,7 +56,7 @@ class BaseConfig(draccus.ChoiceRegistry):
         if name not in choices:
             raise config_error(
                 "policy.base.type",
-                f"{name!r} is not a flow-matching base policy; choose one of {sorted(choices)}",
+                f"{name!r} is not a flow-matching base policy; choose one of {['compact', *sorted(STOCK)]}",
             )
         return choices[name]
 
@@ -119,6 +120,8 @@ class StockFields:
         sizes: Reads the sizes, where these fields alone do not say them.
         check: Raises a `ConfigError` for a `pi_rl` configuration with a base that PI-RL cannot train.
         preprocessor: Settings of steps of a checkpoint's preprocessor that follow the configuration.
+        optional_cameras: Whether the policy acts on observations that lack some of its cameras.
+        dtype: Field with the name of the weights' dtype; None if no single field has it.
     """
 
     steps: str
@@ -126,6 +129,8 @@ class StockFields:
     sizes: Callable[[Any], Sizes] | None
     check: Callable[[Any], None] | None
     preprocessor: Callable[[Any], dict[str, dict[str, Any]]] | None
+    optional_cameras: bool
+    dtype: str | None
 
 
 # By the policy's name.
@@ -158,6 +163,23 @@ def set_sizes(base: Any, sizes: Sizes) -> None:
     setattr(base, fields.steps, sizes.num_inference_steps)
 
 
+def set_dtype(base: Any, dtype: str) -> None:
+    """Writes a precision into a stock policy's configuration.
+
+    Raises:
+        ConfigError: If it is unknown, or this base has no setting for it.
+    """
+    check(dtype in DTYPES, "policy.dtype", f"{dtype!r} is unknown; choose one of {list(DTYPES)}")
+    field = STOCK[base.type].dtype if base.type in STOCK else None
+    if field is None:
+        able = sorted(name for name, fields in STOCK.items() if fields.dtype is not None)
+        raise config_error(
+            "policy.dtype",
+            f"{base.type!r} has no setting that it could be written to (those of {able} have); leave it out",
+        )
+    setattr(base, field, dtype)
+
+
 def check_base(config: Any) -> None:
     """Checks a `pi_rl` configuration for what its base asks of it.
 
@@ -179,6 +201,11 @@ def preprocessor_settings(base: Any) -> dict[str, dict[str, Any]]:
     return {} if fields is None or fields.preprocessor is None else fields.preprocessor(base)
 
 
+def has_optional_cameras(base: Any) -> bool:
+    """Whether a base acts on observations that lack some of its cameras."""
+    return base.type in STOCK and STOCK[base.type].optional_cameras
+
+
 def register_base_config(
     config_class: type,
     steps_field: str = "num_inference_steps",
@@ -186,6 +213,8 @@ def register_base_config(
     sizes: Callable[[Any], Sizes] | None = None,
     check: Callable[[Any], None] | None = None,
     preprocessor: Callable[[Any], dict[str, dict[str, Any]]] | None = None,
+    optional_cameras: bool = False,
+    dtype_field: str | None = None,
 ) -> None:
     """Makes the configuration of a stock policy one that `policy.base` can hold.
 
@@ -200,11 +229,15 @@ def register_base_config(
         check: Takes the `pi_rl` configuration around such a base; raises `errors.config_error` for what cannot work.
         preprocessor: Takes the configuration; gives settings, by the name of their step, in which a checkpoint's
             preprocessor is to follow it, because the sizes can be changed after it was saved.
+        optional_cameras: Whether the policy, and its preprocessor, take observations that lack some of its cameras.
+        dtype_field: Its field with the name of the weights' dtype, `float32` or `bfloat16`, which `policy.dtype` sets.
     """
     name = PreTrainedConfig.get_choice_name(config_class)
     BaseConfig.register_subclass(name, config_class)
     BaseConfig.register(config_class)
-    STOCK[name] = StockFields(steps_field, chunk_field, sizes, check, preprocessor)
+    STOCK[name] = StockFields(
+        steps_field, chunk_field, sizes, check, preprocessor, optional_cameras, dtype_field
+    )
 
 
 def load_stock_config(path: str) -> Any:
@@ -357,18 +390,20 @@ def _eo1_preprocessor(base: Any) -> dict[str, dict[str, Any]]:
     return {"eo1_conversation_template_processor": {"chunk_size": base.chunk_size}}
 
 
-register_base_config(EO1Config, "num_denoise_steps", preprocessor=_eo1_preprocessor)
-register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1)
+register_base_config(EO1Config, "num_denoise_steps", preprocessor=_eo1_preprocessor, dtype_field="dtype")
+register_base_config(Evo1Config, "num_inference_timesteps", check=_check_evo1, dtype_field="vlm_dtype")
 register_base_config(GrootConfig, "num_inference_timesteps", sizes=_groot_sizes, check=_check_groot)
 register_base_config(
     MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
 )
-register_base_config(MolmoAct2Config, sizes=_molmoact2_sizes, check=_check_molmoact2)
-register_base_config(PI0Config)
-register_base_config(PI05Config)
-register_base_config(SmolVLAConfig, "num_steps")
-register_base_config(XVLAConfig, "num_denoising_steps")
-register_base_config(VLAJEPAConfig, "num_inference_timesteps")
+register_base_config(
+    MolmoAct2Config, sizes=_molmoact2_sizes, check=_check_molmoact2, dtype_field="model_dtype"
+)
+register_base_config(PI0Config, optional_cameras=True, dtype_field="dtype")
+register_base_config(PI05Config, optional_cameras=True, dtype_field="dtype")
+register_base_config(SmolVLAConfig, "num_steps", optional_cameras=True)
+register_base_config(XVLAConfig, "num_denoising_steps", optional_cameras=True, dtype_field="dtype")
+register_base_config(VLAJEPAConfig, "num_inference_timesteps", dtype_field="torch_dtype")
 
 # LeRobot's own policies that are no base here. They are registered so that naming one is answered in one line, where
 # the parser alone would print its whole usage first.

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) inside a stock policy, by peft."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,7 +24,7 @@ def insert_adapters(model: nn.Module, targets: Sequence[str], rank: int, alpha: 
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        problem = "adapters need peft, which is not installed: pip install 'lerobot_policy_pi_rl[peft]'"
+        problem = "adapters need peft: pip install 'lerobot_policy_pi_rl[peft]'"
         raise config_error("policy.trainable", problem) from None
 
     pattern = "|".join(f"(?:{target})" for target in targets)
@@ -57,3 +58,40 @@ def _adapted(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             for name, child in parent.named_children():
                 if isinstance(child, BaseTunerLayer):
                     yield parent, name, child
+
+
+def adapted_path(path: str) -> str:
+    """The checkpoint that LeRobot's adapters were trained on.
+
+    Args:
+        path: Checkpoint of adapters, a folder or a name on the hub.
+
+    Raises:
+        ConfigError: If peft is not installed, or that checkpoint is not named, or not there.
+    """
+    try:
+        from peft import PeftConfig
+    except ImportError:
+        problem = f"{path} holds adapters, which need peft: pip install 'lerobot_policy_pi_rl[peft]'"
+        raise config_error("policy.base_path", problem) from None
+    adapted = PeftConfig.from_pretrained(path).base_model_name_or_path
+    # A name on the hub has at most two parts.
+    if not adapted or (len(Path(adapted).parts) > 2 and not Path(adapted).is_dir()):
+        raise config_error(
+            "policy.base_path",
+            f"{path} holds adapters of {adapted or 'a policy that is not named'}, which is not there; put it there, or "
+            f"name it in {path}/adapter_config.json (base_model_name_or_path)",
+        )
+    return str(adapted)
+
+
+def merge_checkpoint(policy: Any, path: str) -> Any:
+    """Merges LeRobot's adapters into the policy that they were trained on; it is then an ordinary one.
+
+    Args:
+        policy: That policy, with its weights.
+        path: Checkpoint of the adapters, a folder or a name on the hub.
+    """
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(policy, path).merge_and_unload()

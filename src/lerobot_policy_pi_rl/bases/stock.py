@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import check, config_error
 from .adapter import Context, FlowBase, Velocity
 from .checkpointing import checkpoint_method
-from .lora import insert_adapters, is_adapter, merge_adapters
+from .lora import adapted_path, insert_adapters, is_adapter, merge_adapters, merge_checkpoint
 
 if TYPE_CHECKING:
     from lerobot.policies.pretrained import PreTrainedPolicy
@@ -245,7 +245,8 @@ def make_stock_policy(
 
     Args:
         stock: Its configuration.
-        path: Checkpoint to load, a folder or a name on the hub; None for new weights.
+        path: Checkpoint to load, a folder or a name on the hub; None for new weights. One of adapters (LeRobot's
+            `--peft`) is loaded on top of the policy that it names, and merged.
         policy_class: Its class, if it is to be built in a way of its own.
 
     Raises:
@@ -257,6 +258,9 @@ def make_stock_policy(
     policy_class = policy_class or get_policy_class(stock.type)
     if path is None:
         return policy_class(stock)
+    if stock.use_peft:
+        stock.use_peft = False
+        return merge_checkpoint(make_stock_policy(stock, adapted_path(path), policy_class), path)
     if hasattr(stock, "load_vlm_weights"):
         # The checkpoint has them; those on the hub would be loaded first, for nothing.
         stock.load_vlm_weights = False

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
@@ -14,7 +15,7 @@ import torch
 
 # Robots, cameras and teleoperators as LeRobot's own commands know them, so that `env.robot.type` is found.
 from lerobot.cameras import opencv  # noqa: F401
-from lerobot.configs import FeatureType, PreTrainedConfig, parser
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.utils import INFO_PATH
 from lerobot.envs import EnvConfig
@@ -30,7 +31,7 @@ from lerobot.utils.device_utils import is_torch_device_available
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
-from ..bases.configuration import STOCK, preprocessor_settings
+from ..bases.configuration import STOCK, has_optional_cameras, preprocessor_settings
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import ConfigError, config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -88,12 +89,17 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         self._validate_as_lerobot_does()
         if not isinstance(self.policy, PIRLConfig):
             kind = self.policy and self.policy.type
-            fix = "; begin with it by --policy.type=pi_rl --policy.base_path=..." if kind in STOCK else ""
-            raise config_error("policy.type", f"is {kind!r}; this command trains 'pi_rl'{fix}")
+            raise config_error(
+                "policy.type",
+                f"is {kind!r}; this command trains 'pi_rl': begin with "
+                + ("it" if kind in STOCK else f"one of {sorted(STOCK)}")
+                + " by --policy.type=pi_rl --policy.base_path=...",
+            )
         self.algorithm.policy_config = self.policy
         if self.is_actor and self.algorithm.collection.device is not None:
             self._check_device(self.algorithm.collection.device)
             self.policy.place_on(self.algorithm.collection.device)
+        check_features(self.policy, self.env, self.rename_map)  # type: ignore[has-type]  # as above
         self._check_algorithm(self.algorithm, self.policy, self.env)
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
@@ -296,19 +302,15 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     """Builds or loads the policy and its processors.
 
     Raises:
-        ConfigError: If the policy and the environment do not fit, or there is no checkpoint where one is named.
+        ConfigError: If there is no checkpoint where one is named, or it is not that of the configured policy.
     """
     policy_cfg, _, env_cfg = parts(cfg)
     check_checkpoint(policy_cfg.pretrained_path)
     if not policy_cfg.input_features:
         offered = offered_features(env_cfg, policy_cfg, cfg.rename_map)
         policy_cfg.input_features = {k: f for k, f in offered.items() if f.type != FeatureType.ACTION}
-    check_features(policy_cfg, env_cfg, cfg.rename_map)
     torch.manual_seed(cfg.seed or 0)
-    # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
-    with contextlib.redirect_stdout(io.StringIO()):
-        policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=cfg.rename_map)
-    assert isinstance(policy, PIRLPolicy)
+    policy = _make_policy(policy_cfg, env_cfg, cfg.rename_map)
     preprocessor, postprocessor = make_pre_post_processors(
         policy_cfg,
         pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
@@ -319,6 +321,18 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     )
     path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg, cfg.rename_map)
     return Player(policy.eval(), preprocessor, postprocessor, path)
+
+
+def _make_policy(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: dict[str, str]) -> PIRLPolicy:
+    """The policy, on its device."""
+    if policy_cfg.base_path and not policy_cfg.pretrained_path and policy_cfg.output_features:
+        # LeRobot knows nothing of a base's checkpoint, and would warn of a policy from scratch.
+        return PIRLPolicy(policy_cfg).to(policy_cfg.device)
+    # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
+    with contextlib.redirect_stdout(io.StringIO()):
+        policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=renamed)
+    assert isinstance(policy, PIRLPolicy)
+    return policy
 
 
 def check_checkpoint(path: str | Path | None) -> None:
@@ -357,24 +371,45 @@ def check_features(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: Mapping[
         )
     offered = offered_features(env_cfg, policy_cfg, renamed)
     wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
+    missing = [key for key in wanted if key not in offered]
+    if missing:
+        raise config_error(
+            "env.type",
+            f"{env_cfg.type!r} does not give {', '.join(map(repr, missing))}, which the policy reads; it gives "
+            f"{sorted(offered)}: take another environment, or {_other_fix(policy_cfg, missing, offered)}",
+        )
     for key, feature in wanted.items():
-        if key not in offered:
-            unused = [
-                k for k, other in sorted(offered.items()) if k not in wanted and other.type == feature.type
-            ]
-            hint = f', or rename with --rename_map=\'{{"{unused[0]}": "{key}"}}\'' if unused else ""
+        given, read = _form(offered[key]), _form(feature)
+        if given != read:
             raise config_error(
                 "env.type",
-                f"{env_cfg.type!r} does not give {key!r}, which the policy reads; it gives {sorted(offered)}: take "
-                f"another environment{hint}",
+                f"{env_cfg.type!r} has {key!r} with {given}, but the policy was trained with {read}; set the "
+                "environment as it was in the demonstrations, or train the policy on some of this one (lerobot-train)",
             )
-        # Images may have any size: the policy's base scales them.
-        if feature.type != FeatureType.VISUAL and tuple(offered[key].shape) != tuple(feature.shape):
-            raise config_error(
-                "env.type",
-                f"{env_cfg.type!r} gives {key!r} with shape {tuple(offered[key].shape)}, but the policy was trained "
-                f"with {tuple(feature.shape)}",
-            )
+
+
+def _form(feature: PolicyFeature) -> str:
+    """What of a feature must be alike; pictures may have any size, because the policy's base scales them."""
+    shape = tuple(feature.shape)
+    return f"{shape[0]} channels" if feature.type is FeatureType.VISUAL else f"shape {shape}"
+
+
+def _other_fix(policy_cfg: PIRLConfig, missing: list[str], offered: Mapping[str, PolicyFeature]) -> str:
+    """What helps, beside another environment, where features of the policy are missing."""
+    wanted = {**(policy_cfg.input_features or {}), **(policy_cfg.output_features or {})}
+    kind = wanted[missing[0]].type
+    unused = sorted(key for key, feature in offered.items() if key not in wanted and feature.type is kind)
+    if unused:
+        return f'rename with --rename_map=\'{{"{unused[0]}": "{missing[0]}"}}\''
+    left = {key: feature for key, feature in (policy_cfg.input_features or {}).items() if key not in missing}
+    are_cameras = all(wanted[key].type is FeatureType.VISUAL for key in missing)
+    if (
+        are_cameras
+        and has_optional_cameras(policy_cfg.base)
+        and policy_cfg.image_features.keys() & left.keys()
+    ):
+        return f"let it do without by --policy.input_features='{json.dumps(draccus.encode(left))}'"
+    return "train the policy on demonstrations of this one (lerobot-train)"
 
 
 def agreed_settings(cfg: PIRLTrainConfig, player: Player) -> dict[str, Any]:

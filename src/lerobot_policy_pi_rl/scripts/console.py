@@ -21,7 +21,7 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from tqdm import tqdm
 
 from ..algorithm.pi_rl import RatioError
-from ..bases.configuration import STOCK
+from ..bases.configuration import STOCK, BaseConfig
 from ..errors import config_error
 from ..runtime.checkpoint import CheckpointError
 from ..runtime.gather import NothingUsable
@@ -29,6 +29,9 @@ from ..runtime.workers import EnvironmentFailed
 
 PACKAGE = "lerobot_policy_pi_rl"
 POLICY_PATH, BASE_PATH, CONFIG_PATH = "--policy.path", "--policy.base_path", "--config_path"
+BASE_TYPE = "--policy.base.type"
+# Has LeRobot import a package, which may register bases, when it parses the command line.
+DISCOVER = ".discover_packages_path"
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -61,17 +64,20 @@ def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
     on the command line or in the configuration file; on the command line it takes the place of what is in the file.
 
     Args:
-        arguments: A command line; one whose checkpoint is a `pi_rl` policy, or no base, is left as it is.
+        arguments: A command line; one whose checkpoint is a `pi_rl` policy is left as it is.
 
     Raises:
-        ConfigError: If there are settings of a base beside the checkpoint that brings its own.
+        ConfigError: If there are settings of a base beside the checkpoint that brings its own, or the checkpoint, or
+            the named base, is of a policy that PI-RL does not train.
     """
+    _refuse_unknown_base(arguments)
     file = _value(arguments, CONFIG_PATH)
     policy = _policy_section(file)
     path = _value(arguments, POLICY_PATH) or policy.get("path")
     config = _find_config(str(path)) if path else None
-    wrapped = config is not None and json.loads(config.read_text()).get("type") in STOCK
-    if not wrapped:
+    kind = json.loads(config.read_text()).get("type") if config else None
+    if kind not in STOCK:
+        _refuse_other_policy(arguments, str(path), kind)
         _refuse_two_bases(arguments, _value(arguments, BASE_PATH) or policy.get("base_path"), policy)
         return list(arguments)
     kept = [a for a in arguments if a.partition("=")[0] != POLICY_PATH]
@@ -84,6 +90,28 @@ def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
         kept.append(f"{CONFIG_PATH}={_without_base(file, begun)}")
     _refuse_two_bases(kept, path, {})
     return [*kept, "--policy.type=pi_rl", f"{BASE_PATH}={path}"]
+
+
+def _refuse_unknown_base(arguments: Sequence[str]) -> None:
+    """A name that is no base is answered in one line, where the parser would print its whole usage."""
+    kind = _value(arguments, BASE_TYPE)
+    if kind is not None and not _may_register(arguments):
+        BaseConfig.get_choice_class(kind)
+
+
+def _refuse_other_policy(arguments: Sequence[str], path: str, kind: str | None) -> None:
+    """A checkpoint that is neither `pi_rl` nor a base: LeRobot would parse the other settings as its own."""
+    if kind not in (None, "pi_rl") and not _may_register(arguments):
+        raise config_error(
+            "policy.path",
+            f"{path} holds a {kind!r}, which PI-RL does not train (docs/bases.md says why); take a checkpoint of one "
+            f"of {sorted(STOCK)}, or of 'pi_rl'",
+        )
+
+
+def _may_register(arguments: Sequence[str]) -> bool:
+    """Whether the parser will import a package that may bring policies and bases of its own."""
+    return any(a.partition("=")[0].endswith(DISCOVER) for a in arguments)
 
 
 def _value(arguments: Sequence[str], name: str) -> str | None:
@@ -124,7 +152,7 @@ def _refuse_two_bases(arguments: Sequence[str], base_path: object, policy: dict[
         raise config_error(
             given,
             f"would replace all settings of the checkpoint {base_path}; leave it out, or change {CONFIG_NAME} in "
-            "a copy of that folder",
+            "a copy of that folder (policy.dtype sets its precision)",
         )
 
 
