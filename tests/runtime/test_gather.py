@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -552,6 +552,25 @@ def test_what_people_did_is_gathered_with_the_iteration_it_came_in(robots: Scene
     assert len(gathered.decisions) == QUOTA
     # The second one has actions of another robot.
     assert robots.gatherer.dropped["malformed_messages"] == 1
+
+
+def test_what_people_did_is_taken_from_actors_that_leave_and_not_waited_for_longer(robots: Scene) -> None:
+    """Their decisions come too late; an actor that stays is not waited for beyond the limit."""
+    robots.room.join(0, 1)
+    robots.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
+    robots.deliver(0)
+    assert [len(part) for part in robots.gatherer.gather_demonstrations(0.1)] == [3]
+    assert robots.gatherer.gather_demonstrations(0.0) == []
+
+    def leave() -> None:
+        robots.send_bytes(1, encode_demonstrations(shown_by_a_person(2)))
+        robots.room.leave(0)
+        robots.room.leave(1)
+
+    leaving = Timer(0.1, leave)
+    leaving.start()
+    assert [len(part) for part in robots.gatherer.gather_demonstrations(SOON)] == [2]
+    leaving.join()
 
 
 def test_statistics_of_control_are_numbers(scene: Scene) -> None:

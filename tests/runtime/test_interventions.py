@@ -68,12 +68,22 @@ def test_a_full_disk_costs_no_step_of_a_person_in_this_run(
     with full_disk():
         store.add(shown(4))
     assert "4 steps of a person are in memory alone" in caplog.text
-    store.add(shown(4))
+    store.add(shown(4, first=4))
     assert len(store) == 8
     # Beyond the capacity the oldest go, whether they have a file or not.
-    store.add(shown(4))
+    store.add(shown(4, first=8))
     assert len(store) == 8
     assert len(list((tmp_path / FOLDER).iterdir())) == 2
+
+
+def test_what_comes_a_second_time_is_kept_once(tmp_path: Path) -> None:
+    """As an actor sends it whose connection broke, to the same learner or to one that was resumed since."""
+    for _ in range(2):
+        store = InterventionStore(tmp_path, SPEC, 100, lambda observation, task, actions: actions)
+        for batch in (shown(4), shown(3), shown(4)):
+            # As it comes over the wire.
+            store.add(decode_demonstrations(encode_demonstrations(batch), SPEC))
+        assert len(store) == 7
 
 
 def test_a_chunk_repeats_the_last_action_beyond_the_end() -> None:

@@ -1,6 +1,7 @@
 """What people did during a run: on the disk, in memory up to a limit, and as batches for supervised co-training."""
 
 import bisect
+import hashlib
 import itertools
 import logging
 import os
@@ -52,9 +53,12 @@ class InterventionStore:
             prepare,
         )
         self._parts: list[tuple[Path, DemonstrationBatch]] = []
+        # Digests of all messages that have come, also of those that were forgotten since.
+        self._known: set[bytes] = set()
         for file in sorted(self._folder.glob("*.safetensors")):
             try:
                 self._parts.append((file, decode_demonstrations(file.read_bytes(), spec)))
+                self._known.add(_digest(self._parts[-1][1]))
             except (OSError, WireError) as error:
                 raise CheckpointError(
                     f"{file} does not fit this run: {error}; move it out of the folder"
@@ -68,7 +72,15 @@ class InterventionStore:
         return sum(len(part) for _, part in self._parts)
 
     def add(self, batch: DemonstrationBatch) -> None:
-        """Keeps what a person did, in memory alone if the disk is full."""
+        """Keeps what a person did, in memory alone if the disk is full.
+
+        An actor sends again what may not have arrived before its connection broke; what had arrived is not kept twice.
+        """
+        digest = _digest(batch)
+        if digest in self._known:
+            logger.info("%d steps of a person came a second time and are kept once", len(batch))
+            return
+        self._known.add(digest)
         number = int(self._parts[-1][0].stem) + 1 if self._parts else 0
         file = self._folder / f"{number:06d}.safetensors"
         aside = file.with_suffix(".part")
@@ -111,6 +123,15 @@ class InterventionStore:
     def _forget_oldest(self) -> None:
         while len(self) > self._capacity and len(self._parts) > 1:
             self._parts.pop(0)[0].unlink(missing_ok=True)
+
+
+def _digest(batch: DemonstrationBatch) -> bytes:
+    """Of the content: the bytes of a message differ from one encoding to the next."""
+    found = hashlib.sha256("\0".join(batch.task).encode())
+    tensors = [batch.observation[key] for key in sorted(batch.observation)]
+    for tensor in (*tensors, batch.action, batch.last):
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.digest()
 
 
 def either(sources: Sequence[Demonstrations]) -> Demonstrations:

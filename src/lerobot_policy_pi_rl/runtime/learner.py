@@ -18,6 +18,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 from torch import Tensor
 
+from ..algorithm.demonstrations import DemonstrationBatch
 from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
@@ -44,6 +45,8 @@ WAITING_MESSAGES = 64
 REJECTED_MESSAGES = 100
 # Seconds that actors get for the evaluation of the final policy.
 FINAL_EVALUATION_S = 600.0
+# Seconds that actors get, when the run is over, for what people have shown since.
+FINAL_DEMONSTRATIONS_S = 3.0
 
 
 @dataclass
@@ -211,6 +214,14 @@ class Learner:
                 if self._saved_version != self._progress.version:
                     self._save()
                 self._publish(restart=False, evaluate=False, final=True)
+            if self._interventions is not None:
+                self._keep_shown(self._gatherer.gather_demonstrations(FINAL_DEMONSTRATIONS_S))
+
+    def _keep_shown(self, demonstrations: list[DemonstrationBatch]) -> None:
+        """Keeps what people did on robots; without a robot there is none."""
+        if self._interventions is not None:
+            for shown in demonstrations:
+                self._interventions.add(shown)
 
     def _open_metrics(self) -> MetricsWriter:
         return MetricsWriter(
@@ -238,9 +249,7 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
-        if self._interventions is not None:
-            for shown in gathered.demonstrations:
-                self._interventions.add(shown)
+        self._keep_shown(gathered.demonstrations)
         if self._consider_best(version, gathered.evaluations):
             self._roll_back(gathered)
             return
