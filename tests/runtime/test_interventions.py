@@ -204,6 +204,11 @@ def test_the_oldest_are_forgotten_on_the_disk_too(tmp_path: Path) -> None:
     assert batch is not None
     assert set(batch[STATE][:, 0].tolist()) == {10, 11, 20, 21}
     assert len(store(tmp_path)) == 4
+    # Reading changes nothing, for another learner may be running there.
+    smaller = store(tmp_path, capacity=2)
+    assert len(store(tmp_path)) == 4
+    smaller.trim()
+    assert len(smaller) == len(store(tmp_path)) == 2
     # The newest part stays, however large it is.
     kept.add(shown(7))
     assert len(kept) == 7

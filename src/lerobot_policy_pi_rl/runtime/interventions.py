@@ -35,7 +35,7 @@ class InterventionStore:
     """
 
     def __init__(self, output_dir: Path, spec: WireSpec, capacity: int, prepare: Prepare) -> None:
-        """Reads what earlier parts of the run have left.
+        """Reads what earlier parts of the run have left, and changes nothing of it: that is for `trim` and `add`.
 
         Args:
             output_dir: The run's directory.
@@ -63,7 +63,6 @@ class InterventionStore:
                 raise CheckpointError(
                     f"{file} does not fit this run: {error}; move it out of the folder"
                 ) from error
-        self._forget_oldest()
         if self._parts:
             logger.info("Found %d steps of interventions in %s", len(self), self._folder)
 
@@ -96,7 +95,7 @@ class InterventionStore:
             logger.error("%d steps of a person are in memory alone: %s", len(batch), error)
             aside.unlink(missing_ok=True)
         self._parts.append((file, batch))
-        self._forget_oldest()
+        self.trim()
 
     def __call__(self, count: int) -> dict[str, Any] | None:
         """A batch of `count` chunks, drawn with replacement; None while nobody has shown anything."""
@@ -120,7 +119,8 @@ class InterventionStore:
         seen = {key: value[row] for key, value in part.observation.items()}
         return seen, part.task[row], part.action[rows[0]], pad[0]
 
-    def _forget_oldest(self) -> None:
+    def trim(self) -> None:
+        """Forgets the oldest beyond the capacity, on the disk as well."""
         while len(self) > self._capacity and len(self._parts) > 1:
             self._parts.pop(0)[0].unlink(missing_ok=True)
 
