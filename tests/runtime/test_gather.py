@@ -502,7 +502,7 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
 @pytest.fixture
 def robots(scene: Scene) -> Scene:
     """The scene of a run in which people can take over; at most five of their steps wait."""
-    spec = replace(scene.gatherer._spec, demonstration_steps=5)
+    spec = replace(scene.gatherer._spec, demonstration_steps=5, demonstration_bytes=10**6)
     return replace(
         scene,
         gatherer=Gatherer(scene.room, spec, scene.gatherer._collection, scene.stop),  # type: ignore[arg-type]

@@ -30,8 +30,9 @@ from lerobot.robots.so_follower import SOFollowerRobotConfig
 from safetensors.torch import load_file
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.runtime.actor import Actor
+from lerobot_policy_pi_rl.runtime.actor import Actor, Shown
 from lerobot_policy_pi_rl.runtime.client import LearnerLost
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
@@ -940,6 +941,24 @@ def test_what_a_person_shows_is_learned_from_and_found_again(
         run_here(make_cfg(*resumed), make_cfg(*resumed, validate=False))[2]["control/demonstrations"]
         > shown[1]
     )
+
+
+def test_an_actor_keeps_no_more_than_its_learner_would(caplog: pytest.LogCaptureFixture) -> None:
+    def shown(steps: int) -> DemonstrationBatch:
+        last = torch.arange(steps) == steps - 1
+        return DemonstrationBatch(
+            {"x": torch.zeros(steps, 1000)}, ["a task"] * steps, torch.zeros(steps, 2), last
+        )
+
+    for capacity, max_bytes in ((6, 10**9), (100, 30_000)):
+        kept, sent = Shown(0, capacity, max_bytes), []  # type: tuple[Shown, list[bytes]]
+        for _ in range(3):
+            kept.add(shown(3))
+        assert len(kept) == kept.unsent == 6
+        assert "3 steps of a person are given up for newer ones" in caplog.text
+        caplog.clear()
+        kept.send(sent.append)
+        assert (len(sent), len(kept), kept.unsent) == (2, 6, 0)
 
 
 class LossyClient:

@@ -26,6 +26,7 @@ from .wire import (
     WeightsHeader,
     encode_decisions,
     encode_demonstrations,
+    max_weights_bytes,
 )
 
 logger = logging.getLogger(__name__)
@@ -99,14 +100,15 @@ class Shown:
     What is sent again although it had arrived the learner knows by its content.
     """
 
-    def __init__(self, max_staleness: int, capacity: int) -> None:
+    def __init__(self, max_staleness: int, capacity: int, max_bytes: int) -> None:
         """Nothing was shown yet.
 
         Args:
             max_staleness: As in the configuration of the collection.
             capacity: Steps to keep, the newest: the learner would not keep more either.
+            max_bytes: Most bytes of them.
         """
-        self._versions, self._capacity = max_staleness + 2, capacity
+        self._versions, self._capacity, self._max_bytes = max_staleness + 2, capacity, max_bytes
         self._version = -1
         self._kept: list[_Message] = []
 
@@ -123,8 +125,12 @@ class Shown:
         """Keeps what people did; None if they did nothing."""
         for some in batch.split(MAX_DEMONSTRATION_ROWS) if batch is not None else ():
             self._kept.append(_Message(encode_demonstrations(some), len(some)))
-        while len(self) > self._capacity and len(self._kept) > 1:
+        while self._is_beyond_limits() and len(self._kept) > 1:
             logger.warning("%d steps of a person are given up for newer ones", self._kept.pop(0).steps)
+
+    def _is_beyond_limits(self) -> bool:
+        size = sum(len(message.payload) for message in self._kept)
+        return len(self) > self._capacity or size > self._max_bytes
 
     def take(self, version: int) -> None:
         """Notes weights that have come on the present connection, and what the learner must have by now."""
@@ -171,7 +177,11 @@ class Actor:
         self._groups, self._eval_groups = groups, own or groups
         self._player = make_player(cfg)
         self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0, stop)
-        self._shown = Shown(self._collection.max_staleness, algorithm_cfg.intervention_capacity)
+        self._shown = Shown(
+            self._collection.max_staleness,
+            algorithm_cfg.intervention_capacity,
+            algorithm_cfg.intervention_megabytes * 10**6,
+        )
         self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
         link = policy_cfg.actor_learner_config
         self._client = LearnerClient(
@@ -180,6 +190,7 @@ class Actor:
             self._collection.actor_id,
             agreed_settings(cfg, self._player),
             access=access,
+            max_weights_bytes=max_weights_bytes(self._player.policy.trainable_state()),
         )
 
     def run(self) -> None:

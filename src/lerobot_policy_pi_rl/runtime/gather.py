@@ -14,6 +14,7 @@ from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .inbox import Received
+from .interventions import surplus
 from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
 from .service import ActorEvent, PIRLLearnerService
@@ -337,11 +338,8 @@ class Gatherer:
         if not self._spec.demonstration_steps:
             raise WireError("has demonstrations, but nobody can take over in this environment")
         self._demonstrations.append(decode_demonstrations(payload, self._spec))
-        waiting = sum(map(len, self._demonstrations))
-        while waiting > self._spec.demonstration_steps and len(self._demonstrations) > 1:
-            dropped = len(self._demonstrations.popleft())
-            self.dropped["demonstration_steps"] += dropped
-            waiting -= dropped
+        for _ in range(surplus(self._demonstrations, self._spec)):
+            self.dropped["demonstration_steps"] += len(self._demonstrations.popleft())
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""

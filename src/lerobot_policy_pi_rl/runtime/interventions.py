@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,20 @@ class InterventionStore:
     written when it comes, not with a checkpoint: what a person has shown stays true, whatever the policy learned since.
     """
 
-    def __init__(self, output_dir: Path, spec: WireSpec, capacity: int, prepare: Prepare) -> None:
+    def __init__(self, output_dir: Path, spec: WireSpec, prepare: Prepare) -> None:
         """Reads what earlier parts of the run have left, and changes nothing of it: that is for `trim` and `add`.
 
         Args:
             output_dir: The run's directory.
-            spec: What actors may send.
-            capacity: Steps to keep; files beyond it are removed, the oldest first.
+            spec: What actors may send, and how much of it is kept; files beyond that are removed, the oldest first.
             prepare: Makes the batch that the base's loss reads.
 
         Raises:
             CheckpointError: A file cannot be read, or belongs to another robot or policy.
         """
-        self._folder, self._spec, self._capacity, self._prepare = (
-            output_dir / FOLDER,
-            spec,
-            capacity,
-            prepare,
-        )
+        self._folder, self._spec, self._prepare = output_dir / FOLDER, spec, prepare
+        # Steps that made way for newer ones.
+        self.forgotten = 0
         self._parts: list[tuple[Path, DemonstrationBatch]] = []
         # Digests of all messages that have come, also of those that were forgotten since.
         self._known: set[bytes] = set()
@@ -120,9 +116,21 @@ class InterventionStore:
         return seen, part.task[row], part.action[rows[0]], pad[0]
 
     def trim(self) -> None:
-        """Forgets the oldest beyond the capacity, on the disk as well."""
-        while len(self) > self._capacity and len(self._parts) > 1:
-            self._parts.pop(0)[0].unlink(missing_ok=True)
+        """Forgets the oldest beyond the limits, on the disk as well."""
+        for _ in range(surplus((part for _, part in self._parts), self._spec)):
+            file, part = self._parts.pop(0)
+            file.unlink(missing_ok=True)
+            self.forgotten += len(part)
+
+
+def surplus(parts: Iterable[DemonstrationBatch], spec: WireSpec) -> int:
+    """How many of the oldest parts are beyond the limits; the newest one stays, however large it is."""
+    steps = size = kept = number = 0
+    for number, part in enumerate(reversed(list(parts)), 1):
+        steps, size = steps + len(part), size + part.nbytes
+        if number == 1 or (steps <= spec.demonstration_steps and size <= spec.demonstration_bytes):
+            kept = number
+    return number - kept
 
 
 def _digest(batch: DemonstrationBatch) -> bytes:

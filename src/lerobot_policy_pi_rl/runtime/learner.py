@@ -188,7 +188,7 @@ class Learner:
         ) -> dict[str, Any]:
             return for_loss(player.preprocessor({**player.path.unpack(observation), **actions, "task": task}))
 
-        return InterventionStore(self._output_dir, spec, self._config.intervention_capacity, prepare)
+        return InterventionStore(self._output_dir, spec, prepare)
 
     def _sources(self) -> Demonstrations:
         """Where demonstrations come from: the data set and what people do, each as often where both are there."""
@@ -553,6 +553,7 @@ class Learner:
         }
         if self._interventions is not None:
             row["control/demonstrations"] = len(self._interventions)
+            row["control/forgotten"] = self._interventions.forgotten
         self._metrics.write(progress.version, row)
         self._report(row)
 
