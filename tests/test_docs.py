@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 RUNTIME = ROOT / "src/lerobot_policy_pi_rl/runtime"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 STATE, ROWS = "observation.state", 8
-GROUPS = "rollout|eval|ppo|loss|gradient|progress|control|speed|push|actors|dropped"
+GROUPS = "rollout|eval|ppo|loss|gradient|progress|control|speed|checkpoint|push|actors|dropped"
 
 
 def test_the_configuration_page_is_what_the_generator_makes() -> None:

@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from lerobot_policy_pi_rl.runtime import checkpoint
-from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, CheckpointNotWritten, TrainingState
+from lerobot_policy_pi_rl.runtime.checkpoint import (
+    CheckpointError,
+    CheckpointNotWritten,
+    InUse,
+    TrainingState,
+)
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -206,6 +210,7 @@ def test_a_kill_before_the_end_leaves_last_as_it_was(
         patch.setattr(checkpoint, point, _kill)
         with pytest.raises(Killed):
             checkpoint.save(tmp_path, make_state(algorithm, 2, 2.0))
+    checkpoint.remove_unfinished(tmp_path)
     place = checkpoint.find_last(tmp_path)
     assert (place.name, saved_policy(place)) == ("000001", 1.0)
     assert checkpoint.load(place, algorithm, algorithm.optimizers).step == 1
@@ -270,32 +275,31 @@ def test_what_is_removed_is_named_and_nothing_else_goes(tmp_path: Path) -> None:
     assert {path.name for path in left.parent.iterdir()} == {"000003", "last", ".keep-me"}
 
 
-def test_what_another_process_is_writing_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint.save(tmp_path, make_state(Regression()))
-    write, found = checkpoint._write, []
+def test_looking_for_the_last_one_changes_nothing(tmp_path: Path) -> None:
+    """Actors look for it while the learner writes the next one, or replaces this one."""
+    place = checkpoint.save(tmp_path, make_state(Regression()))
+    writing, displaced = (place.with_name(name) for name in (".writing-000004", ".replaced-000003"))
+    writing.mkdir()
+    for _ in range(2):
+        before = sorted(tmp_path.rglob("*"))
+        found = checkpoint.find_last(tmp_path)
+        checkpoint.verify(found)
+        assert sorted(tmp_path.rglob("*")) == before
+        if found == place:
+            # As a kill half-way through a replacement leaves it.
+            place.rename(displaced)
+    assert found == displaced
+    assert checkpoint.remove_unfinished(tmp_path) == [writing]
+    assert checkpoint.find_last(tmp_path) == place
 
-    def write_while_an_actor_starts(aside: Path, state: checkpoint.TrainingState) -> None:
-        write(aside, state)
-        # Another descriptor of the folder, as another process has: that is what its lock is about.
-        found.append(checkpoint.find_last(tmp_path))
 
-    monkeypatch.setattr(checkpoint, "_write", write_while_an_actor_starts)
-    place = checkpoint.save(tmp_path, make_state(Regression(), step=4, policy_value=2.0))
-    assert [path.name for path in found] == ["000003"]
-    checkpoint.verify(place)
-    assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
-
-
-def test_a_write_waits_for_a_process_that_clears_up(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, make_state(Regression()))
-    with ThreadPoolExecutor(1) as pool:
-        with checkpoint._holding(tmp_path / "checkpoints", wait=False):
-            saving = pool.submit(checkpoint.save, tmp_path, make_state(Regression(), step=4))
-            with pytest.raises(TimeoutError):
-                saving.result(0.5)
-        assert saving.result(30) == tmp_path / "checkpoints" / "000004"
+def test_one_learner_at_a_time_owns_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for _ in range(2):
+        with checkpoint.owning(folder):
+            with pytest.raises(InUse, match=r"another learner is training in .*run; stop it") as error:
+                checkpoint.owning(folder).__enter__()
+            assert "\n" not in str(error.value)
 
 
 # Missing and broken

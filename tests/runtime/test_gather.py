@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -502,7 +502,7 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
 @pytest.fixture
 def robots(scene: Scene) -> Scene:
     """The scene of a run in which people can take over; at most five of their steps wait."""
-    spec = replace(scene.gatherer._spec, demonstration_steps=5)
+    spec = replace(scene.gatherer._spec, demonstration_steps=5, demonstration_bytes=10**6)
     return replace(
         scene,
         gatherer=Gatherer(scene.room, spec, scene.gatherer._collection, scene.stop),  # type: ignore[arg-type]
@@ -552,6 +552,25 @@ def test_what_people_did_is_gathered_with_the_iteration_it_came_in(robots: Scene
     assert len(gathered.decisions) == QUOTA
     # The second one has actions of another robot.
     assert robots.gatherer.dropped["malformed_messages"] == 1
+
+
+def test_what_people_did_is_taken_from_actors_that_leave_and_not_waited_for_longer(robots: Scene) -> None:
+    """Their decisions come too late; an actor that stays is not waited for beyond the limit."""
+    robots.room.join(0, 1)
+    robots.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
+    robots.deliver(0)
+    assert [len(part) for part in robots.gatherer.gather_demonstrations(0.1)] == [3]
+    assert robots.gatherer.gather_demonstrations(0.0) == []
+
+    def leave() -> None:
+        robots.send_bytes(1, encode_demonstrations(shown_by_a_person(2)))
+        robots.room.leave(0)
+        robots.room.leave(1)
+
+    leaving = Timer(0.1, leave)
+    leaving.start()
+    assert [len(part) for part in robots.gatherer.gather_demonstrations(SOON)] == [2]
+    leaving.join()
 
 
 def test_statistics_of_control_are_numbers(scene: Scene) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch, chunk_rows
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
-from lerobot_policy_pi_rl.runtime.interventions import FOLDER, InterventionStore, either
+from lerobot_policy_pi_rl.runtime.interventions import FOLDER, InterventionStore, either, surplus
 from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.wire import (
     MAX_DEMONSTRATION_ROWS,
@@ -34,7 +34,11 @@ SPEC = WireSpec(
     action=(3, 2),
     denoising_steps=4,
     max_rows=8,
+    demonstration_steps=100,
+    demonstration_bytes=10**6,
 )
+# Of one step: state, picture, action, and whether it is the last.
+STEP_BYTES = 4 + 3 * 4 * 4 + 2 * 4 + 1
 
 
 def shown(
@@ -64,16 +68,27 @@ def equal(one: DemonstrationBatch, two: DemonstrationBatch) -> bool:
 def test_a_full_disk_costs_no_step_of_a_person_in_this_run(
     tmp_path: Path, full_disk: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = InterventionStore(tmp_path, SPEC, 10, lambda observation, task, actions: actions)
+    spec = replace(SPEC, demonstration_steps=10)
+    store = InterventionStore(tmp_path, spec, lambda observation, task, actions: actions)
     with full_disk():
         store.add(shown(4))
     assert "4 steps of a person are in memory alone" in caplog.text
-    store.add(shown(4))
+    store.add(shown(4, first=4))
     assert len(store) == 8
     # Beyond the capacity the oldest go, whether they have a file or not.
-    store.add(shown(4))
+    store.add(shown(4, first=8))
     assert len(store) == 8
     assert len(list((tmp_path / FOLDER).iterdir())) == 2
+
+
+def test_what_comes_a_second_time_is_kept_once(tmp_path: Path) -> None:
+    """As an actor sends it whose connection broke, to the same learner or to one that was resumed since."""
+    for _ in range(2):
+        store = InterventionStore(tmp_path, SPEC, lambda observation, task, actions: actions)
+        for batch in (shown(4), shown(3), shown(4)):
+            # As it comes over the wire.
+            store.add(decode_demonstrations(encode_demonstrations(batch), SPEC))
+        assert len(store) == 7
 
 
 def test_a_chunk_repeats_the_last_action_beyond_the_end() -> None:
@@ -151,8 +166,9 @@ def prepare(observation: dict[str, Tensor], task: list[str], actions: dict[str, 
     return {**observation, **actions}
 
 
-def store(folder: Path, capacity: int = 100) -> InterventionStore:
-    return InterventionStore(folder, SPEC, capacity, prepare)
+def store(folder: Path, capacity: int = 100, size: int = 10**6) -> InterventionStore:
+    spec = replace(SPEC, demonstration_steps=capacity, demonstration_bytes=size)
+    return InterventionStore(folder, spec, prepare)
 
 
 def test_batches_hold_chunks_of_what_was_shown(tmp_path: Path) -> None:
@@ -194,9 +210,28 @@ def test_the_oldest_are_forgotten_on_the_disk_too(tmp_path: Path) -> None:
     assert batch is not None
     assert set(batch[STATE][:, 0].tolist()) == {10, 11, 20, 21}
     assert len(store(tmp_path)) == 4
+    # Reading changes nothing, for another learner may be running there.
+    smaller = store(tmp_path, capacity=2)
+    assert len(store(tmp_path)) == 4
+    smaller.trim()
+    assert len(smaller) == len(store(tmp_path)) == 2
     # The newest part stays, however large it is.
     kept.add(shown(7))
     assert len(kept) == 7
+    assert kept.forgotten == 6
+
+
+def test_what_was_shown_is_bounded_in_bytes_too(tmp_path: Path) -> None:
+    assert shown(3).nbytes == 3 * STEP_BYTES
+    kept = store(tmp_path, size=5 * STEP_BYTES)
+    for first in (0, 10, 20):
+        kept.add(shown(2, first))
+    assert (len(kept), kept.forgotten) == (4, 2)
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    # Of two limits the narrower one counts.
+    assert surplus([shown(2)] * 4, replace(SPEC, demonstration_bytes=7 * STEP_BYTES)) == 1
+    assert surplus([shown(2)] * 4, replace(SPEC, demonstration_steps=3)) == 3
+    assert surplus([shown(2)] * 4, SPEC) == surplus([], SPEC) == 0
 
 
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Learner and actor in this process, over loopback: what a run does, and what it writes."""
 
+import errno
 import math
 import threading
 import time
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
 from lerobot_policy_pi_rl.runtime import actor as actor_module
+from lerobot_policy_pi_rl.runtime import checkpoint
 from lerobot_policy_pi_rl.runtime import learner as learner_module
 from lerobot_policy_pi_rl.runtime.actor import Actor, Pace
+from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, InUse
 from lerobot_policy_pi_rl.runtime.client import LearnerClient
 from lerobot_policy_pi_rl.runtime.collector import Collected, Collector, Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
@@ -245,7 +248,7 @@ def test_a_collapsed_policy_makes_way_for_the_best_one(
     assert [row["eval/success"] for row in evaluations(rows)] == [0.5, 0.6, 0.9, 0.3, 0.8, 0.8, 0.8]
     assert [row["eval/rollbacks"] for row in evaluations(rows)] == [0, 0, 0, 0, 1, 1, 1]
     # Nothing is learned from the decisions of the collapsed version 3.
-    assert [row["step"] for row in iterations(rows)] == [1, 2, 3, 5, 6]
+    assert [row["rollout/decisions"] for row in iterations(rows)] == [16, 16, 16, 0, 16, 16]
     best, restored = (
         load_file(tmp_path / "run" / "checkpoints" / name / "pretrained_model" / "model.safetensors")
         for name in ("000002", "000004")
@@ -298,10 +301,12 @@ def test_what_is_brought_back_takes_smaller_steps_and_warms_a_cold_critic(
         train("--steps=8", "--algorithm.target_kl=1e-6", "--algorithm.critic_warmup=4", *VALIDATED)
     )
     steps = {row["step"]: row for row in rows}
-    assert 4 not in steps
-    assert steps[5]["dropped/rolled_back_decisions"] == 16
+    assert steps[4].keys() & {"loss/value", "ppo/epochs", "gradient/critic_norm"} == set()
+    assert steps[4]["ppo/lr"] < steps[3]["ppo/lr"]
+    assert steps[4]["dropped/rolled_back_decisions"] == 16
+    assert (steps[4]["rollout/decisions"], steps[4]["progress/decisions"]) == (0, 3 * 16)
     assert steps[8]["progress/decisions"] == 7 * 16
-    assert [step for step in steps if "loss/policy" not in steps[step]] == [1, 2, 3, 5, 6, 7, 8]
+    assert [step for step in steps if "loss/policy" not in steps[step]] == list(range(1, 9))
 
 
 def test_a_rolled_back_run_never_learns_faster_than_before(
@@ -475,6 +480,67 @@ def test_a_second_learner_leaves_the_files_of_the_first_alone(
     with running._server, pytest.raises(PortUnavailable):
         Learner(make_cfg(port, "--resume=true"), Event()).run()
     assert metrics.read_bytes() == before
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file and folder, links as what they name."""
+    return {
+        path: bytes(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+        if path.parent.name != "logs"
+    }
+
+
+def test_only_the_learner_that_owns_the_folder_changes_it(
+    make_cfg: MakeConfig, free_port: int, tmp_path: Path, train: Train
+) -> None:
+    """Neither a second one at another port, nor an actor: the first one may be writing a checkpoint."""
+    train("--steps=2", "--save_freq=1")
+    folder = tmp_path / "run"
+    (folder / "checkpoints/.writing-000009").mkdir()
+    before = contents(folder)
+    given = (f"--policy.actor_learner_config.learner_port={free_port}", "--resume=true")
+    with checkpoint.owning(folder):
+        with pytest.raises(InUse, match="another learner is training in"):
+            Learner(make_cfg(*given), Event()).run()
+        actor = Actor(as_actor(make_cfg(*given, validate=False)), Event())
+        actor.close()
+    assert contents(folder) == before
+    stopped = Event()
+    stopped.set()
+    Learner(make_cfg(*given), stopped).run()
+    assert not (folder / "checkpoints/.writing-000009").exists()
+
+
+def test_counters_that_this_version_does_not_know_are_one_line(
+    make_cfg: MakeConfig, train: Train, tmp_path: Path
+) -> None:
+    train("--steps=1")
+    counters = tmp_path / "run/checkpoints/last/training_state/counters.json"
+    # Of the same size: another one would be a broken checkpoint.
+    counters.write_text(counters.read_text().replace('"runaways"', '"runabout"'))
+    with pytest.raises(
+        CheckpointError, match=r"has other counters than this version reads.*runabout"
+    ) as error:
+        Learner(make_cfg("--resume=true"), Event())
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoints_that_could_not_be_written_are_counted(
+    train: Train, validations: Callable[[list[float]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint._write
+
+    def write_some(aside: Path, state: checkpoint.TrainingState) -> None:
+        if state.step in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(aside, state)
+
+    monkeypatch.setattr(checkpoint, "_write", write_some)
+    # Version 2 is a milestone and, when it was validated, the best one; version 3 is the best one alone.
+    validations([0.1, 0.2, 0.3, 0.4, 0.5])
+    rows = iterations(train("--steps=4", "--save_freq=2", *VALIDATED))
+    assert [row["checkpoint/failed"] for row in rows] == [0, 1, 2, 3]
 
 
 def test_a_policy_that_does_not_score_what_it_sampled_ends_the_run(

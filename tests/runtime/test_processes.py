@@ -15,10 +15,23 @@ from lerobot.scripts.lerobot_eval import eval_policy
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 
+from .conftest import await_true
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 ITERATIONS = 4
-GROUPS = ("loss", "ppo", "rollout", "gradient", "progress", "speed", "push", "actors", "dropped")
+GROUPS = (
+    "loss",
+    "ppo",
+    "rollout",
+    "gradient",
+    "progress",
+    "speed",
+    "checkpoint",
+    "push",
+    "actors",
+    "dropped",
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +100,25 @@ def test_a_checkpoint_is_a_policy_for_stock_lerobot(finished: Any, name: str) ->
         )
     vector.close()
     assert len(info["per_episode"]) == 2
+
+
+def test_two_actors_deliver_and_nothing_is_left_of_them(make_run: Callable[..., Any]) -> None:
+    run = make_run("--steps=2")
+    command = run.train("--actors=2")
+
+    def family() -> list[psutil.Process]:
+        return psutil.Process(command.process.pid).children(recursive=True)
+
+    # The learner waits for both.
+    await_true(lambda: len(family()) == 3, 60, "learner and actors are there")
+    processes = family()
+    assert command.wait(150) == 0, command.shown
+    assert command.errors() == []
+    gone, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive, gone
+    assert [row["rollout/decisions"] for row in run.rows()] == [32, 32]
+    assert run.rows()[-1]["actors/joined"] == 2
+    assert all(f"Actor {number} is connected" in run.log(f"actor_{number}") for number in (0, 1))
 
 
 def test_ctrl_c_stops_a_resumed_run_with_a_checkpoint_and_leaves_nothing(finished: Any) -> None:

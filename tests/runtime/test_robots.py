@@ -30,8 +30,10 @@ from lerobot.robots.so_follower import SOFollowerRobotConfig
 from safetensors.torch import load_file
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.runtime.actor import Actor
+from lerobot_policy_pi_rl.runtime.actor import Actor, Shown
+from lerobot_policy_pi_rl.runtime.client import LearnerLost
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
@@ -39,6 +41,7 @@ from lerobot_policy_pi_rl.runtime.learner import Learner, control_metrics
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
+from lerobot_policy_pi_rl.runtime.wire import DEMONSTRATIONS, Weights, WeightsHeader, kind_of
 from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -939,6 +942,109 @@ def test_what_a_person_shows_is_learned_from_and_found_again(
         run_here(make_cfg(*resumed), make_cfg(*resumed, validate=False))[2]["control/demonstrations"]
         > shown[1]
     )
+
+
+def test_an_actor_keeps_no_more_than_its_learner_would(caplog: pytest.LogCaptureFixture) -> None:
+    def shown(steps: int) -> DemonstrationBatch:
+        last = torch.arange(steps) == steps - 1
+        return DemonstrationBatch(
+            {"x": torch.zeros(steps, 1000)}, ["a task"] * steps, torch.zeros(steps, 2), last
+        )
+
+    for capacity, max_bytes in ((6, 10**9), (100, 30_000)):
+        kept, sent = Shown(0, capacity, max_bytes), []  # type: tuple[Shown, list[bytes]]
+        for _ in range(3):
+            kept.add(shown(3))
+        assert len(kept) == kept.unsent == 6
+        assert "3 steps of a person are given up for newer ones" in caplog.text
+        caplog.clear()
+        kept.send(sent.append)
+        assert (len(sent), len(kept), kept.unsent) == (2, 6, 0)
+
+
+class LossyClient:
+    """A learner's end that takes messages while it is there."""
+
+    def __init__(self) -> None:
+        self.there, self.sent = True, []  # type: tuple[bool, list[bytes]]
+
+    def send_interaction(self, values: dict[str, Any], stop: Event | None = None) -> None:
+        if not self.there:
+            raise LearnerLost("gone")
+
+    def send_decisions(self, payload: bytes, stop: Event | None = None) -> None:
+        self.send_interaction({})
+        self.sent.append(payload)
+
+    def reconnect(self, timeout_s: float, stop: Event) -> None:
+        self.there, self.sent = True, []
+
+    def close(self, flush_s: float) -> None:
+        pass
+
+    def kinds(self) -> list[str]:
+        return [kind_of(payload) for payload in self.sent]
+
+
+@pytest.fixture
+def scripted_actor(make_cfg: Callable[..., Any]) -> Iterator[tuple[Actor, LossyClient]]:
+    """An actor whose person shows two steps once, and the learner's end of its connection."""
+    cfg = make_cfg(*robot_arguments("......ii" + "." * 10_000), validate=False)
+    cfg.is_actor = True
+    cfg.validate()
+    actor, client = Actor(cfg, Event()), LossyClient()
+    actor._client = client  # type: ignore[assignment]
+    yield actor, client
+    actor.close()
+
+
+def weights_of(actor: Actor, version: int) -> Weights:
+    header = WeightsHeader(version, restart=version == 0, evaluate=False, final=False, sent_at=0.0)
+    return Weights(header, actor._player.policy.trainable_state(), {})
+
+
+def test_what_was_shown_outlives_the_connection(scripted_actor: tuple[Actor, LossyClient]) -> None:
+    """Whether it was lost before anything was sent or after, until later weights say that it has arrived."""
+    actor, client = scripted_actor
+    actor._take(weights_of(actor, 0), restarts=True)
+    client.there = False
+    with pytest.raises(LearnerLost):
+        actor._collect(0, 0, 0.0)
+    for _ in range(2):
+        actor._reconnect(LearnerLost("gone"))
+        actor._take(weights_of(actor, 0), restarts=True)
+        assert client.kinds() == [DEMONSTRATIONS]
+    # Once on each connection.
+    actor._collect(0, 0, 0.0)
+    assert client.kinds() == [DEMONSTRATIONS, "decisions"]
+    # The quota of version 0 may be one that had arrived earlier, that of version 1 is not.
+    actor._take(weights_of(actor, 1), restarts=False)
+    assert len(actor._shown) == 2
+    actor._take(weights_of(actor, 2), restarts=False)
+    assert len(actor._shown) == 0
+    actor._reconnect(LearnerLost("gone"))
+    actor._take(weights_of(actor, 2), restarts=True)
+    assert client.sent == []
+
+
+def test_what_was_shown_is_sent_before_an_actor_leaves(scripted_actor: tuple[Actor, LossyClient]) -> None:
+    actor, client = scripted_actor
+    actor._take(weights_of(actor, 0), restarts=True)
+    robot = actor._groups[0].envs
+    assert isinstance(robot, RobotVector)
+    stock = robot._env.step
+
+    def step(action: torch.Tensor) -> Any:
+        if len(commands(robot)) == 6:
+            actor._stop.set()
+        return stock(action)
+
+    robot._env.step = step
+    with pytest.raises(Interrupted):
+        actor._collect(0, 0, 0.0)
+    assert client.sent == []
+    actor.close()
+    assert client.kinds() == [DEMONSTRATIONS]
 
 
 def test_a_run_looks_ahead(make_cfg: Callable[..., Any], free_port: int) -> None:

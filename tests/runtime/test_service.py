@@ -33,7 +33,13 @@ from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
 from lerobot_policy_pi_rl.runtime.server import LearnerServer, PortUnavailable
 from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
-from lerobot_policy_pi_rl.runtime.wire import WeightsHeader, decode_interaction, encode_weights
+from lerobot_policy_pi_rl.runtime.wire import (
+    MAX_HEADER_BYTES,
+    WeightsHeader,
+    decode_interaction,
+    encode_weights,
+    max_weights_bytes,
+)
 
 SETTINGS = {"policy": {"num_inference_steps": 4, "shape": (48,)}, "env.task": "reach-v3"}
 SOON = 10.0
@@ -173,6 +179,20 @@ def test_weights_larger_than_a_chunk_arrive_whole() -> None:
         received = client.wait_weights(-1, SOON)
         assert received is not None
         assert torch.equal(received.tensors["head"], torch.full((size,), 7.0))
+
+
+def test_weights_larger_than_an_actors_own_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    largest, limit = weights(2, 2 * CHUNK_SIZE), len(weights(2, 2 * CHUNK_SIZE))
+    with serving(make_service()) as server, connected(server, max_weights_bytes=limit) as client:
+        server.service.publish(1, weights(1, 3 * CHUNK_SIZE))
+        assert eventually(lambda: server.service.traffic().sent == 1)
+        server.service.publish(2, largest)
+        received = client.wait_weights(-1, SOON)
+    assert received is not None
+    assert received.header.version == 2
+    assert "Rejected a message of the learner: too large" in caplog.text
+    own = {"head": torch.zeros(2 * CHUNK_SIZE)}
+    assert len(largest) <= max_weights_bytes(own) <= len(largest) + MAX_HEADER_BYTES
 
 
 def test_wait_weights_gives_up_after_its_timeout_and_repeats_what_is_still_newest() -> None:

@@ -1,5 +1,6 @@
 """What a run survives: kills at the worst moments, a bad network, a full disk, a clock that jumps; and how it ends."""
 
+import json
 import re
 import signal
 import socket
@@ -35,6 +36,8 @@ from line_processes import (
     tell_work,
 )
 from network import Proxy
+
+from .conftest import unused_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -139,6 +142,47 @@ def test_a_run_that_is_killed_at_every_worst_moment_is_the_run_that_was_not(make
 
 
 # The network
+
+
+def test_an_asynchronous_learner_that_is_killed_goes_on_where_it_was(make_line_run: MakeRun) -> None:
+    """Not to the bit, but with its counters, its learning rate and its best checkpoint; a second learner is refused."""
+    # Every update moves the policy too far, so that the schedule lowers the rate each time.
+    settings = ("--steps=8", "--save_freq=2", "--env_eval_freq=2", "--eval.n_episodes=3")
+    guards = ("--algorithm.target_kl=1e-6", "--algorithm.rollback_drop=null")
+    run = make_line_run(*settings, *guards, "--algorithm.collection.max_staleness=1")
+    learner = run.learner(faults=[at(die_in_update, 5)])
+    run.await_log("learner", "Listening")
+    second = run.learner(f"--policy.actor_learner_config.learner_port={unused_port()}")
+    assert "error: another learner is training in" in second.failure()
+    actor = run.actor()
+    assert learner.wait() == -signal.SIGKILL, learner.shown
+    assert saved(run) == 4
+    kept = json.loads((run.checkpoint() / "training_state/counters.json").read_text())
+    assert kept["version"] == 4
+    finish(run.learner("--resume=true"), actor)
+
+    rows = run.rows()
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    for name in ("decisions", "env_steps", "episodes"):
+        assert rows[3][f"progress/{name}"] == kept[name]
+        assert rows[4][f"progress/{name}"] >= kept[name]
+    assert rows[4]["progress/decisions"] == kept["decisions"] + rows[4]["rollout/decisions"]
+    # The critic has warmed up, and the rate goes on falling: it does not begin anew.
+    assert all("loss/policy" in row for row in rows[1:])
+    rates = [row["ppo/lr"] for row in rows[1:]]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < rates[0]
+    best, version, since = -1.0, 0, 0
+    validations = [row for row in run.all_rows() if "eval/success" in row]
+    assert [row["step"] for row in validations] == [0, 2, 4, 6, 8]
+    for row in validations:
+        since = 0 if row["eval/success"] > best else since + 1
+        best, version = max((best, version), (row["eval/success"], row["step"]))
+        assert (row["eval/best_success"], row["eval/best_version"]) == (best, version)
+    assert int(run.checkpoint("best").resolve().name) == version
+    end = json.loads((run.checkpoint() / "training_state/counters.json").read_text())
+    # The last validation comes after the last checkpoint.
+    assert end["validations_since_best"] in (since - 1, since)
 
 
 def test_a_network_that_stalls_breaks_and_repeats_costs_nothing_but_time(

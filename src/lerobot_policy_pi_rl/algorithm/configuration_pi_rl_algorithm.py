@@ -150,6 +150,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     demonstration_batch_size: int = 64
     # Steps by people on a robot that are kept, on the disk and in memory; the oldest go first.
     intervention_capacity: int = 20_000
+    # Megabytes (10^6 bytes) of them that are kept, mostly pictures; the limit that is reached first counts.
+    intervention_megabytes: int = 4000
 
     # Learning rate of the policy at the start.
     lr: float = 2e-4
@@ -259,7 +261,13 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"algorithm.{name}", f"must be between 0 and 1, got {value}")
-        for name in ("epochs", "minibatch_size", "demonstration_batch_size", "intervention_capacity"):
+        for name in (
+            "epochs",
+            "minibatch_size",
+            "demonstration_batch_size",
+            "intervention_capacity",
+            "intervention_megabytes",
+        ):
             value = getattr(self, name)
             check(value >= 1, f"algorithm.{name}", f"must be at least 1, got {value}")
         for name in (

@@ -24,6 +24,11 @@ class DemonstrationBatch:
     action: Tensor
     last: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in (*self.observation.values(), self.action, self.last))
+
     def __len__(self) -> int:
         """Number of steps."""
         return len(self.action)

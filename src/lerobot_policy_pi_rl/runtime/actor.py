@@ -3,11 +3,14 @@
 import contextlib
 import logging
 import time
-from dataclasses import asdict
-from threading import Event
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from threading import Event, Timer
 
 import numpy as np
 
+from ..algorithm.demonstrations import DemonstrationBatch
 from .access import read_actor_access
 from .client import LearnerClient, LearnerLost
 from .collector import Collector, Interrupted, make_eval_groups, make_groups
@@ -23,12 +26,15 @@ from .wire import (
     WeightsHeader,
     encode_decisions,
     encode_demonstrations,
+    max_weights_bytes,
 )
 
 logger = logging.getLogger(__name__)
 
 # Seconds after which a wait for weights looks whether it should stop.
 POLL_S = 0.5
+# Seconds that an actor takes at most to send what is left before it disconnects a robot.
+LEAVING_S = 3.0
 
 
 class Pace:
@@ -70,6 +76,84 @@ class Pace:
         return self._part - 1
 
 
+@dataclass
+class _Message:
+    """What people have shown, as it is sent.
+
+    Attributes:
+        payload: Of `wire.encode_demonstrations`.
+        steps: How many steps it has.
+        sent: The version at hand when it was sent on the present connection; None if it was not.
+    """
+
+    payload: bytes
+    steps: int
+    sent: int | None = None
+
+
+class Shown:
+    """What people have shown, kept until the learner surely has it: a connection may break before it has arrived.
+
+    gRPC does not say what has arrived, but weights do. An iteration is over when every connected actor has delivered a
+    quota that is at most `max_staleness` versions old. So that of version `v + max_staleness + 1` takes one that was
+    collected with newer weights than v, and with it all that this actor had sent with v on the same connection.
+    What is sent again although it had arrived the learner knows by its content.
+    """
+
+    def __init__(self, max_staleness: int, capacity: int, max_bytes: int) -> None:
+        """Nothing was shown yet.
+
+        Args:
+            max_staleness: As in the configuration of the collection.
+            capacity: Steps to keep, the newest: the learner would not keep more either.
+            max_bytes: Most bytes of them.
+        """
+        self._versions, self._capacity, self._max_bytes = max_staleness + 2, capacity, max_bytes
+        self._version = -1
+        self._kept: list[_Message] = []
+
+    def __len__(self) -> int:
+        """Steps that the learner may not have."""
+        return sum(message.steps for message in self._kept)
+
+    @property
+    def unsent(self) -> int:
+        """Of these, the steps that were not sent on the present connection."""
+        return sum(message.steps for message in self._kept if message.sent is None)
+
+    def add(self, batch: DemonstrationBatch | None) -> None:
+        """Keeps what people did; None if they did nothing."""
+        for some in batch.split(MAX_DEMONSTRATION_ROWS) if batch is not None else ():
+            self._kept.append(_Message(encode_demonstrations(some), len(some)))
+        while self._is_beyond_limits() and len(self._kept) > 1:
+            logger.warning("%d steps of a person are given up for newer ones", self._kept.pop(0).steps)
+
+    def _is_beyond_limits(self) -> bool:
+        size = sum(len(message.payload) for message in self._kept)
+        return len(self) > self._capacity or size > self._max_bytes
+
+    def take(self, version: int) -> None:
+        """Notes weights that have come on the present connection, and what the learner must have by now."""
+        self._version = version
+        self._kept = [
+            message
+            for message in self._kept
+            if message.sent is None or version < message.sent + self._versions
+        ]
+
+    def lose(self) -> None:
+        """Notes that the connection is gone: what was sent on it may not have arrived."""
+        for message in self._kept:
+            message.sent = None
+
+    def send(self, send: Callable[[bytes], None]) -> None:
+        """Sends what was not sent on the present connection."""
+        for message in self._kept:
+            if message.sent is None:
+                send(message.payload)
+                message.sent = self._version
+
+
 class Actor:
     """One actor process: environments, policy, and a connection to the learner."""
 
@@ -93,6 +177,11 @@ class Actor:
         self._groups, self._eval_groups = groups, own or groups
         self._player = make_player(cfg)
         self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0, stop)
+        self._shown = Shown(
+            self._collection.max_staleness,
+            algorithm_cfg.intervention_capacity,
+            algorithm_cfg.intervention_megabytes * 10**6,
+        )
         self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
         link = policy_cfg.actor_learner_config
         self._client = LearnerClient(
@@ -101,6 +190,7 @@ class Actor:
             self._collection.actor_id,
             agreed_settings(cfg, self._player),
             access=access,
+            max_weights_bytes=max_weights_bytes(self._player.policy.trainable_state()),
         )
 
     def run(self) -> None:
@@ -134,6 +224,7 @@ class Actor:
 
     def _reconnect(self, error: LearnerLost) -> None:
         """Waits for a learner that was there, unless this actor is asked to leave."""
+        self._shown.lose()
         if self._stop.is_set():
             return
         logger.warning("%s; waiting up to %.0f s for it", error, self._collection.connect_timeout_s)
@@ -144,6 +235,10 @@ class Actor:
     def _take(self, weights: Weights, restarts: bool) -> bool:
         """Loads weights and does what their message asks for; true when it is the last."""
         header = weights.header
+        self._shown.take(header.version)
+        if not header.final:
+            # What was shown before the connection was lost comes first.
+            self._shown.send(self._send_message)
         self._player.policy.load_trainable_state(weights.tensors)
         if header.evaluate:
             self._evaluate(header.version)
@@ -181,6 +276,7 @@ class Actor:
         if self._collection.group_size > 1:
             self._collector.restart(version, part)
         collected = self._collector.collect(version, part)
+        self._shown.add(collected.demonstrations)
         quota: dict[str, Scalar] = {"version": version, "part": part}
         if collected.control is not None:
             self._client.send_interaction(
@@ -190,16 +286,34 @@ class Actor:
         self._client.send_interaction(
             {**told, **asdict(collected.statistics), **collected.by_task}, self._stop
         )
-        if collected.demonstrations is not None:
-            # Before the decisions, so that the learner has them for the same iteration.
-            for some in collected.demonstrations.split(MAX_DEMONSTRATION_ROWS):
-                self._client.send_decisions(encode_demonstrations(some), self._stop)
+        # Before the decisions, so that the learner has them for the same iteration.
+        self._shown.send(self._send_message)
         header = RolloutHeader(self._collection.actor_id, version, part)
-        self._client.send_decisions(encode_decisions(collected.decisions, header), self._stop)
+        self._send_message(encode_decisions(collected.decisions, header))
+
+    def _send_message(self, payload: bytes) -> None:
+        self._client.send_decisions(payload, self._stop)
 
     def close(self) -> None:
-        """Sends what is queued, leaves the learner and ends the environments."""
-        self._client.close()
-        self._collector.close()
-        for group in self._eval_groups:
-            group.envs.close()
+        """Sends what is queued and what was shown, leaves the learner and ends the environments."""
+        deadline = time.monotonic() + LEAVING_S
+        try:
+            self._send_rest()
+        finally:
+            self._client.close(max(0.0, deadline - time.monotonic()))
+            self._collector.close()
+            for group in self._eval_groups:
+                group.envs.close()
+
+    def _send_rest(self) -> None:
+        """Queues what people have shown in a quota that was not finished, if the learner is still there."""
+        self._shown.add(self._collector.take_demonstrations())
+        late = Event()
+        timer = Timer(LEAVING_S, late.set)
+        timer.start()
+        try:
+            self._shown.send(partial(self._client.send_decisions, stop=late))
+        except LearnerLost:
+            logger.warning("%d steps of a person are lost: no learner takes them", self._shown.unsent)
+        finally:
+            timer.cancel()

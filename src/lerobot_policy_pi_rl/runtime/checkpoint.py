@@ -46,6 +46,8 @@ COUNTERS = "counters.json"
 FILE_SIZES = "file_sizes.json"
 ALGORITHM_TENSORS = "model.safetensors"
 BEST_CHECKPOINT_LINK = "best"
+# Held by the learner that trains in the folder; it has nothing in it and stays there.
+LOCK_FILE = ".learner.lock"
 
 # Settings that what is trained does not depend on.
 UNTRAINED_SETTINGS = (
@@ -70,6 +72,10 @@ REPLACED = ".replaced-"
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing or broken; the text is one line."""
+
+
+class InUse(CheckpointError):
+    """Another learner trains in the same folder; the text is one line."""
 
 
 class CheckpointNotWritten(CheckpointError):
@@ -120,7 +126,7 @@ def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LIN
     """Writes a checkpoint and points a link at it.
 
     Args:
-        output_dir: The run's directory.
+        output_dir: The run's directory, which this process owns.
         state: What to write.
         link: `last`, from which a run is resumed, or `best`.
 
@@ -134,18 +140,17 @@ def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LIN
     aside = place.with_name(ASIDE + place.name)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _holding(place.parent, wait=True):
-            try:
-                _remove_unfinished(place.parent)
-                _write(aside, state)
-                _synchronise(aside)
-                _move_into_place(aside, place)
-                _point_at(place, link)
-            except (OSError, SafetensorError):
-                # The half that was written would keep the disk full.
-                with contextlib.suppress(OSError):
-                    _remove_unfinished(place.parent)
-                raise
+        try:
+            remove_unfinished(output_dir)
+            _write(aside, state)
+            _synchronise(aside)
+            _move_into_place(aside, place)
+            _point_at(place, link)
+        except (OSError, SafetensorError):
+            # The half that was written would keep the disk full.
+            with contextlib.suppress(OSError):
+                remove_unfinished(output_dir)
+            raise
     except (OSError, SafetensorError) as error:
         raise CheckpointNotWritten(
             f"the checkpoint of version {state.step} could not be written to {place.parent} ({_line(error)}); "
@@ -179,18 +184,22 @@ def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
 
 
 def find_last(output_dir: Path) -> Path:
-    """The checkpoint that `last` points at, after clearing away what a killed write left.
+    """The checkpoint that `last` points at. Only looks: actors do so, too, while the learner writes.
 
     Raises:
         CheckpointError: There is none.
     """
-    remove_unfinished(output_dir)
     link = output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
+    place = link.resolve()
+    # A kill in the middle of its replacement left it beside its place.
+    displaced = place.with_name(REPLACED + place.name)
+    if not place.is_dir() and link.is_symlink() and displaced.is_dir():
+        return displaced
     if not link.is_dir():
         raise CheckpointError(
             f"no checkpoint at {link}: start without --resume=true, or give the output_dir of a run that saved one"
         )
-    return link.resolve()
+    return place
 
 
 def verify(checkpoint_dir: Path) -> None:
@@ -309,45 +318,37 @@ def pretrained_dir(checkpoint_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _holding(folder: Path, wait: bool) -> Iterator[None]:
-    """Holds the folder of the checkpoints, so that no other process takes what is being written for a leftover.
+def owning(output_dir: Path) -> Iterator[None]:
+    """Owns a run's directory: only one learner at a time may write to it. However it ends, it owns it no more.
 
     Args:
-        folder: The folder.
-        wait: Wait for another process that holds it, which takes no longer than a write.
+        output_dir: The run's directory; it may not exist.
 
     Raises:
-        BlockingIOError: If another process holds it, and this one does not wait.
+        InUse: If another learner owns it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(
+                f"another learner is training in {output_dir}; stop it, or name another folder with --output_dir"
+            ) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def remove_unfinished(output_dir: Path) -> list[Path]:
     """Removes what a killed write left behind, and undoes half of a replacement.
 
-    What another process is writing right now is left alone: an actor looks for the checkpoint to begin from while the
-    learner beside it saves the next one.
-
     Args:
-        output_dir: The run's directory; it may not exist.
+        output_dir: The run's directory, which this process owns; it may not exist.
 
     Returns:
         The directories removed.
     """
-    folder = output_dir / CHECKPOINTS_DIR
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), _holding(folder, wait=False):
-        return _remove_unfinished(folder)
-    return []
-
-
-def _remove_unfinished(folder: Path) -> list[Path]:
     removed = []
-    for path in sorted(folder.glob(".*-*")):
+    for path in sorted((output_dir / CHECKPOINTS_DIR).glob(".*-*")):
         if (
             path.name.startswith(REPLACED)
             and not (home := path.with_name(path.name.removeprefix(REPLACED))).exists()

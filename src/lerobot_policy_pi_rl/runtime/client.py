@@ -27,7 +27,6 @@ from .wire import Scalar, Weights, decode_weights, encode_interaction
 
 logger = logging.getLogger(__name__)
 
-MAX_WEIGHTS_BYTES = 16 * 2**30
 MAX_STATUS_BYTES = 2**20
 CALL_SECONDS = 5.0
 """How long one attempt to reach the learner may take."""
@@ -138,7 +137,15 @@ class _Link:
     What `__init__` sets below `_changed` is guarded by it.
     """
 
-    def __init__(self, address: str, handshake: Handshake, access: Access, outbox_capacity: int) -> None:
+    def __init__(
+        self,
+        address: str,
+        handshake: Handshake,
+        access: Access,
+        outbox_capacity: int,
+        max_weights_bytes: int,
+    ) -> None:
+        self._max_weights_bytes = max_weights_bytes
         self.weights: Weights | None = None
         self._changed = threading.Condition()
         self._payload: bytes | None = None
@@ -253,7 +260,7 @@ class _Link:
 
     def _receive(self) -> None:
         """Keeps the newest payload of the parameters stream."""
-        chunks = whole_messages(self._parameters, MAX_WEIGHTS_BYTES, self._reject)
+        chunks = whole_messages(self._parameters, self._max_weights_bytes, self._reject)
         reason = "the learner ended the connection"
         try:
             receive_bytes_in_chunks(chunks, SimpleNamespace(put=self._keep), threading.Event())
@@ -312,6 +319,7 @@ class LearnerClient:
         outbox_capacity: int = 8,
         command: str = "lerobot-pi-rl-learner --config_path=<the actor's config>",
         access: Access | None = None,
+        max_weights_bytes: int = 16 * 2**30,
     ) -> None:
         """Prepares a client; nothing of gRPC starts before `connect`.
 
@@ -323,7 +331,9 @@ class LearnerClient:
             outbox_capacity: Most payloads that wait in each direction before `send_decisions` blocks.
             command: How a learner is started, for the text of `LearnerUnreachable`.
             access: Token and TLS; None has neither.
+            max_weights_bytes: Most bytes of a push; a larger one is not taken.
         """
+        self._max_weights_bytes = max_weights_bytes
         self._host, self._port, self._access = host, port, access or Access()
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._settings = dict(settings)
@@ -461,7 +471,9 @@ class LearnerClient:
 
     def _attempt(self, stopping: Stopping) -> str | None:
         """One try; returns why it failed when trying again may help, or None when connected."""
-        link = _Link(self._address, self._handshake, self._access, self._outbox_capacity)
+        link = _Link(
+            self._address, self._handshake, self._access, self._outbox_capacity, self._max_weights_bytes
+        )
         try:
             link.call_ready(self._settings, stopping)
             link.open(stopping)

@@ -408,10 +408,13 @@ class Collector:
         envs = self._groups[0].envs
         if not isinstance(envs, RobotVector):
             return Collected(decisions, statistics, by_task, None, None)
-        return Collected(decisions, statistics, by_task, envs.take_statistics(), self._demonstrations(envs))
+        return Collected(decisions, statistics, by_task, envs.take_statistics(), self.take_demonstrations())
 
-    def _demonstrations(self, robot: RobotVector) -> DemonstrationBatch | None:
-        """What people did, as it crosses the wire."""
+    def take_demonstrations(self) -> DemonstrationBatch | None:
+        """What people did since the last time, as it crosses the wire; None if they did nothing, or without a robot."""
+        robot = self._groups[0].envs
+        if not isinstance(robot, RobotVector):
+            return None
         path, parts = self._player.path, []
         for intervention in robot.take_interventions():
             count = len(intervention.action)

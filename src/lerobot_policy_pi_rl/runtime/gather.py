@@ -14,6 +14,7 @@ from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .inbox import Received
+from .interventions import surplus
 from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
 from .service import ActorEvent, PIRLLearnerService
@@ -207,9 +208,10 @@ class Gatherer:
         control = self._pop_statistics("control", iteration.quotas)
         evaluations = self._pop_evaluations(version)
         self._forget_statistics()
-        demonstrations, self._demonstrations = list(self._demonstrations), deque()
         seconds = time.monotonic() - began
-        return Gathered(iteration.decisions(), collections, evaluations, control, seconds, demonstrations)
+        return Gathered(
+            iteration.decisions(), collections, evaluations, control, seconds, self._pop_demonstrations()
+        )
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -220,6 +222,33 @@ class Gatherer:
         self._newest = version
         self._wait_for_statistics("evaluation", self._everybody(version), timeout_s)
         return self._pop_evaluations(version)
+
+    def gather_demonstrations(self, timeout_s: float) -> list[DemonstrationBatch]:
+        """What people did and no iteration has taken, once the actors were told to leave.
+
+        Args:
+            timeout_s: Longest wait for actors that are still there: they send it before they leave.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            leaving = bool(self._service.connected()) and time.monotonic() < deadline
+            message = self._service.decisions.get(POLL_S if leaving else 0.0)
+            if message is not None:
+                self._take_late(message)
+            elif not leaving:
+                return self._pop_demonstrations()
+
+    def _take_late(self, message: Received) -> None:
+        """Keeps what a person did, and nothing else."""
+        try:
+            if kind_of(message.payload) == DEMONSTRATIONS:
+                self._take_demonstrations(message.payload)
+        except WireError as error:
+            self._reject(message, error)
+
+    def _pop_demonstrations(self) -> list[DemonstrationBatch]:
+        taken, self._demonstrations = list(self._demonstrations), deque()
+        return taken
 
     def discard_before(self, version: int) -> None:
         """Drops what older weights collected, now and when it arrives."""
@@ -295,21 +324,22 @@ class Gatherer:
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
         except WireError as error:
-            self._service.reject(message.actor, "malformed", str(error))
-            self.dropped["malformed_messages"] += 1
+            self._reject(message, error)
             return
         self._take_quota(message, rollout, iteration)
+
+    def _reject(self, message: Received, error: WireError) -> None:
+        """Counts a message that is not what it should be."""
+        self._service.reject(message.actor, "malformed", str(error))
+        self.dropped["malformed_messages"] += 1
 
     def _take_demonstrations(self, payload: bytes) -> None:
         """Keeps what a person did, and of all that waits the newest messages, as `InterventionStore` would."""
         if not self._spec.demonstration_steps:
             raise WireError("has demonstrations, but nobody can take over in this environment")
         self._demonstrations.append(decode_demonstrations(payload, self._spec))
-        waiting = sum(map(len, self._demonstrations))
-        while waiting > self._spec.demonstration_steps and len(self._demonstrations) > 1:
-            dropped = len(self._demonstrations.popleft())
-            self.dropped["demonstration_steps"] += dropped
-            waiting -= dropped
+        for _ in range(surplus(self._demonstrations, self._spec)):
+            self.dropped["demonstration_steps"] += len(self._demonstrations.popleft())
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
@@ -403,8 +433,7 @@ class Gatherer:
             for name in (*STATISTICS[str(kind)], *by_task):
                 _check_statistic(name, values.get(name))
         except WireError as error:
-            self._service.reject(message.actor, "malformed", str(error))
-            self.dropped["malformed_messages"] += 1
+            self._reject(message, error)
             return
         # Of other versions nobody asks, and whoever sends can make up as many as it likes, under ever new numbers.
         asked = self._oldest <= version <= self._newest and 0 <= part <= self._collection.max_staleness

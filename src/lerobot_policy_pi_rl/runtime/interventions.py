@@ -1,10 +1,11 @@
 """What people did during a run: on the disk, in memory up to a limit, and as batches for supervised co-training."""
 
 import bisect
+import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +34,31 @@ class InterventionStore:
     written when it comes, not with a checkpoint: what a person has shown stays true, whatever the policy learned since.
     """
 
-    def __init__(self, output_dir: Path, spec: WireSpec, capacity: int, prepare: Prepare) -> None:
-        """Reads what earlier parts of the run have left.
+    def __init__(self, output_dir: Path, spec: WireSpec, prepare: Prepare) -> None:
+        """Reads what earlier parts of the run have left, and changes nothing of it: that is for `trim` and `add`.
 
         Args:
             output_dir: The run's directory.
-            spec: What actors may send.
-            capacity: Steps to keep; files beyond it are removed, the oldest first.
+            spec: What actors may send, and how much of it is kept; files beyond that are removed, the oldest first.
             prepare: Makes the batch that the base's loss reads.
 
         Raises:
             CheckpointError: A file cannot be read, or belongs to another robot or policy.
         """
-        self._folder, self._spec, self._capacity, self._prepare = (
-            output_dir / FOLDER,
-            spec,
-            capacity,
-            prepare,
-        )
+        self._folder, self._spec, self._prepare = output_dir / FOLDER, spec, prepare
+        # Steps that made way for newer ones.
+        self.forgotten = 0
         self._parts: list[tuple[Path, DemonstrationBatch]] = []
+        # Digests of all messages that have come, also of those that were forgotten since.
+        self._known: set[bytes] = set()
         for file in sorted(self._folder.glob("*.safetensors")):
             try:
                 self._parts.append((file, decode_demonstrations(file.read_bytes(), spec)))
+                self._known.add(_digest(self._parts[-1][1]))
             except (OSError, WireError) as error:
                 raise CheckpointError(
                     f"{file} does not fit this run: {error}; move it out of the folder"
                 ) from error
-        self._forget_oldest()
         if self._parts:
             logger.info("Found %d steps of interventions in %s", len(self), self._folder)
 
@@ -68,7 +67,15 @@ class InterventionStore:
         return sum(len(part) for _, part in self._parts)
 
     def add(self, batch: DemonstrationBatch) -> None:
-        """Keeps what a person did, in memory alone if the disk is full."""
+        """Keeps what a person did, in memory alone if the disk is full.
+
+        An actor sends again what may not have arrived before its connection broke; what had arrived is not kept twice.
+        """
+        digest = _digest(batch)
+        if digest in self._known:
+            logger.info("%d steps of a person came a second time and are kept once", len(batch))
+            return
+        self._known.add(digest)
         number = int(self._parts[-1][0].stem) + 1 if self._parts else 0
         file = self._folder / f"{number:06d}.safetensors"
         aside = file.with_suffix(".part")
@@ -84,7 +91,7 @@ class InterventionStore:
             logger.error("%d steps of a person are in memory alone: %s", len(batch), error)
             aside.unlink(missing_ok=True)
         self._parts.append((file, batch))
-        self._forget_oldest()
+        self.trim()
 
     def __call__(self, count: int) -> dict[str, Any] | None:
         """A batch of `count` chunks, drawn with replacement; None while nobody has shown anything."""
@@ -108,9 +115,31 @@ class InterventionStore:
         seen = {key: value[row] for key, value in part.observation.items()}
         return seen, part.task[row], part.action[rows[0]], pad[0]
 
-    def _forget_oldest(self) -> None:
-        while len(self) > self._capacity and len(self._parts) > 1:
-            self._parts.pop(0)[0].unlink(missing_ok=True)
+    def trim(self) -> None:
+        """Forgets the oldest beyond the limits, on the disk as well."""
+        for _ in range(surplus((part for _, part in self._parts), self._spec)):
+            file, part = self._parts.pop(0)
+            file.unlink(missing_ok=True)
+            self.forgotten += len(part)
+
+
+def surplus(parts: Iterable[DemonstrationBatch], spec: WireSpec) -> int:
+    """How many of the oldest parts are beyond the limits; the newest one stays, however large it is."""
+    steps = size = kept = number = 0
+    for number, part in enumerate(reversed(list(parts)), 1):
+        steps, size = steps + len(part), size + part.nbytes
+        if number == 1 or (steps <= spec.demonstration_steps and size <= spec.demonstration_bytes):
+            kept = number
+    return number - kept
+
+
+def _digest(batch: DemonstrationBatch) -> bytes:
+    """Of the content: the bytes of a message differ from one encoding to the next."""
+    found = hashlib.sha256("\0".join(batch.task).encode())
+    tensors = [batch.observation[key] for key in sorted(batch.observation)]
+    for tensor in (*tensors, batch.action, batch.last):
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.digest()
 
 
 def either(sources: Sequence[Demonstrations]) -> Demonstrations:

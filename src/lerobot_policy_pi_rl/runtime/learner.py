@@ -18,6 +18,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 from torch import Tensor
 
+from ..algorithm.demonstrations import DemonstrationBatch
 from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
@@ -44,6 +45,8 @@ WAITING_MESSAGES = 64
 REJECTED_MESSAGES = 100
 # Seconds that actors get for the evaluation of the final policy.
 FINAL_EVALUATION_S = 600.0
+# Seconds that actors get, when the run is over, for what people have shown since.
+FINAL_DEMONSTRATIONS_S = 3.0
 
 
 @dataclass
@@ -141,9 +144,9 @@ class Learner:
         if algorithm_cfg.demonstration_weight > 0:
             self._algorithm.demonstrations = self._sources()
         self._rollouts = Rollouts()
-        checkpoint.remove_unfinished(self._output_dir)
-        # Version of the newest checkpoint that a resume would begin from.
+        # Version of the newest checkpoint that a resume would begin from, and how many could not be written.
         self._saved_version: int | None = None
+        self._checkpoints_failed = 0
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
@@ -185,7 +188,7 @@ class Learner:
         ) -> dict[str, Any]:
             return for_loss(player.preprocessor({**player.path.unpack(observation), **actions, "task": task}))
 
-        return InterventionStore(self._output_dir, spec, self._config.intervention_capacity, prepare)
+        return InterventionStore(self._output_dir, spec, prepare)
 
     def _sources(self) -> Demonstrations:
         """Where demonstrations come from: the data set and what people do, each as often where both are there."""
@@ -197,12 +200,20 @@ class Learner:
 
         Raises:
             CheckpointNotWritten: If there is no room for the first checkpoint or for the last one.
+            InUse: If another learner trains in the same folder.
             PortUnavailable: If the learner cannot listen where it should.
             RatioError: If sampling and scoring do not agree.
         """
-        # The file of metrics after the port: a learner that is already running must not lose its lines to a second one.
-        with self._server, self._open_metrics() as self._metrics:
+        # Files are changed after the port is open and the folder is owned: another learner may be running.
+        with (
+            self._server,
+            checkpoint.owning(self._output_dir),
+            self._open_metrics() as self._metrics,
+        ):
             logger.info("Listening on %s:%d", self._server.host, self._server.port)
+            checkpoint.remove_unfinished(self._output_dir)
+            if self._interventions is not None:
+                self._interventions.trim()
             self._report()
             try:
                 self._train()
@@ -211,6 +222,14 @@ class Learner:
                 if self._saved_version != self._progress.version:
                     self._save()
                 self._publish(restart=False, evaluate=False, final=True)
+            if self._interventions is not None:
+                self._keep_shown(self._gatherer.gather_demonstrations(FINAL_DEMONSTRATIONS_S))
+
+    def _keep_shown(self, demonstrations: list[DemonstrationBatch]) -> None:
+        """Keeps what people did on robots; without a robot there is none."""
+        if self._interventions is not None:
+            for shown in demonstrations:
+                self._interventions.add(shown)
 
     def _open_metrics(self) -> MetricsWriter:
         return MetricsWriter(
@@ -238,9 +257,7 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
-        if self._interventions is not None:
-            for shown in gathered.demonstrations:
-                self._interventions.add(shown)
+        self._keep_shown(gathered.demonstrations)
         if self._consider_best(version, gathered.evaluations):
             self._roll_back(gathered)
             return
@@ -273,7 +290,8 @@ class Learner:
         if not early and not finished:
             self._publish_next(restart=True)
         self._watch(stats)
-        self._log(gathered, stats, ready_at[0] - updating, updated - ready_at[0])
+        learned = len(gathered.decisions)
+        self._log(gathered, stats, learned, ready_at[0] - updating, updated - ready_at[0])
 
     def _focus(self) -> None:
         """Decides how the environments are dealt to the tasks from the next restart on."""
@@ -314,6 +332,9 @@ class Learner:
             self._save_milestone()
         if not self._finished():
             self._publish_next(restart=True)
+        # Nothing was learned, but everything else is known.
+        unlearned = TrainingStats(losses={}, grad_norms={}, extra={"lr": self._algorithm.lr})
+        self._log(gathered, unlearned, 0, update_seconds=0.0, critic_seconds=0.0)
 
     def _watch(self, stats: TrainingStats) -> None:
         """Notes an update that was out of control; too many in a row end the run."""
@@ -421,6 +442,7 @@ class Learner:
             superseded = checkpoint.mark_best(self._output_dir, self._training_state())
         except checkpoint.CheckpointNotWritten as error:
             progress.best_success, progress.best_version = before
+            self._checkpoints_failed += 1
             logger.error("%s; it would be the best one (validation success %.2f)", error, success)
             return
         if superseded is not None and not self._is_milestone(int(superseded.name)):
@@ -451,6 +473,7 @@ class Learner:
         try:
             self._save()
         except checkpoint.CheckpointNotWritten as error:
+            self._checkpoints_failed += 1
             logger.error("%s; training goes on, a resume begins at version %s", error, self._saved_version)
 
     def _training_state(self) -> checkpoint.TrainingState:
@@ -489,6 +512,7 @@ class Learner:
         self,
         gathered: Gathered,
         stats: TrainingStats,
+        learned: int,
         update_seconds: float,
         critic_seconds: float,
     ) -> None:
@@ -501,6 +525,7 @@ class Learner:
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
             **rollout_metrics(gathered, progress.version - 1),
+            "rollout/decisions": learned,
             **control_metrics(gathered.control),
             **learning_metrics(stats),
             "progress/env_steps": progress.env_steps,
@@ -509,11 +534,12 @@ class Learner:
             "progress/seconds": progress.seconds,
             "speed/env_steps_per_s": decisions.steps / max(seconds, 1e-9),
             "speed/collection_steps_per_s": decisions.steps / max(collect, 1e-9),
-            "speed/update_decisions_per_s": len(decisions) / max(update_seconds + critic_seconds, 1e-9),
+            "speed/update_decisions_per_s": learned / max(update_seconds + critic_seconds, 1e-9),
             "speed/collect_seconds": collect,
             "speed/wait_seconds": gathered.seconds,
             "speed/update_seconds": update_seconds,
             "speed/critic_seconds": critic_seconds,
+            "checkpoint/failed": self._checkpoints_failed,
             "push/bytes": self._pushed_bytes,
             "push/latency_s": max(map(self._latency, gathered.collections), default=0.0),
             "actors/connected": len(self._service.connected()),
@@ -527,6 +553,7 @@ class Learner:
         }
         if self._interventions is not None:
             row["control/demonstrations"] = len(self._interventions)
+            row["control/forgotten"] = self._interventions.forgotten
         self._metrics.write(progress.version, row)
         self._report(row)
 
@@ -593,7 +620,6 @@ def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
     episodes = total(gathered.collections, "episodes")
     metrics: dict[str, float] = {
         "rollout/episodes": episodes,
-        "rollout/decisions": len(gathered.decisions),
         "rollout/staleness": float(version - gathered.decisions.version.float().mean()),
         "rollout/staleness_max": float(version - int(gathered.decisions.version.min())),
     }

@@ -463,4 +463,5 @@ def wire_spec(cfg: PIRLTrainConfig, player: Player) -> WireSpec:
         denoising_steps=policy_cfg.num_inference_steps,
         max_rows=collection.num_envs * collection.decisions,
         demonstration_steps=algorithm.intervention_capacity if is_robot(env_cfg) else 0,
+        demonstration_bytes=algorithm.intervention_megabytes * 10**6 if is_robot(env_cfg) else 0,
     )

@@ -107,7 +107,8 @@ class WireSpec:
         action: Shape of one chunk, `(H, A)`.
         denoising_steps: Number K of denoising steps; step indices are below it.
         max_rows: Most decisions in one message.
-        demonstration_steps: Most steps of people that wait to be learned from; 0 where nobody can take over.
+        demonstration_steps: Most steps of people that are kept; 0 where nobody can take over.
+        demonstration_bytes: Most bytes of them.
     """
 
     observation: dict[str, TensorField]
@@ -116,6 +117,7 @@ class WireSpec:
     denoising_steps: int
     max_rows: int
     demonstration_steps: int = 0
+    demonstration_bytes: int = 0
 
     def layout(self, rows: int, next_rows: int) -> dict[str, TensorField]:
         """Type and full shape of every tensor of a message, by flat name."""
@@ -473,6 +475,11 @@ def encode_weights(
     """Encodes weights for the parameters stream, each tensor in its own dtype, with a checksum; see `Weights`."""
     metadata = {"task_shares": json.dumps(dict(task_shares or {})), "checksum": checksum(tensors)}
     return pack("weights", asdict(header), tensors, metadata)
+
+
+def max_weights_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Most bytes of a message of weights that has these tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values()) + MAX_HEADER_BYTES
 
 
 def decode_weights(data: bytes) -> Weights:
