@@ -16,7 +16,7 @@ from lerobot_policy_pi_rl.algorithm.storage import prepare
 from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
-from lerobot_policy_pi_rl.runtime.learner import learning_metrics
+from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -91,9 +91,11 @@ def update_metrics(**settings: Any) -> set[str]:
 
 
 def runtime_metrics() -> set[str]:
-    """Names that the learner and the gatherer write out in their code."""
-    learner, gatherer = ((RUNTIME / name).read_text() for name in ("learner.py", "gather.py"))
-    stated = re.findall(rf'"((?:{GROUPS})/\w+)"', learner)
+    """Names that the learner, its statistics and the gatherer write out in their code."""
+    learner, told, gatherer = (
+        (RUNTIME / name).read_text() for name in ("learner.py", "statistics.py", "gather.py")
+    )
+    stated = re.findall(rf'"((?:{GROUPS})/\w+)"', learner + told)
     counted = re.findall(r'\.dropped\["(\w+)"\]', gatherer + learner)
     assert stated
     assert counted

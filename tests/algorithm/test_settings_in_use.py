@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lerobot_policy_pi_rl.algorithm import pi_rl
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
-from lerobot_policy_pi_rl.algorithm.pi_rl import Averages, PIRLAlgorithm
+from lerobot_policy_pi_rl.algorithm.material import Averages
+from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
 
 MakeAlgorithm = Callable[..., PIRLAlgorithm]

@@ -28,9 +28,10 @@ from lerobot_policy_pi_rl.runtime.collector import Collected, Collector, Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.gather import Gathered
 from lerobot_policy_pi_rl.runtime.guard import RUNAWAY_ITERATIONS
-from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts, learning_metrics
+from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts
 from lerobot_policy_pi_rl.runtime.pipeline import Player
 from lerobot_policy_pi_rl.runtime.server import PortUnavailable
+from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
 from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
 from .conftest import SOON, MakeConfig, Train, as_actor, run_actor

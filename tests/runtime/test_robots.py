@@ -37,10 +37,11 @@ from lerobot_policy_pi_rl.runtime.client import LearnerLost
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
-from lerobot_policy_pi_rl.runtime.learner import Learner, control_metrics
+from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
+from lerobot_policy_pi_rl.runtime.statistics import control_metrics
 from lerobot_policy_pi_rl.runtime.wire import DEMONSTRATIONS, Weights, WeightsHeader, kind_of
 from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
