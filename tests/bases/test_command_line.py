@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.scripts.console import run_command, wrap_stock_policy
+from lerobot_policy_pi_rl.scripts.console import joined, run_command, wrap_stock_policy
 
 
 def run(arguments: list[str]) -> None:
@@ -114,6 +114,14 @@ def test_what_a_package_may_bring_is_left_to_lerobot(tmp_path: Path) -> None:
     for given in ("--policy.base.type=mine", f"--policy.path={path}"):
         arguments = ["--policy.discover_packages_path=my_package", given]
         assert wrap_stock_policy(arguments) == arguments
+
+
+def test_a_checkpoint_may_be_named_after_a_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    act = checkpoint(tmp_path / "act", "act")
+    run(["--policy.path", str(act), "--seed", "3"])
+    assert "holds a 'act', which PI-RL does not train" in capsys.readouterr().err
+    given = ["--seed", "3", "--resume", "--config_path", "a.json", "--wandb.enable=false"]
+    assert joined(given) == ["--seed", "3", "--resume", "--config_path=a.json", "--wandb.enable=false"]
 
 
 def test_any_other_checkpoint_is_left_to_lerobot(tmp_path: Path) -> None:

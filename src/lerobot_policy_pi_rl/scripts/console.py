@@ -30,6 +30,8 @@ from ..runtime.workers import EnvironmentFailed
 PACKAGE = "lerobot_policy_pi_rl"
 POLICY_PATH, BASE_PATH, CONFIG_PATH = "--policy.path", "--policy.base_path", "--config_path"
 BASE_TYPE = "--policy.base.type"
+# What LeRobot and this module look up before the parser does, and only as `--name=value`.
+LOOKED_UP = (POLICY_PATH, BASE_PATH, CONFIG_PATH, BASE_TYPE, "--resume")
 # Has LeRobot import a package, which may register bases, when it parses the command line.
 DISCOVER = ".discover_packages_path"
 
@@ -46,7 +48,7 @@ def run_command(command: Callable[[], None]) -> None:
     logging.getLogger().setLevel(logging.WARNING)
     register_third_party_plugins()
     try:
-        sys.argv[1:] = wrap_stock_policy(sys.argv[1:])
+        sys.argv[1:] = wrap_stock_policy(joined(sys.argv[1:]))
         command()
     except EXPECTED_ERRORS as error:
         logging.getLogger(__name__).debug("Ended by", exc_info=True)
@@ -55,6 +57,17 @@ def run_command(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Writes `--name value` as `--name=value`, where LeRobot would overlook the former."""
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] in LOOKED_UP and not argument.startswith("--"):
+            result[-1] += f"={argument}"
+        else:
+            result.append(argument)
+    return result
 
 
 def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
