@@ -12,7 +12,7 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import make_policy
 from lerobot.policies.factory import get_policy_class
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
@@ -99,6 +99,16 @@ def test_adapters_whose_policy_is_not_there_are_one_line(save_adapters: SaveAdap
         ) as error:
             PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
         assert "\n" not in str(error.value)
+
+
+def test_half_of_the_adapters_is_one_line(save_adapters: SaveAdapters) -> None:
+    """They would do nothing, and the run would begin with another policy than the one that was trained."""
+    folder = save_adapters("pi0")
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file(dict(sorted(weights.items())[: len(weights) // 2]), file)
+    with pytest.raises(ConfigError, match=r"policy.base_path.*lacks some of its adapters' weights; copy"):
+        PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
 
 
 def test_adapters_without_peft_are_one_line(

@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) inside a stock policy, by peft."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,17 @@ def merge_checkpoint(policy: Any, path: str) -> Any:
     Args:
         policy: That policy, with its weights.
         path: Checkpoint of the adapters, a folder or a name on the hub.
+
+    Raises:
+        ConfigError: If the checkpoint lacks some of them.
     """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(policy, path).merge_and_unload()
+    try:
+        with warnings.catch_warnings():
+            # peft would go on with adapters that do nothing.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(policy, path).merge_and_unload()
+    except UserWarning:
+        problem = f"{path} lacks some of its adapters' weights; copy the checkpoint once more"
+        raise config_error("policy.base_path", problem) from None
