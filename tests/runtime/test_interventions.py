@@ -228,6 +228,9 @@ def test_what_was_shown_is_bounded_in_bytes_too(tmp_path: Path) -> None:
         kept.add(shown(2, first))
     assert (len(kept), kept.forgotten) == (4, 2)
     assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    # What is forgotten is not remembered by its digest either: a long run would have ever more of them.
+    kept.add(shown(2, 0))
+    assert (len(kept), kept.forgotten) == (4, 4)
     # Of two limits the narrower one counts.
     assert surplus([shown(2)] * 4, replace(SPEC, demonstration_bytes=7 * STEP_BYTES)) == 1
     assert surplus([shown(2)] * 4, replace(SPEC, demonstration_steps=3)) == 3

@@ -308,6 +308,8 @@ class Actor:
     def _send_rest(self) -> None:
         """Queues what people have shown in a quota that was not finished, if the learner is still there."""
         self._shown.add(self._collector.take_demonstrations())
+        if not self._shown.unsent:
+            return
         late = Event()
         timer = Timer(LEAVING_S, late.set)
         timer.start()

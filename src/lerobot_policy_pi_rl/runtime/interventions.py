@@ -49,7 +49,7 @@ class InterventionStore:
         # Steps that made way for newer ones.
         self.forgotten = 0
         self._parts: list[tuple[Path, DemonstrationBatch]] = []
-        # Digests of all messages that have come, also of those that were forgotten since.
+        # Digest of each of them.
         self._known: set[bytes] = set()
         for file in sorted(self._folder.glob("*.safetensors")):
             try:
@@ -120,6 +120,7 @@ class InterventionStore:
         for _ in range(surplus((part for _, part in self._parts), self._spec)):
             file, part = self._parts.pop(0)
             file.unlink(missing_ok=True)
+            self._known.discard(_digest(part))
             self.forgotten += len(part)
 
 
@@ -138,7 +139,7 @@ def _digest(batch: DemonstrationBatch) -> bytes:
     found = hashlib.sha256("\0".join(batch.task).encode())
     tensors = [batch.observation[key] for key in sorted(batch.observation)]
     for tensor in (*tensors, batch.action, batch.last):
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.contiguous().view(torch.uint8).numpy())
     return found.digest()
 
 
