@@ -145,6 +145,21 @@ def thousands(steps: str) -> str:
     return f"{round(int(steps.replace(',', '')), -3):,}" if steps[0].isdigit() else steps
 
 
+def test_ten_tasks_from_half_of_the_starts() -> None:
+    seeds = [row for row in cells("mt10_half") if row["best"] is not None]
+    expected = [
+        [
+            task.removesuffix("-v3"),
+            *(f"{row['per_task'][task][when]:.2f}" for row in seeds for when in ("supervised", "best")),
+        ]
+        for task in seeds[0]["per_task"]
+    ]
+    assert shown(BENCHMARKS, "| task | seed 0: supervised |")[:-1] == expected
+    mean = shown(BENCHMARKS, "| task | seed 0: supervised |")[-1][1:]
+    assert mean[1::2] == [interval(row) for row in seeds]
+    assert [cell.split()[0] for cell in mean[::2]] == [f"{row['supervised']:.2f}" for row in seeds]
+
+
 def test_against_what_people_use() -> None:
     files = sorted(report.GRID.glob(f"{TASK}_*_default.jsonl"))
     curves = report.collect(report.RESULTS, TASK, files)
