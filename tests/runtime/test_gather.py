@@ -60,6 +60,9 @@ class Room:
     def leave(self, actor: int) -> None:
         self._events.append(ActorEvent("left", self._here.pop(actor)))
 
+    def take_next(self, version: int) -> None:
+        self.next_version = version
+
     def connected(self) -> list[ActorInfo]:
         return [self._here[actor] for actor in sorted(self._here)]
 
@@ -251,6 +254,20 @@ def test_an_actor_that_joins_is_waited_for(scene: Scene, background: Callable[..
         waiting.result(0.6)
     scene.deliver(1)
     assert len(waiting.result(SOON).decisions) == 2 * QUOTA
+
+
+def test_whoever_joins_is_told_which_iteration_takes_its_first_quota(
+    scene: Scene, background: Callable[..., Future]
+) -> None:
+    scene.room.join(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.3)
+    assert scene.room.next_version == VERSION
+    scene.deliver(0)
+    waiting.result(SOON)
+    # While the learner trains.
+    assert scene.room.next_version == VERSION + 1
 
 
 def test_without_any_actor_it_waits_for_the_next(

@@ -185,6 +185,23 @@ def test_an_actor_is_never_too_far_ahead(max_staleness: int) -> None:
     assert max(ages) == max_staleness
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_actor_that_joins_wastes_no_quota(max_staleness: int, training: bool) -> None:
+    """The learner has published version 7 and either waits for its decisions or already trains on others'."""
+    first = 8 if training else 7
+    pace, sent = Pace(max_staleness, next_version=first), []
+    for version in range(7, 20):
+        pace.take(WeightsHeader(version, restart=False, evaluate=False, final=False, sent_at=0.0))
+        while pace.may_collect:
+            pace.next_part()
+            sent.append(version)
+        ages = [taken - made for taken, made in enumerate(sent, first)]
+        assert all(0 <= age <= max_staleness for age in ages)
+        # Where it may be ahead it is, by as much as it may.
+        assert len(sent) == max(0, version - first + max_staleness + 1)
+
+
 def test_every_validation_start_runs_once_however_many_actors_there_are(train: Train) -> None:
     arguments = ("--steps=2", "--env_eval_freq=1", "--eval.n_episodes=7", "--env.fate=true")
     one = evaluations(train(*arguments, folder="one"))

@@ -28,6 +28,7 @@ from lerobot_policy_pi_rl.runtime.client import (
     LearnerUnreachable,
     LinkState,
     Outbox,
+    _version,
 )
 from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
@@ -161,6 +162,23 @@ def test_a_late_client_gets_the_newest_at_once() -> None:
             received = client.wait_weights(-1, SOON)
             assert received is not None
             assert received.header.version == 2
+
+
+def test_a_client_is_told_which_version_takes_its_first_quota() -> None:
+    with serving(make_service()) as server:
+        with connected(server) as client:
+            assert client.next_version == 0
+        server.service.take_next(12)
+        with connected(server) as client:
+            assert client.next_version == 12
+            server.service.take_next(13)
+            client.reconnect(SOON)
+            assert client.next_version == 13
+
+
+@pytest.mark.parametrize("told", [None, "", "-1", "1.5", "9" * 19, "٣"])
+def test_what_is_no_version_counts_as_the_first(told: str | None) -> None:
+    assert _version(told) == 0
 
 
 def test_a_slow_client_skips_to_the_newest() -> None:

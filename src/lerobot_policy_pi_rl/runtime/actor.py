@@ -47,13 +47,16 @@ class Pace:
         version: Of the weights at hand; -1 before the first.
     """
 
-    def __init__(self, max_staleness: int) -> None:
+    def __init__(self, max_staleness: int, next_version: int = 0) -> None:
         """Nothing was received yet.
 
         Args:
             max_staleness: As in the configuration of the collection.
+            next_version: The version whose iteration takes the first quota: while the learner trains, that is not
+                the version of its newest weights but the one that comes of this training.
         """
         self.version = -1
+        self._next = next_version
         self._max_staleness = max_staleness
         self._first, self._sent, self._part = 0, 0, 0
 
@@ -61,7 +64,7 @@ class Pace:
         """Notes new weights; true when fresh episodes are to begin with them."""
         restarts = header.restart or self.version < 0
         if restarts:
-            self._first, self._sent = header.version, 0
+            self._first, self._sent = max(header.version, self._next), 0
         self.version, self._part = header.version, 0
         return restarts
 
@@ -202,14 +205,14 @@ class Actor:
         self._client.connect(self._collection.connect_timeout_s, self._stop)
         if not self._stop.is_set():
             logger.info("Actor %d is connected", self._collection.actor_id)
-        pace = Pace(self._collection.max_staleness)
+        pace = Pace(self._collection.max_staleness, self._client.next_version)
         latency = 0.0
         while not self._stop.is_set():
             try:
                 weights = self._client.wait_weights(pace.version, 0.0 if pace.may_collect else POLL_S)
             except LearnerLost as error:
                 self._reconnect(error)
-                pace = Pace(self._collection.max_staleness)
+                pace = Pace(self._collection.max_staleness, self._client.next_version)
                 continue
             # Lost while it works: the next wait says so, or has the final weights that came before the end.
             # Interrupted when asked to leave, which the loop sees.

@@ -22,12 +22,20 @@ from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunk
 
 from .access import TOKEN_VARIABLE, Access, find_tls_fault
 from .chunks import whole_messages
-from .handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, PROTOCOL, STATUS_METADATA, Handshake
+from .handshake import (
+    HEARTBEAT_METADATA,
+    HEARTBEAT_SECONDS,
+    NEXT_VERSION,
+    PROTOCOL,
+    STATUS_METADATA,
+    Handshake,
+)
 from .wire import Scalar, Weights, decode_weights, encode_interaction
 
 logger = logging.getLogger(__name__)
 
 MAX_STATUS_BYTES = 2**20
+MAX_VERSION_DIGITS = 18
 CALL_SECONDS = 5.0
 """How long one attempt to reach the learner may take."""
 RETRY_SECONDS = 0.5
@@ -147,6 +155,7 @@ class _Link:
     ) -> None:
         self._max_weights_bytes = max_weights_bytes
         self.weights: Weights | None = None
+        self.next_version = 0
         self._changed = threading.Condition()
         self._payload: bytes | None = None
         self._receiving = True
@@ -201,8 +210,9 @@ class _Link:
         # The stream itself has no time limit, but the learner's first word has: the network may have stalled.
         with _patience(self._parameters, stopping):
             # The learner sends metadata of its own once it has listed this actor; a refusal comes without.
-            if not self._parameters.initial_metadata():
+            if not (told := self._parameters.initial_metadata()):
                 next(self._parameters)
+        self.next_version = _version({pair[0]: pair[1] for pair in told}.get(NEXT_VERSION))
         self._receiver.start()
         self._heartbeat.start()
         self._start_sender("decisions", self._stub.SendTransitions, services_pb2.Transition, self.decisions)
@@ -352,6 +362,11 @@ class LearnerClient:
         if self._link is None:
             return LinkState.NEW
         return LinkState.LOST if self._link.broken else LinkState.CONNECTED
+
+    @property
+    def next_version(self) -> int:
+        """The version whose iteration takes the first quota that is sent on this connection; 0 without one."""
+        return self._link.next_version if self._link is not None else 0
 
     def connect(self, timeout_s: float = 120.0, stop: threading.Event | None = None) -> None:
         """Waits for the learner and opens the streams.
@@ -605,3 +620,9 @@ def _reason(error: grpc.RpcError) -> str:
     code = error.code().name.lower().replace("_", " ")
     details = " ".join((error.details() or "").split())
     return f"{code}: {details[:200]}" if details else code
+
+
+def _version(told: str | bytes | None) -> int:
+    """A version from metadata; 0 where none was told: the first of all."""
+    text = str(told)
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= MAX_VERSION_DIGITS else 0

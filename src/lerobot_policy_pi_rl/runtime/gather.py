@@ -185,6 +185,7 @@ class Gatherer:
         iteration = _Iteration(version)
         self._oldest = max(self._oldest, version - self._collection.max_staleness)
         self._newest = version
+        self._service.take_next(version)
         self._forget_quotas()
         self._take_waiting(iteration)
         while True:
@@ -198,6 +199,7 @@ class Gatherer:
                 break
             self._look_around(iteration)
             self._check_any(iteration)
+        self._service.take_next(version + 1)
         self._wait_for_statistics("collection", iteration.quotas, STATISTICS_S)
         if evaluating:
             # A synchronous actor evaluates before it collects, another one may have collected long before.

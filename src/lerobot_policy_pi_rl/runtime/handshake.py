@@ -16,6 +16,11 @@ MAX_DIFFERENCE_LINES = 20
 OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
 """What an actor knows a learner of this package by."""
 
+NEXT_VERSION = "pi-rl-next"
+"""With it the learner tells, when a stream of weights opens, the version whose iteration takes the first quota that
+comes on this connection. Weights alone do not say it: they are the same while it waits for decisions and while it
+trains."""
+
 STATUS_METADATA = ("pi-rl-status", "1")
 """With it a call of `StreamParameters` asks for the learner's status instead of weights."""
 

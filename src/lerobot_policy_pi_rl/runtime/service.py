@@ -33,6 +33,7 @@ from .chunks import whole_messages
 from .handshake import (
     HEARTBEAT_METADATA,
     HEARTBEAT_SECONDS,
+    NEXT_VERSION,
     OWN_METADATA,
     STATUS_METADATA,
     Handshake,
@@ -138,11 +139,18 @@ class _Link:
     """One open parameters stream, which is what makes an actor connected."""
 
     def __init__(
-        self, info: ActorInfo, session: str, parameters: grpc.ServicerContext, account: _Account
+        self,
+        info: ActorInfo,
+        session: str,
+        parameters: grpc.ServicerContext,
+        account: _Account,
+        next_version: int,
     ) -> None:
         self.info = info
         self.account = account
         self.session = session
+        # Version whose iteration takes its first quota.
+        self.next_version = next_version
         self.open = True
         # Chunks that it sent: any of them shows that it lives.
         self.heard = 0
@@ -186,6 +194,7 @@ class PIRLLearnerService(LearnerService):
         # For signs of life, of which each would otherwise wake every stream of weights.
         self._heard = threading.Condition(lock)
         self._newest: _Published | None = None
+        self._next = 0
         self._report: dict[str, Any] = {}
         self._links: dict[int, _Link] = {}
         # By actor; the one that joined last is at the end.
@@ -211,6 +220,11 @@ class PIRLLearnerService(LearnerService):
             sequence = self._newest.sequence + 1 if self._newest else 1
             self._newest = _Published(sequence, version, payload)
             self._changed.notify_all()
+
+    def take_next(self, version: int) -> None:
+        """Notes which version's iteration takes what an actor sends that connects from now on."""
+        with self._changed:
+            self._next = version
 
     def report(self, values: Mapping[str, Any]) -> None:
         """Takes what the learner says of itself, for whoever asks (`lerobot-pi-rl-status`).
@@ -333,7 +347,7 @@ class PIRLLearnerService(LearnerService):
             return
         link = self._join(context)
         # Sent before any weights exist: tells the actor that it is connected.
-        context.send_initial_metadata(OWN_METADATA)
+        context.send_initial_metadata((*OWN_METADATA, (NEXT_VERSION, str(link.next_version))))
         sent = 0
         try:
             while (newest := self._wait_newer(link, sent)) is not None:
@@ -437,7 +451,8 @@ class PIRLLearnerService(LearnerService):
                 before = self._links.pop(hello.actor, None)
                 if before is not None:
                     self._close(before)
-                link = _Link(info, hello.session, context, self._open_account(hello.actor))
+                account = self._open_account(hello.actor)
+                link = _Link(info, hello.session, context, account, self._next)
                 self._links[hello.actor] = link
                 self._tell(ActorEvent("joined", link.info))
                 self._changed.notify_all()
