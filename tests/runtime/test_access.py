@@ -21,9 +21,10 @@ from lerobot_policy_pi_rl.runtime.access import (
     read_learner_access,
     read_token,
 )
-from lerobot_policy_pi_rl.runtime.client import ActorRefused, LearnerClient
+from lerobot_policy_pi_rl.runtime.client import LearnerClient
 from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
+from lerobot_policy_pi_rl.runtime.link import ActorRefused
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
 from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 

@@ -12,10 +12,11 @@ from lerobot.transport.utils import CHUNK_SIZE
 
 from lerobot_policy_pi_rl.runtime import limits, service
 from lerobot_policy_pi_rl.runtime.chunks import CHUNK_OVERHEAD, whole_messages
-from lerobot_policy_pi_rl.runtime.client import ActorRefused, LearnerClient, LearnerLost
+from lerobot_policy_pi_rl.runtime.client import LearnerClient, LearnerLost
 from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.limits import Bucket, Limits
+from lerobot_policy_pi_rl.runtime.link import ActorRefused
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
 from lerobot_policy_pi_rl.runtime.service import REMEMBERED, PIRLLearnerService
 from lerobot_policy_pi_rl.runtime.wire import MAX_INTERACTION_BYTES

@@ -12,15 +12,10 @@ import pytest
 from lerobot.transport import services_pb2, services_pb2_grpc
 
 from lerobot_policy_pi_rl.runtime.access import Access
-from lerobot_policy_pi_rl.runtime.client import (
-    CALL_SECONDS,
-    ActorRefused,
-    ConfigMismatch,
-    LearnerClient,
-    LinkState,
-)
+from lerobot_policy_pi_rl.runtime.client import ConfigMismatch, LearnerClient, LinkState
 from lerobot_policy_pi_rl.runtime.handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
+from lerobot_policy_pi_rl.runtime.link import CALL_SECONDS, ActorRefused
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
 from lerobot_policy_pi_rl.runtime.service import MISSED_HEARTBEATS, PIRLLearnerService
 

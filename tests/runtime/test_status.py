@@ -9,13 +9,9 @@ import pytest
 
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.access import Access
-from lerobot_policy_pi_rl.runtime.client import (
-    ActorRefused,
-    LearnerClient,
-    LearnerUnreachable,
-    ask_status,
-)
+from lerobot_policy_pi_rl.runtime.client import LearnerClient, LearnerUnreachable, ask_status
 from lerobot_policy_pi_rl.runtime.limits import Limits
+from lerobot_policy_pi_rl.runtime.link import ActorRefused
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
 from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 from lerobot_policy_pi_rl.scripts import status as command
