@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 
+import yaml
+
 # Seconds an actor gets to leave by itself before it is terminated, and then killed.
 LEAVE_S = 20.0
 # The same for the learner, which saves a checkpoint; that of a large policy takes a while.
@@ -26,10 +28,50 @@ SAVE_S = 120.0
 POLL_S = 0.2
 # Seconds the learner gets to report an error before an actor's is shown: a wrong setting ends both alike.
 SAME_ERROR_S = 5.0
-# An actor that dies is started again this often.
-MAX_RESTARTS = 3
+# So often within so many seconds an actor that dies is started again: a run of days has room for more.
+MAX_RESTARTS, RESTART_WINDOW_S = 3, 3600.0
 # prctl(PR_SET_PDEATHSIG): Linux sends the signal to a child whose parent dies.
 PR_SET_PDEATHSIG = 1
+
+CONFIG_PATH, NUM_ACTORS = "config_path", "algorithm.collection.num_actors"
+TRAIN_CONFIG, PRETRAINED_MODEL = "train_config.json", "pretrained_model"
+RECIPES = (Path(__file__).parent / "lerobot_policy_pi_rl/recipes", Path(__file__).parents[1] / "recipes")
+"""Where recipes lie: in an installed package, and in a repository that is installed to be edited."""
+
+_SETTINGS = """
+PI-RL's settings are not in this list, which is LeRobot's. Some of them:
+    --policy.path=FOLDER                 the policy to start from: pi_rl, or a stock pi0, pi05, smolvla, ...
+    --policy.online_steps=N              environment steps of the whole run
+    --algorithm.collection.num_envs=N    environments of an actor
+    --algorithm.lr=RATE                  learning rate of the policy
+    --env_eval_freq=N                    iterations between validations
+All, with their defaults: docs/configuration.md. What to change when: docs/learning.md.
+"""
+HELP = {
+    "train": """
+Learner and actors on this machine:
+    lerobot-pi-rl-train --config_path=recipes/metaworld.json --actors=2
+    lerobot-pi-rl-train --config_path=<output_dir>/checkpoints/last/pretrained_model/train_config.json --resume=true
+--actors=N is short for --algorithm.collection.num_actors=N.
+"""
+    + _SETTINGS,
+    "learner": """
+The learner alone; it waits for actors:
+    lerobot-pi-rl-learner --config_path=recipes/metaworld.json
+"""
+    + _SETTINGS,
+    "actor": """
+One actor, with the learner's configuration; each needs its own number:
+    lerobot-pi-rl-actor --config_path=recipes/metaworld.json --algorithm.collection.actor_id=1
+"""
+    + _SETTINGS,
+    "check": """
+What a run would begin with, without training:
+    lerobot-pi-rl-check --config_path=recipes/metaworld.json
+"""
+    + _SETTINGS,
+}
+"""What `--help` says at its end."""
 
 
 def option(arguments: Sequence[str], name: str) -> str | None:
@@ -47,15 +89,78 @@ def setting(arguments: Sequence[str], name: str) -> object:
     """A setting from the command line, or from the configuration file, or None."""
     if (given := option(arguments, name)) is not None:
         return given
-    path = Path(option(arguments, "config_path") or "")
-    # LeRobot also takes the folder of a checkpoint.
-    path = path / "train_config.json" if path.is_dir() else path
-    if not path.is_file():
-        return None
-    value: object = json.loads(path.read_text())
+    value: object = read_configuration(option(arguments, CONFIG_PATH))
     for key in name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def read_configuration(given: str | None) -> dict[str, object]:
+    """What a configuration file says; nothing where none is named, or one of the hub.
+
+    Raises:
+        SystemExit: If it cannot be read.
+    """
+    path = Path(given or "")
+    # LeRobot also takes the folder of a checkpoint.
+    path = path / TRAIN_CONFIG if path.is_dir() else path
+    if given is None or not path.is_file():
+        return {}
+    try:
+        text = path.read_text()
+        content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise SystemExit(f"error: {CONFIG_PATH}: {path} cannot be read: {reason}") from None
+    if not isinstance(content, dict):
+        raise SystemExit(
+            f"error: {CONFIG_PATH}: {path} must hold settings by name, not {type(content).__name__}"
+        )
+    return content
+
+
+def with_recipe(arguments: list[str]) -> list[str]:
+    """Names a recipe by its place in the package where the working directory has no such file.
+
+    Raises:
+        SystemExit: If the named file is nowhere, or cannot be read.
+    """
+    given = option(arguments, CONFIG_PATH)
+    if given is None:
+        return arguments
+    found = _find(given)
+    read_configuration(found)
+    return arguments if found == given else [*without(arguments, CONFIG_PATH), f"--{CONFIG_PATH}={found}"]
+
+
+def _find(given: str) -> str:
+    """Where a configuration file is; a name of the hub is left to LeRobot."""
+    path = Path(given)
+    if path.is_file() or (path / TRAIN_CONFIG).is_file():
+        return given
+    if (inner := path / PRETRAINED_MODEL / TRAIN_CONFIG).is_file():
+        raise SystemExit(f"error: {CONFIG_PATH}: {given} is the folder around the file; name {inner}")
+    if path.is_dir():
+        raise SystemExit(f"error: {CONFIG_PATH}: the folder {given} has no {TRAIN_CONFIG}")
+    recipes = {file.name: file for folder in RECIPES for file in sorted(folder.glob("*.json"))}
+    if path.parent == Path("recipes") and path.name in recipes:
+        return str(recipes[path.name])
+    if path.suffix not in (".json", ".yaml", ".yml") and given.count("/") <= 1:
+        return given
+    raise SystemExit(
+        f"error: {CONFIG_PATH}: there is no file {given} in {Path.cwd()}; the recipes of this package are "
+        f"recipes/<name> with one of {', '.join(recipes)}"
+    )
+
+
+def without(arguments: Sequence[str], name: str) -> list[str]:
+    """The arguments but for `--name=value` and `--name value`."""
+    rest, skip = [], False
+    for argument in arguments:
+        if not skip and argument != f"--{name}" and not argument.startswith(f"--{name}="):
+            rest.append(argument)
+        skip = argument == f"--{name}"
+    return rest
 
 
 def with_output_dir(arguments: list[str]) -> list[str]:
@@ -74,15 +179,22 @@ def with_actors(arguments: list[str]) -> list[str]:
     """
     given = option(arguments, "actors")
     if given is None:
+        if "--actors" in arguments:
+            raise SystemExit("error: --actors: needs a number, as in --actors=2")
         return arguments
-    if not given.isdecimal() or int(given) < 1:
-        raise SystemExit(f"error: --actors: must be a whole number of at least 1, got {given!r}")
-    rest, skip = [], False
-    for argument in arguments:
-        if not skip and argument != "--actors" and not argument.startswith("--actors="):
-            rest.append(argument)
-        skip = argument == "--actors"
-    return [*rest, f"--algorithm.collection.num_actors={given}"]
+    count_of(given, "--actors")
+    return [*without(arguments, "actors"), f"--{NUM_ACTORS}={given}"]
+
+
+def count_of(given: object, name: str) -> int:
+    """A number of actors.
+
+    Raises:
+        SystemExit: If it is none.
+    """
+    if not str(given).isdecimal() or int(str(given)) < 1:
+        raise SystemExit(f"error: {name}: must be a whole number of at least 1, got {given!r}")
+    return int(str(given))
 
 
 def start(name: str, arguments: Sequence[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
@@ -135,7 +247,8 @@ class Supervisor:
         self._arguments = arguments
         self._learner = start("learner", arguments)
         self._actors = {number: Actor(number, arguments) for number in range(num_actors)}
-        self._restarts = 0
+        # When each actor was started again, by the monotonic clock.
+        self._restarts: dict[int, list[float]] = {}
         self._gave_up = False
 
     def watch(self, stop: Event) -> int:
@@ -150,8 +263,7 @@ class Supervisor:
     def _replace(self, number: int, actor: Actor) -> None:
         """Starts an actor again that was killed; one that ended with an error of its own would only end again."""
         code = actor.process.returncode
-        self._restarts += 1
-        if code < 0 and self._restarts <= MAX_RESTARTS:
+        if code < 0 and self._may_restart(number):
             say(f"actor {number} was ended by signal {-code}; starting it again")
             self._actors[number] = Actor(number, self._arguments)
             return
@@ -162,6 +274,13 @@ class Supervisor:
         going_on = "ending the run" if self._gave_up else "going on without it"
         actor.show_error()
         say(f"actor {number} ended with exit code {code}; {going_on}")
+
+    def _may_restart(self, number: int) -> bool:
+        """Whether an actor was not started again too often; notes that it is."""
+        now = time.monotonic()
+        recent = [then for then in self._restarts.get(number, []) if now - then < RESTART_WINDOW_S]
+        self._restarts[number] = [*recent, now]
+        return len(recent) < MAX_RESTARTS
 
     def _learner_ends(self) -> bool:
         """Whether the learner ends as well, for the same reason, which it reports itself."""
@@ -207,13 +326,13 @@ def say(text: str) -> None:
 
 def train() -> None:
     """`lerobot-pi-rl-train`."""
-    arguments = with_actors(with_output_dir(sys.argv[1:]))
-    if "--help" in arguments or "-h" in arguments:
-        learner()
+    if is_help(sys.argv):
+        _run("learner", "train")
+    arguments = with_output_dir(with_actors(with_recipe(sys.argv[1:])))
+    num_actors = count_of(setting(arguments, NUM_ACTORS) or 1, NUM_ACTORS)
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    num_actors = int(str(setting(arguments, "algorithm.collection.num_actors") or 1))
     say(f"starting one learner and {num_actors} actor(s); logs in {setting(arguments, 'output_dir')}/logs")
     raise SystemExit(Supervisor(arguments, num_actors).watch(stop))
 
@@ -248,19 +367,34 @@ def status() -> None:
     _run("status")
 
 
-def _run(name: str) -> None:
-    """Imports and runs one of the package's commands.
+def is_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line only asks what there is."""
+    return "--help" in arguments or "-h" in arguments
+
+
+def _run(name: str, shown: str | None = None) -> None:
+    """Imports and runs one of the package's commands, under its name.
 
     LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
+
+    Args:
+        name: The command.
+        shown: The one that the user has typed, if another.
     """
+    sys.argv[0] = f"lerobot-pi-rl-{shown or name}"
     logging.getLogger("lerobot.utils.import_utils").addFilter(
         lambda record: "torchcodec" not in record.getMessage()
     )
     try:
+        if not is_help(sys.argv):
+            sys.argv[1:] = with_recipe(sys.argv[1:])
         module = importlib.import_module(f"lerobot_policy_pi_rl.scripts.{name}")
+        module.main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    module.main()
+    finally:
+        if is_help(sys.argv):
+            print(HELP.get(shown or name, ""))
 
 
 if __name__ == "__main__":

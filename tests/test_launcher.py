@@ -135,7 +135,120 @@ def test_the_number_of_actors_is_a_setting_of_the_collection(given: list[str]) -
     assert launcher.with_actors(["--seed=1"]) == ["--seed=1"]
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "many", ""])
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "many", ""])
 def test_a_number_of_actors_that_is_none_is_refused_in_one_line(given: str) -> None:
     with pytest.raises(SystemExit, match=r"^error: --actors: must be a whole number of at least 1, got "):
         launcher.with_actors([f"--actors={given}"])
+
+
+def test_actors_without_a_number_are_refused_in_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^error: --actors: needs a number"):
+        launcher.with_actors(["--seed=1", "--actors"])
+
+
+# What is read before anything is started
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("bad.json", '{"policy": {', "bad.json cannot be read: Expecting property name"),
+        ("bad.yaml", "policy: [1", "bad.yaml cannot be read: while parsing"),
+        ("bytes.json", b"\xff\xfe", "bytes.json cannot be read: 'utf-8' codec"),
+        ("list.json", "[1, 2]", "list.json must hold settings by name, not list"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(
+    tmp_path: Path, name: str, content: str | bytes, text: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit) as error:
+        launcher.with_recipe([f"--config_path={file}"])
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("error: config_path: ")
+    assert text in line
+
+
+def test_settings_come_from_yaml_too(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("algorithm:\n  collection:\n    num_actors: 4\n")
+    assert launcher.setting([f"--config_path={file}"], "algorithm.collection.num_actors") == 4
+
+
+@pytest.mark.parametrize("folder", ["repository", "package"])
+@pytest.mark.parametrize(
+    "given", [["--config_path=recipes/some.json"], ["--config_path", "recipes/some.json"]]
+)
+def test_a_recipe_is_found_wherever_the_command_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, given: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "RECIPES", (tmp_path / "repository", tmp_path / "package"))
+    file = tmp_path / folder / "some.json"
+    file.parent.mkdir()
+    file.write_text("{}")
+    assert launcher.with_recipe(["--seed=1", *given]) == ["--seed=1", f"--config_path={file}"]
+    own = tmp_path / "recipes/some.json"
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert launcher.with_recipe(given) == given
+
+
+def test_the_recipes_are_those_of_the_repository() -> None:
+    assert any((folder / "metaworld.json").is_file() for folder in launcher.RECIPES)
+
+
+@pytest.mark.parametrize("given", ["recipes/missing.json", "run.yaml", "outputs/train/run/checkpoints"])
+def test_a_file_that_is_nowhere_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        launcher.with_recipe([f"--config_path={given}"])
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"error: config_path: there is no file {given} in {tmp_path}; the recipes")
+    assert "metaworld.json" in line
+
+
+def test_a_folder_of_a_checkpoint_is_told_from_the_one_around_it(tmp_path: Path) -> None:
+    inner = tmp_path / "pretrained_model"
+    inner.mkdir()
+    with pytest.raises(SystemExit, match=r"the folder .* has no train_config.json"):
+        launcher.with_recipe([f"--config_path={tmp_path}"])
+    (inner / "train_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"is the folder around the file; name .*train_config.json$"):
+        launcher.with_recipe([f"--config_path={tmp_path}"])
+    assert launcher.with_recipe([f"--config_path={inner}"]) == [f"--config_path={inner}"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config_path=somebody/a-policy"], ["--seed=1"]])
+def test_what_is_no_file_is_left_to_lerobot(arguments: list[str]) -> None:
+    assert launcher.with_recipe(arguments) == arguments
+
+
+def test_restarts_are_counted_by_actor_and_hour(
+    play: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play("")
+    now = 1000.0
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now)
+    supervisor = launcher.Supervisor([], num_actors=2)
+    assert [supervisor._may_restart(0) for _ in range(4)] == [True, True, True, False]
+    assert supervisor._may_restart(1)
+    now += launcher.RESTART_WINDOW_S
+    assert supervisor._may_restart(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_help_ends_with_what_the_command_is_for(command: str) -> None:
+    asked = subprocess.run(
+        [sys.executable, "-m", "lerobot_pi_rl_launcher", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert asked.stdout.startswith(f"usage: lerobot-pi-rl-{command} ")
+    assert asked.stdout.endswith(launcher.HELP[command] + "\n")

@@ -47,11 +47,15 @@ def test_wheel_keeps_the_name_and_holds_only_the_package(tmp_path: Path) -> None
     subprocess.run([sys.executable, "-c", command, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        roots = {name.split("/")[0] for name in archive.namelist()}
+        names = set(archive.namelist())
+        roots = {name.split("/")[0] for name in names}
         description = archive.read(f"{NAME}-{PROJECT['version']}.dist-info/METADATA").decode()
     # The launcher stands beside the package, because importing the package takes seconds.
     assert roots == {NAME, "lerobot_pi_rl_launcher.py", f"{NAME}-{PROJECT['version']}.dist-info"}
     assert f"\nName: {NAME}\n" in description
+    recipes = {f"{NAME}/recipes/{file.name}" for file in (ROOT / "recipes").iterdir()}
+    assert recipes
+    assert recipes <= names
 
 
 def test_lock_holds_nothing_but_exact_pins() -> None:
