@@ -104,6 +104,7 @@ def collect() -> Collect:
             terminated=torch.ones(count, dtype=torch.bool),
             version=torch.full((count,), algorithm.optimization_step),
             env=torch.arange(count),
+            index=torch.zeros(count, dtype=torch.int64),
         )
         return prepare(decisions, lambda observation, task: observation)
 

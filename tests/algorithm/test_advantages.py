@@ -222,6 +222,25 @@ def test_an_episode_that_lost_a_decision_is_left_out_with_all_that_follow(
     assert not group_advantages(batch, 2).informative.any()
 
 
+def test_an_environment_that_lost_its_first_decision_is_left_out(make_decisions: MakeDecisions) -> None:
+    """Decision 4 of environment 0, a whole episode, is lost: its second one must not pass for the first."""
+    batch = make_decisions(
+        env=[0, 1, 1], index=[5, 4, 5], reward=[0.0, 1.0, 1.0], terminated=[True, True, True]
+    )
+    assert not group_advantages(batch, 2).informative.any()
+
+
+def test_a_loss_in_one_group_is_none_of_the_others(make_decisions: MakeDecisions) -> None:
+    """Environment 0 lost its decision 1; 2 and 3 begin with another index, as those of another actor may."""
+    batch = make_decisions(
+        env=[0, 0, 1, 2, 3],
+        index=[0, 2, 0, 7, 7],
+        reward=[0.0, 1.0, 1.0, 1.0, 0.0],
+        terminated=[False, True, True, True, True],
+    )
+    assert group_advantages(batch, 2).informative.tolist() == [False, False, False, True, True]
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_group_advantages_match_a_plain_loop(data: st.DataObject) -> None:

@@ -101,6 +101,13 @@ def advantages(
     return Targets(advantage, advantage + value)
 
 
+def _of_first(batch: DecisionBatch, value: Tensor) -> Tensor:
+    """For each decision, what the first one of its environment has of `[N]` values."""
+    first = torch.ones(len(batch), dtype=torch.bool)
+    first[1:] = batch.env[1:] != batch.env[:-1]
+    return value[first][first.long().cumsum(0) - 1]
+
+
 def episode_numbers(batch: DecisionBatch) -> Tensor:
     """Which episode of its environment each decision belongs to, counted from 0 within the batch, `[N]` int64.
 
@@ -109,26 +116,28 @@ def episode_numbers(batch: DecisionBatch) -> Tensor:
     """
     ended = (batch.terminated | batch.truncated).long()
     before = ended.cumsum(0) - ended
-    first = torch.ones(len(batch), dtype=torch.bool)
-    first[1:] = batch.env[1:] != batch.env[:-1]
-    # Episodes that had ended when the environment's first decision was made.
-    offset = before[first][first.long().cumsum(0) - 1]
-    return before - offset
+    # Without the episodes that had ended when the environment's first decision was made.
+    return before - _of_first(batch, before)
 
 
-def follows_a_loss(batch: DecisionBatch) -> Tensor:
+def follows_a_loss(batch: DecisionBatch, group_size: int) -> Tensor:
     """Whether a decision of the same environment was lost before this one, so that its episode is uncertain, `[N]`.
 
     Args:
         batch: Decisions in `time_order`.
+        group_size: Environments per group; they belong to one actor and count their decisions alike.
     """
     gap = torch.zeros(len(batch), dtype=torch.bool)
     same = batch.env[1:] == batch.env[:-1]
     gap[1:] = same & (batch.index[1:] != batch.index[:-1] + 1)
     losses = gap.long().cumsum(0)
-    first = torch.ones(len(batch), dtype=torch.bool)
-    first[1:] = ~same
-    return losses > losses[first][first.long().cumsum(0) - 1]
+    # Where the first one is lost, no gap shows it, but the environments beside this one began earlier.
+    begun, group = _of_first(batch, batch.index), batch.env // group_size
+    _, group = torch.unique(group, return_inverse=True)
+    earliest = begun.new_zeros(int(group.max()) + 1).scatter_reduce(
+        0, group, begun, "amin", include_self=False
+    )
+    return (losses > _of_first(batch, losses)) | (begun > earliest[group])
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
         Advantages, on the CPU.
     """
     number = episode_numbers(batch)
-    over = (batch.terminated | batch.truncated) & ~follows_a_loss(batch)
+    over = (batch.terminated | batch.truncated) & ~follows_a_loss(batch, group_size)
     span = int(number.max()) + 1
     _, episode = torch.unique(batch.env * span + number, return_inverse=True)
     count = int(episode.max()) + 1
