@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from lerobot.utils.constants import OBS_STATE
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
 from lerobot_policy_pi_rl.runtime.seeds import torch_seed
+
+from .conftest import Fate
 
 MakeCollector = Callable[..., Collector]
 FATE = "--env.fate=true"
@@ -27,6 +30,34 @@ def test_every_start_runs_once_and_keeps_its_place(
     np.testing.assert_array_equal(result.success, seeds % 2 == 1)
     # Environments that wait for the others' starts to end do not count.
     assert result.env_steps == int((2 + seeds % 7).sum())
+
+
+@pytest.fixture
+def early_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `Fate`, an odd start reports success at its first step and goes on; nothing is reported at its end."""
+
+    def step(self: Any, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        observation = super(Fate, self).step(action)[0]
+        solved = self.lucky and self.state[1] == 1
+        return observation, 0.0, False, bool(self.state[1] >= self.last), {"is_success": solved}
+
+    monkeypatch.setattr(Fate, "step", step)
+
+
+def test_success_counts_at_any_step(make_collector: MakeCollector, early_success: None) -> None:
+    """Most of these episodes take two decisions, of which the second one knows of no success."""
+    collector = make_collector(FATE)
+    seeds = np.arange(500, 540)
+    result = evaluate(collector._player, collector._groups, seeds)
+    np.testing.assert_array_equal(result.success, seeds % 2 == 1)
+
+
+def test_success_of_training_counts_at_any_step(make_collector: MakeCollector, early_success: None) -> None:
+    collector = make_collector(FATE, "--algorithm.collection.num_envs=16")
+    collector.restart(0)
+    found = [collector.collect(version).statistics for version in range(4)]
+    episodes, successes = (sum(getattr(one, name) for one in found) for name in ("episodes", "successes"))
+    assert 0.3 < successes / episodes < 0.7
 
 
 def test_no_start_is_no_work(make_collector: MakeCollector) -> None:

@@ -158,6 +158,8 @@ class Group:
         self.raw: Observation = {}
         self.delay = np.zeros(num_envs, dtype=np.int64)
         self.episode_return = np.zeros(num_envs)
+        # As LeRobot's evaluation counts it: an environment may report success and go on.
+        self.episode_success = np.zeros(num_envs, dtype=bool)
         self.episode_length = np.zeros(num_envs, dtype=np.int64)
 
     def reset(self, *key: int, steps: int) -> None:
@@ -183,6 +185,7 @@ class Group:
             parts = np.array(numbers) * GOLDEN_RATIO % 1
             self._cut_after[:] = parts * (self.envs.time_limits // steps)
         self.episode_return[:] = 0
+        self.episode_success[:] = False
         self.episode_length[:] = 0
 
     def begin(self, seeds: np.ndarray) -> None:
@@ -228,12 +231,16 @@ class Group:
     def account(self, outcome: ChunkStep) -> _Ended:
         """Adds a chunk to the running episodes; what is known of those that ended by themselves."""
         self.episode_return += outcome.reward
+        self.episode_success |= outcome.success
         self.episode_length += outcome.executed
         done = outcome.done
         ended = done & ~((self._cut_after == 1) & outcome.truncated)
         tasks = [self.envs.tasks[place] for place in ended.nonzero()[0]]
-        known = _Ended(self.episode_return[ended], self.episode_length[ended], outcome.success[ended], tasks)
+        known = _Ended(
+            self.episode_return[ended], self.episode_length[ended], self.episode_success[ended], tasks
+        )
         self.episode_return[done] = 0
+        self.episode_success[done] = False
         self.episode_length[done] = 0
         self._cut_after[:] = np.where(done, 0, np.maximum(self._cut_after - 1, 0))
         self._draw_starts(done)

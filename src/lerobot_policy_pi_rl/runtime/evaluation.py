@@ -94,8 +94,8 @@ class _Share:
         env_seconds = time.perf_counter() - self._sent
         counted = self._running < len(self._seeds)
         self.length[self._running[counted]] += outcome.executed[counted]
-        ended = outcome.done & counted
-        self.success[self._running[ended]] = outcome.success[ended]
+        # At any step, as LeRobot's evaluation counts it.
+        self.success[self._running[counted]] |= outcome.success[counted]
         self._running[outcome.done] += self._group.envs.num_envs
         return Turn(self._action, outcome, counted, self._sent - self._asked, env_seconds)
 
