@@ -47,5 +47,9 @@ def test_an_iteration_without_any_finite_gradient_is_a_runaway() -> None:
     assert (
         runaway_cause({"skipped_steps": 1, "epochs": 6, "policy_grad_norm": 1.0, "lr": 1e-4}, CONFIG) is None
     )
-    # The critic's steps alone, while it warms up.
-    assert runaway_cause({"skipped_steps": 12, "epochs": 0, "lr": 1e-4}, CONFIG) is None
+    # The critic's steps alone, while it warms up: some of them, and all.
+    warming_up = {"skipped_steps": 12, "epochs": 0, "lr": 1e-4, "explained_variance": 0.0}
+    assert runaway_cause(warming_up | {"critic_grad_norm": 1.0}, CONFIG) is None
+    assert "algorithm.critic_lr" in (runaway_cause(warming_up, CONFIG) or "")
+    # Without a critic there is none to be blamed.
+    assert "the policy" in (runaway_cause({"skipped_steps": 12, "epochs": 6, "lr": 1e-4}, CONFIG) or "")

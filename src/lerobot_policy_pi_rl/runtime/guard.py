@@ -42,9 +42,16 @@ def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> 
     """Why an iteration's update was out of control, with what to change, or None if it was not.
 
     Args:
-        statistics: Of the algorithm: `last_epoch_kl`, `lr`, `epochs`, `skipped_steps`.
+        statistics: Of the algorithm: `last_epoch_kl`, `lr`, `epochs`, `skipped_steps`, `explained_variance` and the
+            gradients' norms.
         config: Its settings.
     """
+    has_critic = "explained_variance" in statistics
+    if statistics.get("skipped_steps") and has_critic and "critic_grad_norm" not in statistics:
+        return (
+            "no gradient of the critic was finite; look at the environment's rewards and observations for numbers that "
+            "are not finite or very large, and lower algorithm.critic_lr"
+        )
     if not statistics.get("epochs"):
         return None
     if statistics.get("skipped_steps") and "policy_grad_norm" not in statistics:

@@ -381,7 +381,13 @@ class Learner:
         self._publish(restart=False, evaluate=evaluate, final=True)
         if evaluate:
             found = self._gatherer.gather_evaluation(self._progress.version, FINAL_EVALUATION_S)
-            self._consider_best(self._progress.version, found)
+            if self._consider_best(self._progress.version, found):
+                logger.warning(
+                    "The last checkpoint has collapsed (validation success %.2f, best %.2f): use checkpoints/best, and "
+                    "validate more often (env_eval_freq), so that the best one is brought back in time",
+                    self._validation,
+                    self._progress.best_success,
+                )
 
     def _evaluates(self, version: int) -> bool:
         return self._cfg.env_eval_freq > 0 and version % self._cfg.env_eval_freq == 0
