@@ -3,16 +3,21 @@
 import copy
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lerobot_policy_pi_rl.algorithm import pi_rl
+from lerobot_policy_pi_rl.algorithm.advantages import group_advantages
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.material import Averages
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
+
+from .conftest import CHUNK
 
 MakeAlgorithm = Callable[..., PIRLAlgorithm]
 Collect = Callable[..., Rollout]
@@ -114,6 +119,31 @@ def test_entropy_and_divergence_enter_the_loss_with_their_own_weights(
     assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_entropy_and_divergence_are_those_of_the_executed_steps(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm = make_algorithm({"kind": "flow_noise"}, entropy_coef=0.07, kl_coef=0.3)
+    move(algorithm, 0.05)
+    rollout = collect(algorithm, count=16)
+    executed = torch.arange(16) % CHUNK + 1
+    material = algorithm.evaluate(replace(rollout, decisions=replace(rollout.decisions, executed=executed)))
+    context, averages = material.contexts.rows(torch.arange(16)), Averages()
+    algorithm._policy_loss(context, material.batch, averages, Averages())
+    with torch.no_grad():
+        score = algorithm.policy.score(context, material.batch.chain, material.batch.step)
+    reference, steps = material.batch.reference, score.steps
+    # Of two Gaussians with unlike deviations, by component.
+    ratio = steps.std / reference.std
+    distance = (steps.mean - reference.mean) / reference.std
+    kl = ((ratio**2 + distance**2 - 1) / 2 - ratio.log()).sum(-1).sum(1)
+    part = averages.means()
+    for name, per_step in (("entropy", score.entropy), ("reference_kl", kl)):
+        expected = statistics.mean(
+            float(row[:count].sum()) for row, count in zip(per_step, executed, strict=True)
+        )
+        assert part[name] == pytest.approx(expected, rel=1e-4), name
+
+
 def gradients(
     algorithm: PIRLAlgorithm, rollout: Rollout, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
@@ -167,7 +197,75 @@ def test_the_divergence_is_taken_from_the_policy_at_the_start(
     assert (expected.mean - moved.mean).abs().max() > 1e-3
 
 
+# Order and modes
+
+
+def test_every_iteration_and_both_networks_have_minibatches_of_their_own(
+    make_algorithm: MakeAlgorithm,
+) -> None:
+    algorithm, orders = make_algorithm(), set()
+    for step in (0, 1, 2):
+        algorithm.optimization_step = step
+        for purpose in (0, 1):
+            one, again = (torch.randperm(64, generator=algorithm._generator(purpose)) for _ in range(2))
+            assert torch.equal(one, again)
+            orders.add(tuple(one.tolist()))
+    assert len(orders) == 6
+
+
+def test_an_update_is_made_without_dropout(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    algorithm = make_algorithm()
+    rollout = collect(algorithm, count=16)
+    algorithm.policy.train()
+    algorithm.update(iter([rollout]))
+    assert not any(module.training for module in algorithm.policy.modules())
+
+
+# What is told
+
+
+def test_explained_variance_and_value_are_those_of_the_critic_before_the_update(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    """Rows that lost their successor have no target to be explained."""
+    algorithm = make_algorithm()
+    rollout = collect(algorithm, count=16)
+    rollout = replace(rollout, usable=torch.arange(12))
+    material = algorithm.evaluate(rollout)
+    value, target = material.critic.value, material.critic.target
+    found = algorithm.update(iter([rollout])).extra
+    expected = 1 - float((target[:12] - value[:12]).var() / target[:12].var())
+    assert found["explained_variance"] == pytest.approx(expected, abs=1e-5)
+    assert found["value"] == pytest.approx(float(value.mean()))
+    assert found["orphaned"] == 4
+
+
+def test_what_is_over_the_cap_is_not_told_as_filtered(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    """Groups that are alike are filtered; a decision over the cap is left out for another reason."""
+    algorithm = make_algorithm(
+        advantage="group", importance_cap=1.05, collection=CollectionConfig(num_envs=256, group_size=8)
+    )
+    rollout = collect(algorithm)
+    informative = int(group_advantages(rollout.decisions, 8).informative.sum())
+    move(algorithm, 0.3)
+    algorithm.optimization_step = 1
+    weight = algorithm.evaluate(rollout).batch.weight
+    found = algorithm.update(iter([rollout])).extra
+    assert 0 < found["over_cap"] < informative < 256
+    assert found["filtered"] == pytest.approx(1 - informative / 256)
+    # The mean is over what is trained on, which weighs 1.05 at most.
+    assert found["importance_weight"] < float(weight.clamp(max=1.05).mean())
+
+
 # The learning rate
+
+
+def test_the_critic_has_a_learning_rate_of_its_own(make_algorithm: MakeAlgorithm) -> None:
+    algorithm = make_algorithm(lr=1e-4, critic_lr=3e-3)
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in algorithm.optimizers.items()}
+    assert rates == {"policy": 1e-4, "critic": 3e-3}
 
 
 @pytest.mark.parametrize(

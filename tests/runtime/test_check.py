@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+from lerobot.utils.constants import OBS_STATE
 
 import lerobot_pi_rl_launcher as launcher
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
@@ -26,7 +28,7 @@ from lerobot_policy_pi_rl.runtime.seeds import VALIDATION_SEED
 from lerobot_policy_pi_rl.scripts import check as command
 from lerobot_policy_pi_rl.scripts.check import NO_SIGNAL, main, sentences, table
 
-from .conftest import SMALL, MakeConfig, Train
+from .conftest import SMALL, Fate, MakeConfig, Train
 
 FATE = "--env.fate=true"
 STARTS = ("--eval.n_episodes=12", "--eval.batch_size=1")
@@ -102,6 +104,10 @@ def test_a_good_policy_needs_no_change() -> None:
     assert advice.signal
     assert advice.verdict.startswith("RL has a signal here: 50 % of the starts")
     assert advice.changes == ()
+
+
+def test_what_the_ode_clips_as_well_is_not_the_noise() -> None:
+    assert advise(but(clipped=0.35, clipped_ode=0.35)).changes == ()
 
 
 @pytest.mark.parametrize(
@@ -325,11 +331,28 @@ def test_only_what_was_executed_from_the_given_starts_counts_as_clipped() -> Non
     """Two environments, chunks of three steps with one component; the range is -1 to 1."""
     tally = check._Tally((np.array([-1.0]), np.array([1.0])), lambda count: None)
     none = np.zeros(2, dtype=bool)
-    outcome = ChunkStep(np.zeros(2), np.array([2, 3]), none, none, none, {}, {}, none, np.zeros(2))
-    action = np.array([[[1.5], [0.5], [9.0]], [[9.0], [9.0], [9.0]]])
+    outcome = ChunkStep(np.zeros(2), np.array([4, 5]), none, none, none, {}, {}, none, np.zeros(2))
+    action = np.array([[[1.5], [1.0], [-1.0], [-2.0], [9.0]], [[9.0]] * 5])
     tally.watch(Turn(action, outcome, np.array([True, False]), 0.0, 0.0))
-    # Of the first environment's two executed steps, one is out of range; the second has no start.
+    # Of the first environment's four executed steps, two are out of range, one on each side; the second has no start.
     assert tally.clipped == 0.5
+
+
+def test_noise_and_ode_each_have_their_share_out_of_the_environments_range(
+    measured: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ODE chooses (0.5, -0.7) and exploration (0.9, -0.7), where 0.5 is the end of the range."""
+    monkeypatch.setattr(Fate, "action_space", spaces.Box(-0.5, 0.5, (2,), np.float32))
+
+    def always(*action: float) -> Callable[..., Any]:
+        return lambda player: (
+            lambda batch, generator: torch.tensor(action).expand(len(batch[OBS_STATE]), 5, 2)
+        )
+
+    monkeypatch.setattr(check, "by_ode", always(0.5, -0.7))
+    monkeypatch.setattr(check, "by_exploring", always(0.9, -0.7))
+    findings, _ = measured(FATE)
+    assert (findings.clipped_ode, findings.clipped) == (0.5, 1.0)
 
 
 def test_a_density_that_differs_shows_in_the_ratio(make_collector: Callable[..., Any]) -> None:
@@ -456,6 +479,14 @@ def test_the_first_look_waits_for_enough_episodes_and_speaks_once() -> None:
     assert note is not None
     assert note.text.startswith("First 24 episodes: success 0.50 exploring, 0.62 by the ODE")
     assert look.add([], [half]) is None
+
+
+def test_an_evaluation_after_training_has_begun_is_not_the_one_before() -> None:
+    look = FirstLook(CollectionConfig(num_envs=4), resumed=False)
+    assert look.add([], [{"episodes": 6, "successes": 3}]) is None
+    note = look.add([{"episodes": 16, "successes": 16}], [{"episodes": 6, "successes": 3}])
+    assert note is not None
+    assert "by the ODE" not in note.text
 
 
 def test_a_resumed_run_had_its_first_look() -> None:
