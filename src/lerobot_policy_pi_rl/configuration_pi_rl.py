@@ -108,6 +108,9 @@ class PIRLConfig(PreTrainedConfig):
     # Set while a checkpoint of this policy is loaded: its base needs no weights of its own before that. Not annotated,
     # so it is no setting and is not saved.
     weights_follow = False
+    # The device that was asked for where this machine does not have it, and LeRobot has taken another one. Evaluation
+    # and export go on there; training refuses it (`PIRLTrainConfig`). Not annotated, as above.
+    missing_device = None
 
     # The flow policy that acts. Null means that of `base_path` or, without one, the compact base with its defaults.
     base: BaseConfig | None = None
@@ -170,7 +173,10 @@ class PIRLConfig(PreTrainedConfig):
     def __post_init__(self) -> None:
         """Resolves the base and checks the fields against each other."""
         refuse_stock_command()
+        asked: str | None = self.device
         super().__post_init__()
+        if asked and asked != self.device:
+            self.missing_device = asked
         self._resolve_base()
         check(
             self.num_inference_steps >= 1,

@@ -1,50 +1,108 @@
 """What is missing, or does not fit, is named in one line."""
 
+import json
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import draccus
 import pytest
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.utils import import_utils
 from lerobot.utils.constants import OBS_STATE
 
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+from lerobot_policy_pi_rl.scripts.console import run_command
+from lerobot_policy_pi_rl.scripts.learner import learn
 
 pytest.importorskip("transformers")
 
 MakeConfig = Callable[..., PIRLConfig]
 
 
-@pytest.mark.parametrize(
-    ("name", "extra"),
-    [
-        ("pi0", "pi"),
-        ("pi05", "pi"),
-        ("smolvla", "smolvla"),
-        ("xvla", "xvla"),
-        ("multi_task_dit", "multi_task_dit"),
-        ("eo1", "eo1"),
-        ("vla_jepa", "vla_jepa"),
-        ("groot", "groot"),
-        ("molmoact2", "molmoact2"),
-    ],
-)
+EXTRAS = {
+    "pi0": "pi",
+    "pi05": "pi",
+    "smolvla": "smolvla",
+    "xvla": "xvla",
+    "multi_task_dit": "multi_task_dit",
+    "eo1": "eo1",
+    "evo1": "evo1",
+    "vla_jepa": "vla_jepa",
+    "groot": "groot",
+    "molmoact2": "molmoact2",
+}
+
+
+def fix(extra: str) -> str:
+    """How such a line ends, with no other fix before it."""
+    return rf"`policy.base.type`: ((?!pip install).)*pip install 'lerobot_policy_pi_rl\[{extra}\]'"
+
+
+@pytest.mark.parametrize(("name", "extra"), EXTRAS.items())
 def test_a_missing_package_of_a_base_is_named_with_its_extra(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str, extra: str
 ) -> None:
     config = make_config(name)
 
     def require(package: str, **_: object) -> None:
-        raise ImportError(f"{package} is required\nbut not installed")
+        raise ImportError(
+            f"{package} is required\nbut not installed. Install it with: pip install 'lerobot[{extra}]'"
+        )
 
-    monkeypatch.setattr(f"lerobot.policies.{name}.modeling_{name}.require_package", require)
-    with pytest.raises(
-        ConfigError, match=rf"policy.base.type.*pip install 'lerobot_policy_pi_rl\[{extra}\]'"
-    ) as error:
+    module = "evo1.internvl3_embedder" if name == "evo1" else f"{name}.modeling_{name}"
+    monkeypatch.setattr(f"lerobot.policies.{module}.require_package", require)
+    with pytest.raises(ConfigError) as error:
         PIRLPolicy(config)
-    assert "\n" not in str(error.value)
+    assert re.fullmatch(fix(extra), str(error.value))
+
+
+@pytest.fixture
+def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if transformers had never been installed, to whoever looks for it from now on."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(import_utils._require_package_cache, "transformers", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [(name, where) for name in EXTRAS for where in ("command line", "decoder")]
+    # LeRobot's whole parser takes seconds.
+    + [("eo1", "file"), ("molmoact2", "file")],
+)
+def test_the_extra_is_named_before_there_is_a_configuration(
+    without_transformers: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    name: str,
+    where: str,
+) -> None:
+    """Through the commands' own parser, which would wrap any other error in lines of its own."""
+    policy = {"type": "pi_rl", "device": "cpu", "base": {"type": name}}
+    (tmp_path / "run.json").write_text(json.dumps({"policy": policy}))
+    given = f"--policy.base.type={name}" if where == "command line" else f"--config_path={tmp_path}/run.json"
+    monkeypatch.setattr(sys, "argv", ["lerobot-pi-rl-learner", given])
+    with pytest.raises(SystemExit) as left:
+        draccus.decode(PreTrainedConfig, policy) if where == "decoder" else run_command(learn)
+    said = left.value.code if isinstance(left.value.code, str) else capsys.readouterr().err.strip()
+    assert re.fullmatch(f"error: {fix(EXTRAS[name])}", said)
+
+
+@pytest.mark.parametrize(("name", "extra"), EXTRAS.items())
+def test_the_extra_is_named_for_a_checkpoint(
+    without_transformers: None, tmp_path: Path, name: str, extra: str
+) -> None:
+    # With it EO1's configuration makes one of transformers'.
+    settings = {"vlm_config": {}} if name == "eo1" else {}
+    (tmp_path / "config.json").write_text(json.dumps({"type": name, "device": "cpu"} | settings))
+    with pytest.raises(ConfigError) as error:
+        PIRLConfig(base_path=str(tmp_path), device="cpu")
+    assert re.fullmatch(fix(extra), str(error.value))
 
 
 def test_missing_peft_is_named_with_its_extra(

@@ -1,6 +1,7 @@
 """One configuration for both sides, and what both build from it."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lerobot.rl.algorithms.sac import SACAlgorithmConfig
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.bases.configuration import COMPACT_SIZES
+from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime import pipeline
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
@@ -78,6 +80,76 @@ def test_a_run_that_nobody_configures_is_validated_again_and_again() -> None:
     policy, algorithm, _ = parts(cfg)
     steps = algorithm.collection.num_envs * algorithm.collection.decisions * COMPACT_SIZES.n_action_steps
     assert 5 <= policy.online_steps / steps / cfg.env_eval_freq <= 50
+
+
+SIMULATORS = [
+    ("libero", "libero", "'lerobot_policy_pi_rl[libero]'"),
+    ("metaworld", "metaworld", "'lerobot_policy_pi_rl[metaworld]'"),
+    ("metaworld_state", "metaworld", "'lerobot_policy_pi_rl[metaworld]'"),
+    ("metaworld_camera", "metaworld", "'lerobot_policy_pi_rl[metaworld]'"),
+    ("pusht", "gym_pusht", "'lerobot_policy_pi_rl[pusht]'"),
+    ("gym_manipulator", "gym_hil", "'lerobot_policy_pi_rl[gym_hil]'"),
+    ("aloha", "gym_aloha", "'lerobot[aloha]'"),
+    ("libero_plus", "libero", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "package", "extra"), SIMULATORS)
+def test_a_simulator_that_is_not_installed_is_named_with_what_installs_it(
+    make_cfg: MakeConfig, monkeypatch: pytest.MonkeyPatch, kind: str, package: str, extra: str | None
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    robot = ["--env.name=gym_hil", "--algorithm.collection.num_envs=1", "--algorithm.collection.eval_envs=0"]
+    given = [f"--env.type={kind}", *(robot if kind == "gym_manipulator" else [])]
+    fix = f"pip install {extra}" if extra else "install it as its makers say"
+    for is_actor in (True, False):
+        cfg = make_cfg(*given, validate=False)
+        cfg.is_actor = is_actor
+        with pytest.raises(ConfigError) as error:
+            cfg.validate()
+        said = f"`env.type`: '{kind}' needs the package '{package}', which is not installed: {fix}"
+        assert one_line(error).startswith(said)
+
+
+def test_a_learner_without_actors_on_its_machine_needs_no_simulator(
+    make_cfg: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gym_aloha", None)
+    cfg = make_cfg(
+        "--env.type=aloha", "--policy.actor_learner_config.learner_host=192.0.2.10", validate=False
+    )
+    cfg.validate()
+    assert parts(cfg)[2].type == "aloha"
+
+
+def test_a_device_that_is_not_there_is_refused_for_training_only(
+    make_cfg: MakeConfig, tmp_path: Path
+) -> None:
+    """LeRobot would take the CPU, and days; but what was trained on a GPU can be evaluated and exported anywhere."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    said = "`policy.device`: 'cuda' is not on this machine; name one that is: --policy.device=cpu, if that is meant"
+    for is_actor in (True, False):
+        cfg = make_cfg("--policy.device=cuda", validate=False)
+        cfg.is_actor = is_actor
+        with pytest.raises(ConfigError) as error:
+            cfg.validate()
+        assert one_line(error) == said
+    make_cfg("--policy.device=cpu").policy.save_pretrained(tmp_path / "trained")
+    file = tmp_path / "trained" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda"}))
+    assert PIRLConfig.from_pretrained(tmp_path / "trained").device == "cpu"
+    assert (
+        PIRLConfig.from_pretrained(tmp_path / "trained", cli_overrides=["--device=cpu"]).missing_device
+        is None
+    )
+
+
+def test_an_actor_needs_no_device_but_its_own(make_cfg: MakeConfig) -> None:
+    cfg = make_cfg("--policy.device=cuda", "--algorithm.collection.device=cpu", validate=False)
+    cfg.is_actor = True
+    cfg.validate()
+    assert parts(cfg)[0].device == "cpu"
 
 
 def test_another_algorithm_is_refused(make_cfg: MakeConfig) -> None:

@@ -1,11 +1,14 @@
 """Which base policies exist: a registry of their configurations."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import draccus
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.eo1.configuration_eo1 import EO1Config
 from lerobot.policies.evo1.configuration_evo1 import Evo1Config
@@ -25,6 +28,7 @@ from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
 from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 
 from ..errors import check, config_error
+from .extras import naming_extra, require_transformers
 
 # Observation key under which the preprocessor puts the hashed task text.
 TASK_EMBEDDING = "observation.task_embedding"
@@ -51,13 +55,14 @@ class BaseConfig(draccus.ChoiceRegistry):
 
     @classmethod
     def get_choice_class(cls, name: str) -> Any:
-        """Configuration class of a base; an unknown name is one clear line."""
+        """Configuration class of a base; an unknown name, or one whose packages are missing, is one clear line."""
         choices = cls.get_known_choices()
         if name not in choices:
             raise config_error(
                 "policy.base.type",
                 f"{name!r} is not a flow-matching base policy; choose one of {['compact', *sorted(STOCK)]}",
             )
+        require_transformers(name)
         return choices[name]
 
 
@@ -141,15 +146,17 @@ def get_sizes(base: Any) -> Sizes:
     """The sizes that a base's configuration names.
 
     Raises:
-        ConfigError: If nobody has registered this base.
+        ConfigError: If nobody has registered this base, or what it needs is not installed.
     """
     if isinstance(base, CompactConfig):
         return COMPACT_SIZES
+    require_transformers(base.type)
     if base.type not in STOCK:
         raise config_error("policy.base.type", f"{base.type!r} has no adapter; have {['compact', *STOCK]}")
     fields = STOCK[base.type]
     if fields.sizes is not None:
-        return fields.sizes(base)
+        with naming_extra(base.type):
+            return fields.sizes(base)
     return Sizes(getattr(base, fields.chunk), base.n_action_steps, getattr(base, fields.steps))
 
 
@@ -188,7 +195,8 @@ def check_base(config: Any) -> None:
     """
     fields = STOCK.get(config.base.type)
     if fields is not None and fields.check is not None:
-        fields.check(config)
+        with naming_extra(config.base.type):
+            fields.check(config)
 
 
 def preprocessor_settings(base: Any) -> dict[str, dict[str, Any]]:
@@ -254,6 +262,10 @@ def load_stock_config(path: str) -> Any:
     except (OSError, ValueError) as error:
         problem = f"{path!r} cannot be read as a LeRobot checkpoint ({' '.join(str(error).split())[:200]})"
         raise config_error("policy.base_path", problem) from None
+    except ImportError as error:
+        # Of a base whose configuration needs a package: LeRobot has found the file.
+        with naming_extra(_kind(path)):
+            raise error from None
     if not isinstance(config, BaseConfig):
         raise config_error(
             "policy.base_path",
@@ -261,6 +273,13 @@ def load_stock_config(path: str) -> Any:
             "pi_rl checkpoint is given as policy.path",
         )
     return config
+
+
+def _kind(path: str) -> str:
+    """Name of the policy in a stock checkpoint that LeRobot has begun to read."""
+    folder = Path(path)
+    file = folder / CONFIG_NAME if folder.is_dir() else Path(hf_hub_download(path, CONFIG_NAME))
+    return str(json.loads(file.read_text()).get("type"))
 
 
 def _check_multi_task_dit(config: Any) -> None:

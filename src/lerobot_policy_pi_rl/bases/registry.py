@@ -4,27 +4,14 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import config_error
 from .adapter import FlowBase
+from .extras import naming_extra
 
 if TYPE_CHECKING:
     from ..configuration_pi_rl import PIRLConfig
 
 BaseFactory = Callable[["PIRLConfig"], FlowBase]
 _FACTORIES: dict[str, BaseFactory] = {}
-# Extra of this package that installs what a base needs.
-EXTRAS = {
-    "eo1": "eo1",
-    "evo1": "evo1",
-    "groot": "groot",
-    "molmoact2": "molmoact2",
-    "multi_task_dit": "multi_task_dit",
-    "pi0": "pi",
-    "pi05": "pi",
-    "smolvla": "smolvla",
-    "vla_jepa": "vla_jepa",
-    "xvla": "xvla",
-}
 
 
 def register_base(name: str, factory: BaseFactory) -> None:
@@ -44,17 +31,8 @@ def make_base(config: "PIRLConfig") -> FlowBase:
         ConfigError: If a package that it needs is missing.
     """
     assert config.base is not None
-    try:
+    with naming_extra(config.base.type):
         return _FACTORIES[config.base.type](config)
-    except ImportError as error:
-        extra = EXTRAS.get(config.base.type)
-        if extra is None:
-            raise
-        raise config_error(
-            "policy.base.type",
-            f"{config.base.type!r} needs packages that are not installed ({' '.join(str(error).split())[:120]}): "
-            f"pip install 'lerobot_policy_pi_rl[{extra}]'",
-        ) from None
 
 
 def _lazy(module: str, name: str) -> BaseFactory:

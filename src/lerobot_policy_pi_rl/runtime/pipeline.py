@@ -35,8 +35,10 @@ from ..bases.configuration import STOCK, has_optional_cameras, preprocessor_sett
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import ConfigError, config_error
 from ..modeling_pi_rl import PIRLPolicy
+from .access import is_loopback
 from .checkpoint import CheckpointError, find_last, verify
 from .observations import ObservationPath, offered_features
+from .packages import check_installed
 from .robots import SIMULATION, is_robot
 from .wire import WireSpec
 
@@ -99,6 +101,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if self.is_actor and self.algorithm.collection.device is not None:
             self._check_device(self.algorithm.collection.device)
             self.policy.place_on(self.algorithm.collection.device)
+        else:
+            self._check_policy_device(self.policy)
+        # The actors of a learner that listens on loopback are on its machine; others need no simulator on it.
+        if self.is_actor or is_loopback(self.policy.actor_learner_config.learner_host):
+            check_installed(self.env)
         check_features(self.policy, self.env, self.rename_map)  # type: ignore[has-type]  # as above
         self._check_algorithm(self.algorithm, self.policy, self.env)
 
@@ -147,6 +154,17 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             raise config_error(
                 "algorithm.collection.device",
                 f"{device!r} is not on this machine; name one that is, such as cpu",
+            )
+
+    @staticmethod
+    def _check_policy_device(policy: PIRLConfig) -> None:
+        """Checks that the device was not exchanged for a slower one: LeRobot only warns of it."""
+        missing = policy.missing_device
+        if missing is not None:
+            raise config_error(
+                "policy.device",
+                f"{missing!r} is not on this machine; name one that is: --policy.device={policy.device}, if that is "
+                "meant",
             )
 
     @staticmethod
