@@ -37,12 +37,20 @@ from lerobot_policy_pi_rl.runtime.client import LearnerLost
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
+from lerobot_policy_pi_rl.runtime.gather import NothingUsable
+from lerobot_policy_pi_rl.runtime.inbox import Received
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 from lerobot_policy_pi_rl.runtime.statistics import control_metrics
-from lerobot_policy_pi_rl.runtime.wire import DEMONSTRATIONS, Weights, WeightsHeader, kind_of
+from lerobot_policy_pi_rl.runtime.wire import (
+    DEMONSTRATIONS,
+    Weights,
+    WeightsHeader,
+    encode_demonstrations,
+    kind_of,
+)
 from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -943,6 +951,30 @@ def test_what_a_person_shows_is_learned_from_and_found_again(
         run_here(make_cfg(*resumed), make_cfg(*resumed, validate=False))[2]["control/demonstrations"]
         > shown[1]
     )
+
+
+def test_what_has_arrived_of_a_person_is_kept_whatever_ends_the_run(
+    make_cfg: Callable[..., Any], free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = f"--policy.actor_learner_config.learner_port={free_port}"
+    learner = Learner(make_cfg(*robot_arguments("."), port), Event())
+    spec = learner._gatherer._spec
+    shown = DemonstrationBatch(
+        {key: torch.zeros(2, *one.shape, dtype=one.dtype) for key, one in spec.observation.items()},
+        ["put it there"] * 2,
+        torch.zeros(2, *spec.action[1:]),
+        torch.tensor([False, True]),
+    )
+
+    def fail() -> None:
+        learner._service.decisions.put(Received(0, encode_demonstrations(shown)), lambda: True)
+        raise NothingUsable("nothing was finite")
+
+    monkeypatch.setattr(learner, "_train", fail)
+    with pytest.raises(NothingUsable):
+        learner.run()
+    (file,) = (tmp_path / "run/interventions").iterdir()
+    assert len(load_file(file)["action"]) == 2
 
 
 def test_an_actor_keeps_no_more_than_its_learner_would(caplog: pytest.LogCaptureFixture) -> None:

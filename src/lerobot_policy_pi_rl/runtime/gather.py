@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from threading import Event
 
@@ -14,7 +14,6 @@ from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .inbox import Received
-from .interventions import surplus
 from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
 from .service import ActorEvent, PIRLLearnerService
@@ -47,7 +46,6 @@ DROPPED = (
     "repeated_decisions",
     "rolled_back_decisions",
     "malformed_messages",
-    "demonstration_steps",
     "surplus_decisions",
     "statistics",
 )
@@ -77,7 +75,6 @@ class Gathered:
         evaluations: Statistics of each actor's share of an evaluation of this version.
         control: Statistics of how each actor's robot was controlled; none in plain simulation.
         seconds: How long the learner waited for all this.
-        demonstrations: What people did meanwhile, in the order in which it came.
     """
 
     decisions: DecisionBatch
@@ -85,7 +82,6 @@ class Gathered:
     evaluations: list[dict[str, Scalar]]
     control: list[dict[str, Scalar]]
     seconds: float
-    demonstrations: list[DemonstrationBatch]
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,12 @@ class Gatherer:
     """
 
     def __init__(
-        self, service: PIRLLearnerService, spec: WireSpec, collection: CollectionConfig, stop: Event
+        self,
+        service: PIRLLearnerService,
+        spec: WireSpec,
+        collection: CollectionConfig,
+        stop: Event,
+        keep: Callable[[DemonstrationBatch], None] | None = None,
     ) -> None:
         """Prepares the gathering.
 
@@ -134,7 +135,9 @@ class Gatherer:
             spec: The decisions that are accepted.
             collection: The quota.
             stop: Set from outside to stop waiting.
+            keep: Takes what a person did, as soon as it is read; None where nobody can take over.
         """
+        self._keep_shown = keep
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
         self._statistics: dict[tuple[str, _Quota], dict[str, Scalar]] = {}
         # Quotas that have been taken, so that none is taken twice.
@@ -143,7 +146,6 @@ class Gatherer:
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
         # Range of the versions that are of use.
         self._oldest = self._newest = 0
-        self._demonstrations: deque[DemonstrationBatch] = deque()
         self._last_arrival = time.monotonic()
         # Most actors whose quotas one iteration takes, and most statistics that are kept for them.
         self._most_actors = NUMBERS_PER_PLACE * collection.max_actors
@@ -211,9 +213,7 @@ class Gatherer:
         evaluations = self._pop_evaluations(version)
         self._forget_statistics()
         seconds = time.monotonic() - began
-        return Gathered(
-            iteration.decisions(), collections, evaluations, control, seconds, self._pop_demonstrations()
-        )
+        return Gathered(iteration.decisions(), collections, evaluations, control, seconds)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -225,11 +225,11 @@ class Gatherer:
         self._wait_for_statistics("evaluation", self._everybody(version), timeout_s)
         return self._pop_evaluations(version)
 
-    def gather_demonstrations(self, timeout_s: float) -> list[DemonstrationBatch]:
-        """What people did and no iteration has taken, once the actors were told to leave.
+    def gather_demonstrations(self, timeout_s: float) -> None:
+        """Keeps what people did and no iteration has read, at the end of a run.
 
         Args:
-            timeout_s: Longest wait for actors that are still there: they send it before they leave.
+            timeout_s: Longest wait for actors that were told to leave: they send it before they do.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -238,7 +238,7 @@ class Gatherer:
             if message is not None:
                 self._take_late(message)
             elif not leaving:
-                return self._pop_demonstrations()
+                return
 
     def _take_late(self, message: Received) -> None:
         """Keeps what a person did, and nothing else."""
@@ -247,10 +247,6 @@ class Gatherer:
                 self._take_demonstrations(message.payload)
         except WireError as error:
             self._reject(message, error)
-
-    def _pop_demonstrations(self) -> list[DemonstrationBatch]:
-        taken, self._demonstrations = list(self._demonstrations), deque()
-        return taken
 
     def discard_before(self, version: int) -> None:
         """Drops what older weights collected, now and when it arrives."""
@@ -336,12 +332,10 @@ class Gatherer:
         self.dropped["malformed_messages"] += 1
 
     def _take_demonstrations(self, payload: bytes) -> None:
-        """Keeps what a person did, and of all that waits the newest messages, as `InterventionStore` would."""
-        if not self._spec.demonstration_steps:
+        """Hands on what a person did at once: it must not be lost with this process."""
+        if self._keep_shown is None or not self._spec.demonstration_steps:
             raise WireError("has demonstrations, but nobody can take over in this environment")
-        self._demonstrations.append(decode_demonstrations(payload, self._spec))
-        for _ in range(surplus(self._demonstrations, self._spec)):
-            self.dropped["demonstration_steps"] += len(self._demonstrations.popleft())
+        self._keep_shown(decode_demonstrations(payload, self._spec))
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""

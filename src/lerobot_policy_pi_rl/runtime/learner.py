@@ -18,7 +18,6 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 from torch import Tensor
 
-from ..algorithm.demonstrations import DemonstrationBatch
 from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
@@ -166,7 +165,8 @@ class Learner:
             ),
         )
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
-        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
+        keep = self._interventions.add if self._interventions is not None else None
+        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop, keep)
         self._pushed_bytes = 0
         self._started_at = time.monotonic()
         # When each of the newest versions was sent, by the same clock.
@@ -216,21 +216,14 @@ class Learner:
             if self._interventions is not None:
                 self._interventions.trim()
             self._report()
+            # Whatever ends the run, what has arrived of people is kept.
+            patience = 0.0
             try:
-                self._train()
-            except Stopped:
-                logger.info("Stopping at version %d", self._progress.version)
-                if self._saved_version != self._progress.version:
-                    self._save()
-                self._publish(restart=False, evaluate=False, final=True)
-            if self._interventions is not None:
-                self._keep_shown(self._gatherer.gather_demonstrations(FINAL_DEMONSTRATIONS_S))
-
-    def _keep_shown(self, demonstrations: list[DemonstrationBatch]) -> None:
-        """Keeps what people did on robots; without a robot there is none."""
-        if self._interventions is not None:
-            for shown in demonstrations:
-                self._interventions.add(shown)
+                self._train_or_stop()
+                patience = FINAL_DEMONSTRATIONS_S
+            finally:
+                if self._interventions is not None:
+                    self._gatherer.gather_demonstrations(patience)
 
     def _open_metrics(self) -> MetricsWriter:
         return MetricsWriter(
@@ -240,6 +233,16 @@ class Learner:
             resume_step=self._progress.version,
             shown=SHOWN,
         )
+
+    def _train_or_stop(self) -> None:
+        """Trains to the end, or saves where it is asked to stop; the actors are told to leave."""
+        try:
+            self._train()
+        except Stopped:
+            logger.info("Stopping at version %d", self._progress.version)
+            if self._saved_version != self._progress.version:
+                self._save()
+            self._publish(restart=False, evaluate=False, final=True)
 
     def _train(self) -> None:
         self._gatherer.wait_for_actors()
@@ -258,7 +261,6 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
-        self._keep_shown(gathered.demonstrations)
         if self._consider_best(version, gathered.evaluations):
             self._roll_back(gathered)
             return
