@@ -17,7 +17,7 @@ from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.control import ControlStatistics
-from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, Gathered, Gatherer, NothingUsable, Stopped
+from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, TOLD, Gathered, Gatherer, NothingUsable, Stopped
 from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
 from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo
@@ -38,6 +38,8 @@ PLAIN = {
     "env_steps": 50,
     "seconds": 0.5,
     "latency": 0.01,
+    "process": 1,
+    **dict.fromkeys(TOLD, 0),
 }
 
 pytestmark = pytest.mark.timeout(60)
@@ -390,6 +392,33 @@ def test_every_wait_can_be_stopped(scene: Scene, background: Callable[..., Futur
     scene.stop.set()
     with pytest.raises(Stopped):
         waiting.result(SOON)
+
+
+def test_what_actors_have_counted_is_added_up_over_their_processes(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    # What one process says grows; another one begins anew, however much it says.
+    for actor, process, attempts in ((0, 5, 2), (1, 6, 1), (0, 5, 3), (0, 7, 4), (0, 7, 4)):
+        scene.tell(actor, process=process, failed_attempts=attempts, unkept_steps=attempts)
+    scene.deliver(0, 1)
+    gather(scene)
+    assert scene.gatherer.told["failed_attempts"] == 3 + 4 + 1
+    assert scene.gatherer.told["unkept_steps"] == 8
+    assert scene.gatherer.told["rejected_pushes"] == 0
+
+
+def test_a_wait_is_reported_about_once_a_second(scene: Scene, background: Callable[..., Future]) -> None:
+    reported: list[int] = []
+    gatherer = scene.gatherer
+    gatherer._report_on = lambda: reported.append(gatherer.newest[0][0] if gatherer.newest else -1)
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(2.6)
+    assert 2 <= len(reported) <= 3
+    assert reported[-1] == VERSION
+    scene.deliver(1)
+    waiting.result(SOON)
 
 
 def test_ever_new_numbers_deliver_no_more_than_actors_have_places(scene: Scene) -> None:

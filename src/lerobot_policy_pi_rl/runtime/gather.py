@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from threading import Event
 
@@ -39,6 +39,11 @@ STATISTICS_S = 5.0
 # Seconds that actors get for an evaluation that the learner waits for with their decisions at hand.
 EVALUATION_S = 600.0
 
+# Numbers of actors whose own counts are remembered: callers make new ones.
+REMEMBERED = 1024
+# Seconds between reports while the learner waits.
+REPORT_S = 1.0
+
 # Why something that arrived is kept from the algorithm.
 DROPPED = (
     "non_finite_decisions",
@@ -49,9 +54,14 @@ DROPPED = (
     "surplus_decisions",
     "statistics",
 )
+# What an actor counts itself since its process started.
+TOLD = ("failed_attempts", "rejected_pushes", "unsent_messages", "unkept_steps")
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
-    "collection": ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
+    "collection": (
+        *("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
+        *("process", *TOLD),
+    ),
     "evaluation": ("episodes", "successes"),
     "control": tuple(field.name for field in fields(ControlStatistics)),
 }
@@ -127,6 +137,7 @@ class Gatherer:
         collection: CollectionConfig,
         stop: Event,
         keep: Callable[[DemonstrationBatch], None] | None = None,
+        report: Callable[[], None] | None = None,
     ) -> None:
         """Prepares the gathering.
 
@@ -136,8 +147,9 @@ class Gatherer:
             collection: The quota.
             stop: Set from outside to stop waiting.
             keep: Takes what a person did, as soon as it is read; None where nobody can take over.
+            report: Called about once a second while the learner waits.
         """
-        self._keep_shown = keep
+        self._keep_shown, self._report_on, self._reported_at = keep, report, 0.0
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
         self._statistics: dict[tuple[str, _Quota], dict[str, Scalar]] = {}
         # Quotas that have been taken, so that none is taken twice.
@@ -151,6 +163,9 @@ class Gatherer:
         self._most_actors = NUMBERS_PER_PLACE * collection.max_actors
         self._most_statistics = len(STATISTICS) * self._most_actors * (collection.max_staleness + 1) ** 2
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
+        # What all actors have counted, and what the newest process of each has said last.
+        self.told = Counter(dict.fromkeys(TOLD, 0))
+        self._last_told: dict[int, dict[str, int]] = {}
         # The newest quota of each actor: its version, and when it came, by the monotonic clock.
         self.newest: dict[int, tuple[int, float]] = {}
         self.actors_left = 0
@@ -298,6 +313,9 @@ class Gatherer:
             missing = sorted(connected - (iteration.delivered if iteration else set()))
             who = f"actor(s) {missing}" if connected else "an actor to connect"
             logger.warning("Nothing arrived for %.0f s; waiting for %s", idle, who)
+        if self._report_on is not None and time.monotonic() - self._reported_at > REPORT_S:
+            self._reported_at = time.monotonic()
+            self._report_on()
 
     def _report(self, event: ActorEvent, iteration: _Iteration | None) -> None:
         if event.kind == "joined":
@@ -431,12 +449,25 @@ class Gatherer:
         except WireError as error:
             self._reject(message, error)
             return
+        if kind == "collection":
+            self._add_told(message.actor, values)
         # Of other versions nobody asks, and whoever sends can make up as many as it likes, under ever new numbers.
         asked = self._oldest <= version <= self._newest and 0 <= part <= self._collection.max_staleness
         if not asked or len(self._statistics) >= self._most_statistics:
             self.dropped["statistics"] += 1
             return
         self._statistics[str(kind), _Quota(message.actor, version, part)] = values
+
+    def _add_told(self, actor: int, values: Mapping[str, Scalar]) -> None:
+        """Adds what an actor has counted since it told last; its counts begin anew with its process."""
+        now = {name: max(0, int(values[name])) for name in ("process", *TOLD)}
+        before = self._last_told.pop(actor, {})
+        goes_on = before.get("process") == now["process"]
+        for name in TOLD:
+            self.told[name] += max(0, now[name] - before[name]) if goes_on else now[name]
+        self._last_told[actor] = now
+        if len(self._last_told) > REMEMBERED:
+            del self._last_told[next(iter(self._last_told))]
 
     def _pop_statistics(self, kind: str, wanted: Iterable[_Quota]) -> list[dict[str, Scalar]]:
         """Takes what is there of some quotas, by actor."""
