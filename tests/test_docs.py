@@ -1,7 +1,9 @@
 """The pages: the configuration page is what the code says, every metric is explained, and no link leads nowhere."""
 
+import ast
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from lerobot_policy_pi_rl.algorithm.storage import prepare
 from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+from lerobot_policy_pi_rl.runtime.findings import first_impression
 from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 RUNTIME = ROOT / "src/lerobot_policy_pi_rl/runtime"
+LAUNCHER = ROOT / "src/lerobot_pi_rl_launcher.py"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 STATE, ROWS = "observation.state", 8
 GROUPS = "rollout|eval|ppo|loss|gradient|progress|control|speed|checkpoint|push|actors|dropped"
@@ -135,3 +139,57 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+# Lines at which nobody need do anything, or that another one explains.
+UNEXPLAINED = {
+    "starting one learner and": "news: what was started, and where its logs are",
+    "stopping the learner; it saves what it has trained": "news: what a Ctrl-C has begun",
+}
+
+
+def written_parts(text: ast.expr) -> list[str]:
+    """The constant parts of a text in the code: around `%` fields, or around those of an f-string."""
+    if isinstance(text, ast.Constant) and isinstance(text.value, str):
+        return re.split(r"%[-.0-9]*[a-z]", text.value)
+    if isinstance(text, ast.JoinedStr):
+        return [part.value for part in text.values if isinstance(part, ast.Constant)]
+    return []
+
+
+def warnings_of(file: Path) -> Iterator[list[str]]:
+    """The constant parts of every line with which a file warns, that of `Note` included."""
+    names = {"warning", "error", "_warn", "_count_rejected", "say"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        place = {"_count_rejected": 1}.get(name, 0)
+        if name in names and len(node.args) > place:
+            yield [part for part in map(str.strip, written_parts(node.args[place])) if part]
+
+
+def is_row_of(row: str, parts: list[str]) -> bool:
+    """Whether a row shows a line: its parts are there in their order."""
+    return re.search(".*".join(map(re.escape, parts)), row) is not None
+
+
+def test_every_warning_is_explained() -> None:
+    table = (
+        (DOCS / "operations.md").read_text().partition("## What the warnings mean")[2].partition("\n## ")[0]
+    )
+    rows = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+    lines = [line for file in (*sorted(RUNTIME.glob("*.py")), LAUNCHER) for line in warnings_of(file)]
+    # Of what the first episodes say, which is put together elsewhere.
+    for solved, ode in ((0, None), (30, (90, 100))):
+        lines.append([first_impression(solved, 100, ode).text.rpartition(": ")[2]])
+    # A text that is only handed on has no part of its own.
+    lines = [line for line in lines if line]
+    assert len(lines) > 25
+    missing = [
+        line
+        for line in lines
+        if not any(is_row_of(row, line) for row in rows)
+        and not any(line[0].startswith(one) for one in UNEXPLAINED)
+    ]
+    assert not missing

@@ -7,6 +7,7 @@ import torch
 
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
+from lerobot_policy_pi_rl.runtime.gather import STATISTICS as GATHERED
 from lerobot_policy_pi_rl.runtime.handshake import Handshake, settings_differences
 from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.wire import (
@@ -86,9 +87,7 @@ STATISTICS: dict[str, Any] = {
     "kind": "collection",
     "version": VERSION,
     "part": 0,
-    **dict.fromkeys(
-        ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"), 1.5
-    ),
+    **dict.fromkeys(GATHERED["collection"], 1.5),
 }
 INTERACTION = encode_interaction(STATISTICS)
 SETTINGS = {"policy": {"steps": 4, "shape": [1, 2]}, "seed": 3}

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from threading import Event, Timer
 
 import pytest
@@ -17,7 +17,7 @@ from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.control import ControlStatistics
-from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, Gathered, Gatherer, NothingUsable, Stopped
+from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, TOLD, Gathered, Gatherer, NothingUsable, Stopped
 from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
 from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo
@@ -38,6 +38,8 @@ PLAIN = {
     "env_steps": 50,
     "seconds": 0.5,
     "latency": 0.01,
+    "process": 1,
+    **dict.fromkeys(TOLD, 0),
 }
 
 pytestmark = pytest.mark.timeout(60)
@@ -84,6 +86,8 @@ class Scene:
     gatherer: Gatherer
     stop: Event
     quota: DecisionBatch
+    # What people did, as it was handed on.
+    kept: list[DemonstrationBatch] = field(default_factory=list)
 
     def of(self, actor: int) -> DecisionBatch:
         """An actor's quota."""
@@ -390,6 +394,33 @@ def test_every_wait_can_be_stopped(scene: Scene, background: Callable[..., Futur
         waiting.result(SOON)
 
 
+def test_what_actors_have_counted_is_added_up_over_their_processes(scene: Scene) -> None:
+    scene.room.join(0, 1)
+    # What one process says grows; another one begins anew, however much it says.
+    for actor, process, attempts in ((0, 5, 2), (1, 6, 1), (0, 5, 3), (0, 7, 4), (0, 7, 4)):
+        scene.tell(actor, process=process, failed_attempts=attempts, unkept_steps=attempts)
+    scene.deliver(0, 1)
+    gather(scene)
+    assert scene.gatherer.told["failed_attempts"] == 3 + 4 + 1
+    assert scene.gatherer.told["unkept_steps"] == 8
+    assert scene.gatherer.told["rejected_pushes"] == 0
+
+
+def test_a_wait_is_reported_about_once_a_second(scene: Scene, background: Callable[..., Future]) -> None:
+    reported: list[int] = []
+    gatherer = scene.gatherer
+    gatherer._report_on = lambda: reported.append(gatherer.newest[0][0] if gatherer.newest else -1)
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(2.6)
+    assert 2 <= len(reported) <= 3
+    assert reported[-1] == VERSION
+    scene.deliver(1)
+    waiting.result(SOON)
+
+
 def test_ever_new_numbers_deliver_no_more_than_actors_have_places(scene: Scene) -> None:
     collection = replace(scene.gatherer._collection, max_actors=2)
     gatherer = Gatherer(scene.room, scene.gatherer._spec, collection, scene.stop)  # type: ignore[arg-type]
@@ -518,12 +549,10 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
 
 @pytest.fixture
 def robots(scene: Scene) -> Scene:
-    """The scene of a run in which people can take over; at most five of their steps wait."""
+    """The scene of a run in which people can take over."""
     spec = replace(scene.gatherer._spec, demonstration_steps=5, demonstration_bytes=10**6)
-    return replace(
-        scene,
-        gatherer=Gatherer(scene.room, spec, scene.gatherer._collection, scene.stop),  # type: ignore[arg-type]
-    )
+    collection, keep = scene.gatherer._collection, scene.kept.append
+    return replace(scene, gatherer=Gatherer(scene.room, spec, collection, scene.stop, keep))  # type: ignore[arg-type]
 
 
 def shown_by_a_person(steps: int) -> DemonstrationBatch:
@@ -535,28 +564,33 @@ def shown_by_a_person(steps: int) -> DemonstrationBatch:
     )
 
 
-def test_what_people_do_is_kept_up_to_a_limit(robots: Scene) -> None:
-    robots.room.join(0)
-    for steps in (1, 2, 3, 2, 2):
+def test_what_people_do_is_handed_on_before_the_iteration_is_complete(
+    robots: Scene, background: Callable[..., Future]
+) -> None:
+    """Its actor may leave and the learner be killed before that."""
+    robots.room.join(0, 1)
+    waiting = background(gather, robots)
+    for steps in (1, 2, 3):
         robots.send_bytes(0, encode_demonstrations(shown_by_a_person(steps)))
-    robots.deliver(0)
-    assert [len(part) for part in gather(robots).demonstrations] == [2, 2]
-    assert robots.gatherer.dropped["demonstration_steps"] == 6
-    robots.send_bytes(0, encode_demonstrations(shown_by_a_person(4)))
-    send_quota(robots, 0, VERSION + 1)
-    assert [len(part) for part in robots.gatherer.gather(VERSION + 1, False).demonstrations] == [4]
+    robots.room.leave(0)
+    with pytest.raises(TimeoutError):
+        waiting.result(1.0)
+    assert [len(part) for part in robots.kept] == [1, 2, 3]
+    robots.deliver(1)
+    waiting.result(SOON)
+    assert len(robots.kept) == 3
 
 
 def test_where_nobody_can_take_over_demonstrations_are_refused(scene: Scene) -> None:
     scene.room.join(0)
     scene.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
     scene.deliver(0)
-    assert gather(scene).demonstrations == []
+    gather(scene)
     assert scene.gatherer.dropped["malformed_messages"] == 1
     assert "nobody can take over" in scene.room.rejected[0][2]
 
 
-def test_what_people_did_is_gathered_with_the_iteration_it_came_in(robots: Scene) -> None:
+def test_what_people_did_comes_beside_decisions(robots: Scene) -> None:
     shown = shown_by_a_person(3)
     robots.room.join(0)
     robots.send_bytes(0, encode_demonstrations(shown))
@@ -564,7 +598,7 @@ def test_what_people_did_is_gathered_with_the_iteration_it_came_in(robots: Scene
     robots.tell(0, "control", **asdict(ControlStatistics(steps=80)))
     robots.deliver(0)
     gathered = gather(robots)
-    assert [len(part) for part in gathered.demonstrations] == [3]
+    assert [len(part) for part in robots.kept] == [3]
     assert [values["steps"] for values in gathered.control] == [80]
     assert len(gathered.decisions) == QUOTA
     # The second one has actions of another robot.
@@ -576,8 +610,9 @@ def test_what_people_did_is_taken_from_actors_that_leave_and_not_waited_for_long
     robots.room.join(0, 1)
     robots.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
     robots.deliver(0)
-    assert [len(part) for part in robots.gatherer.gather_demonstrations(0.1)] == [3]
-    assert robots.gatherer.gather_demonstrations(0.0) == []
+    robots.gatherer.gather_demonstrations(0.1)
+    robots.gatherer.gather_demonstrations(0.0)
+    assert [len(part) for part in robots.kept] == [3]
 
     def leave() -> None:
         robots.send_bytes(1, encode_demonstrations(shown_by_a_person(2)))
@@ -586,7 +621,8 @@ def test_what_people_did_is_taken_from_actors_that_leave_and_not_waited_for_long
 
     leaving = Timer(0.1, leave)
     leaving.start()
-    assert [len(part) for part in robots.gatherer.gather_demonstrations(SOON)] == [2]
+    robots.gatherer.gather_demonstrations(SOON)
+    assert [len(part) for part in robots.kept] == [3, 2]
     leaving.join()
 
 

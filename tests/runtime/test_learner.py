@@ -460,6 +460,9 @@ def test_a_stopped_run_has_a_checkpoint_and_sends_its_actors_home(
             first = silent.wait_weights(-1, SOON)
             # Statistics and quota of the actor: it has delivered.
             assert eventually(lambda: learner._service.traffic().messages == 2)
+            # Who asks is told while the learner waits for the second one.
+            assert eventually(lambda: learner._service.status()["actors"][0]["version"] == 0)
+            assert learner._service.status()["state"] == "training"
             learner_stop.set()
             training.result(SOON)
             acting.result(SOON)

@@ -32,17 +32,26 @@ from safetensors.torch import load_file
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.errors import ConfigError
+from lerobot_policy_pi_rl.runtime import robots
 from lerobot_policy_pi_rl.runtime.actor import Actor, Shown
 from lerobot_policy_pi_rl.runtime.client import LearnerLost
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
+from lerobot_policy_pi_rl.runtime.gather import NothingUsable
+from lerobot_policy_pi_rl.runtime.inbox import Received
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 from lerobot_policy_pi_rl.runtime.statistics import control_metrics
-from lerobot_policy_pi_rl.runtime.wire import DEMONSTRATIONS, Weights, WeightsHeader, kind_of
+from lerobot_policy_pi_rl.runtime.wire import (
+    DEMONSTRATIONS,
+    Weights,
+    WeightsHeader,
+    encode_demonstrations,
+    kind_of,
+)
 from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
 STAND_IN = Path(__file__).parent / "stand_in"
@@ -263,6 +272,20 @@ def test_a_void_intervention_is_not_kept(make_robot: MakeRobot) -> None:
     robot = make_robot(".iV.")
     assert execute(robot).truncated.tolist() == [True]
     assert robot.take_interventions() == []
+    assert robot.unkept_steps == 2
+
+
+def test_what_a_quota_cannot_carry_is_counted(
+    make_robot: MakeRobot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(robots, "MAX_RECORDED", 3)
+    robot = make_robot(".iiiiii." + ".ii.." + "." * 100)
+    execute(robot)
+    execute(robot)
+    assert [len(intervention.action) for intervention in robot.take_interventions()] == [3]
+    assert robot.unkept_steps == 3 + 2
+    assert "3 of 6 steps of an intervention are not kept: a quota carries 3" in caplog.text
+    assert "2 of 2 steps of an intervention are not kept: a quota carries 3" in caplog.text
 
 
 @pytest.mark.timeout(60)
@@ -945,6 +968,30 @@ def test_what_a_person_shows_is_learned_from_and_found_again(
     )
 
 
+def test_what_has_arrived_of_a_person_is_kept_whatever_ends_the_run(
+    make_cfg: Callable[..., Any], free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = f"--policy.actor_learner_config.learner_port={free_port}"
+    learner = Learner(make_cfg(*robot_arguments("."), port), Event())
+    spec = learner._gatherer._spec
+    shown = DemonstrationBatch(
+        {key: torch.zeros(2, *one.shape, dtype=one.dtype) for key, one in spec.observation.items()},
+        ["put it there"] * 2,
+        torch.zeros(2, *spec.action[1:]),
+        torch.tensor([False, True]),
+    )
+
+    def fail() -> None:
+        learner._service.decisions.put(Received(0, encode_demonstrations(shown)), lambda: True)
+        raise NothingUsable("nothing was finite")
+
+    monkeypatch.setattr(learner, "_train", fail)
+    with pytest.raises(NothingUsable):
+        learner.run()
+    (file,) = (tmp_path / "run/interventions").iterdir()
+    assert len(load_file(file)["action"]) == 2
+
+
 def test_an_actor_keeps_no_more_than_its_learner_would(caplog: pytest.LogCaptureFixture) -> None:
     def shown(steps: int) -> DemonstrationBatch:
         last = torch.arange(steps) == steps - 1
@@ -958,6 +1005,7 @@ def test_an_actor_keeps_no_more_than_its_learner_would(caplog: pytest.LogCapture
             kept.add(shown(3))
         assert len(kept) == kept.unsent == 6
         assert "3 steps of a person are given up for newer ones" in caplog.text
+        assert kept.given_up == 3
         caplog.clear()
         kept.send(sent.append)
         assert (len(sent), len(kept), kept.unsent) == (2, 6, 0)
@@ -968,10 +1016,12 @@ class LossyClient:
 
     def __init__(self) -> None:
         self.there, self.sent = True, []  # type: tuple[bool, list[bytes]]
+        self.counts, self.told = {"failed_attempts": 2}, []  # type: tuple[dict[str, int], list[dict[str, Any]]]
 
     def send_interaction(self, values: dict[str, Any], stop: Event | None = None) -> None:
         if not self.there:
             raise LearnerLost("gone")
+        self.told.append(values)
 
     def send_decisions(self, payload: bytes, stop: Event | None = None) -> None:
         self.send_interaction({})
@@ -980,8 +1030,8 @@ class LossyClient:
     def reconnect(self, timeout_s: float, stop: Event) -> None:
         self.there, self.sent = True, []
 
-    def close(self, flush_s: float) -> None:
-        pass
+    def close(self, flush_s: float) -> bool:
+        return self.there
 
     def kinds(self) -> list[str]:
         return [kind_of(payload) for payload in self.sent]
@@ -1046,6 +1096,22 @@ def test_what_was_shown_is_sent_before_an_actor_leaves(scripted_actor: tuple[Act
     assert client.sent == []
     actor.close()
     assert client.kinds() == [DEMONSTRATIONS]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["taken", "broken"])
+def test_what_may_not_have_arrived_is_said_when_an_actor_leaves(
+    scripted_actor: tuple[Actor, LossyClient], caplog: pytest.LogCaptureFixture, there: bool
+) -> None:
+    """Also what was sent on a connection that broke since, before anybody noticed."""
+    actor, client = scripted_actor
+    actor._take(weights_of(actor, 0), restarts=True)
+    actor._collect(0, 0, 0.0)
+    assert client.kinds() == [DEMONSTRATIONS, "decisions"]
+    (told,) = (values for values in client.told if values.get("kind") == "collection")
+    assert (told["failed_attempts"], told["unkept_steps"]) == (2, 0)
+    client.there = there
+    actor.close()
+    assert ("2 steps of a person may be lost" in caplog.text) is not there
 
 
 def test_a_run_looks_ahead(make_cfg: Callable[..., Any], free_port: int) -> None:

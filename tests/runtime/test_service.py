@@ -209,6 +209,7 @@ def test_weights_larger_than_an_actors_own_are_not_taken(caplog: pytest.LogCaptu
     assert received is not None
     assert received.header.version == 2
     assert "Rejected a message of the learner: too large" in caplog.text
+    assert client.counts["rejected_pushes"] == 1
     own = {"head": torch.zeros(2 * CHUNK_SIZE)}
     assert len(largest) <= max_weights_bytes(own) <= len(largest) + MAX_HEADER_BYTES
 
@@ -286,8 +287,27 @@ def test_close_sends_what_was_queued() -> None:
     ):
         for number in range(50):
             client.send_decisions(b"%d" % number)
-        client.close()
+        assert client.close()
         assert [item.payload for item in server.service.decisions.drain()] == [b"%d" % n for n in range(50)]
+        assert client.counts["unsent_messages"] == server.service.traffic().unfinished == 0
+
+
+def test_close_says_what_did_not_get_through() -> None:
+    with serving(make_service(waiting_messages=1)) as server, connected(server) as client:
+        # One is taken, and some are on their way or wait.
+        for _ in range(6):
+            client.send_decisions(bytes(6 * 2**20))
+        assert not client.close(flush_s=0.5)
+        assert client.counts["unsent_messages"] >= 1
+        assert eventually(lambda: server.service.traffic().unfinished >= 1)
+
+
+def test_a_learner_that_ends_has_not_taken_what_comes_then() -> None:
+    with serving(make_service()) as server, connected(server) as client:
+        server.service.shutdown_event.set()
+        client.send_decisions(b"too late")
+        assert not client.close()
+        assert server.service.decisions.drain() == []
 
 
 # Who may connect
@@ -360,7 +380,7 @@ def test_another_protocol_version_is_refused() -> None:
     with serving(make_service()) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         with pytest.raises(grpc.RpcError) as refusal:
             services_pb2_grpc.LearnerServiceStub(channel).Ready(services_pb2.Empty(), metadata=hello)
-        assert "protocol: learner 2, actor 99" in refusal.value.details()
+        assert "protocol: learner 3, actor 99" in refusal.value.details()
 
 
 def test_the_stock_learner_is_recognised() -> None:
@@ -419,10 +439,36 @@ def test_bytes_that_are_no_protobuf_are_counted_and_the_learner_lives_on() -> No
 
 def test_a_chunk_above_grpcs_limit_ends_its_stream_only() -> None:
     with serving(make_service()) as server, connected(server, 0) as client:
-        with raw_stub(server, 1) as (stub, metadata), pytest.raises(grpc.RpcError) as error:
-            stub.SendTransitions(iter([chunk(bytes(5 * 2**20), 3)]), metadata=metadata)
-        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with raw_stub(server, 1) as (stub, metadata):
+            with pytest.raises(grpc.RpcError) as error:
+                stub.SendTransitions(iter([chunk(bytes(5 * 2**20), 3)]), metadata=metadata)
+            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert eventually(lambda: server.service.traffic().rejected == {"broken stream": 1})
         _works(server, client)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [[chunk(b"taken", 3), chunk(b"no room", 3)], [chunk(b"taken", 3), chunk(b"begun", 1)]],
+    ids=["no room", "half"],
+)
+def test_what_had_come_of_a_message_when_its_actor_left_is_counted(chunks: list) -> None:
+    over = threading.Event()
+
+    def sent() -> Iterator[services_pb2.Transition]:
+        yield from chunks
+        over.wait(SOON)
+
+    with serving(make_service(waiting_messages=1)) as server:
+        with raw_stub(server, 1) as (stub, metadata):
+            call = stub.SendTransitions.future(sent(), metadata=metadata)
+            assert eventually(lambda: len(server.service.decisions) == 1)
+            over.wait(0.5)
+            assert server.service.traffic().unfinished == 0
+        assert eventually(lambda: server.service.traffic().unfinished == 1)
+        over.set()
+        assert call.code() != grpc.StatusCode.OK
+        assert server.service.traffic().rejected == {}
 
 
 def test_a_socket_that_speaks_no_grpc_does_no_harm() -> None:
@@ -536,6 +582,7 @@ def test_no_learner_within_the_limit_is_one_clear_line(caplog: pytest.LogCapture
     assert "lerobot-pi-rl-learner" in str(error.value)
     assert "\n" not in str(error.value)
     assert "Waiting for the learner at 127.0.0.1:9" in caplog.text
+    assert client.counts["failed_attempts"] >= 1
 
 
 def test_stop_delivers_the_last_weights_ends_fast_and_leaves_no_thread() -> None:

@@ -24,6 +24,7 @@ from line_processes import (
     LineProcess,
     LineRun,
     at,
+    build_slowly,
     die_in_checkpoint,
     die_in_episode,
     die_in_push,
@@ -379,7 +380,13 @@ def test_a_slow_learner_slows_its_actor_and_no_memory_grows_whatever_the_clocks_
 # The end
 
 
-def ends_soon(run: LineRun, learner: LineProcess, *actors: LineProcess, number: int = signal.SIGTERM) -> None:
+def ends_soon(
+    run: LineRun,
+    learner: LineProcess,
+    *actors: LineProcess,
+    number: int = signal.SIGTERM,
+    saves: bool = True,
+) -> None:
     """Asks all to leave, as `lerobot-pi-rl-train` does: none stays, nobody listens, and all that was done is saved."""
     family = [
         child for one in (learner, *actors) for child in psutil.Process(one.pid).children(recursive=True)
@@ -399,7 +406,25 @@ def ends_soon(run: LineRun, learner: LineProcess, *actors: LineProcess, number: 
         assert caller.connect_ex(("127.0.0.1", run.port)) != 0
     assert all(one.errors() == [] for one in (learner, *actors))
     rows = run.rows()
-    assert saved(run) == (rows[-1]["step"] if rows else 0)
+    if saves:
+        assert saved(run) == (rows[-1]["step"] if rows else 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_leaves_while_it_is_built(make_line_run: MakeRun, number: int) -> None:
+    """With the workers that it has started; there is nothing to save, and nothing is."""
+    run = make_line_run("--steps=1000000")
+    slowly = [at(build_slowly, 60.0)]
+    learner = run.learner(faults=slowly)
+    actor = run.actor(0, "--algorithm.collection.num_workers=2", faults=slowly)
+    for name in ("learner", "actor_0"):
+        run.await_log(name, "It builds")
+    workers = psutil.Process(actor.pid).children()
+    assert len(workers) == 2
+    ends_soon(run, learner, actor, number=number, saves=False)
+    assert not psutil.wait_procs(workers, timeout=1)[1]
+    assert all("stopped while starting" in one.shown[-1] for one in (learner, actor))
+    assert not (run.output_dir / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

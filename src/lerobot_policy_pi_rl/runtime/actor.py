@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from ..algorithm.demonstrations import DemonstrationBatch
 from .access import read_actor_access
 from .client import LearnerClient, LearnerLost
-from .collector import Collector, Interrupted, make_eval_groups, make_groups
+from .collector import Collector, Group, Interrupted, make_eval_groups, make_groups
 from .evaluation import evaluate
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts
 from .seeds import VALIDATION_SEED
@@ -114,6 +115,8 @@ class Shown:
         self._versions, self._capacity, self._max_bytes = max_staleness + 2, capacity, max_bytes
         self._version = -1
         self._kept: list[_Message] = []
+        # Steps that made way for newer ones.
+        self.given_up = 0
 
     def __len__(self) -> int:
         """Steps that the learner may not have."""
@@ -129,7 +132,9 @@ class Shown:
         for some in batch.split(MAX_DEMONSTRATION_ROWS) if batch is not None else ():
             self._kept.append(_Message(encode_demonstrations(some), len(some)))
         while self._is_beyond_limits() and len(self._kept) > 1:
-            logger.warning("%d steps of a person are given up for newer ones", self._kept.pop(0).steps)
+            steps = self._kept.pop(0).steps
+            self.given_up += steps
+            logger.warning("%d steps of a person are given up for newer ones", steps)
 
     def _is_beyond_limits(self) -> bool:
         size = sum(len(message.payload) for message in self._kept)
@@ -173,28 +178,35 @@ class Actor:
         policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         self._stop, self._collection = stop, algorithm_cfg.collection
         access = read_actor_access(algorithm_cfg.security)
-        # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
-        groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu", stop)
-        own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
-        # Where the policy is validated.
-        self._groups, self._eval_groups = groups, own or groups
-        self._player = make_player(cfg)
-        self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0, stop)
-        self._shown = Shown(
-            self._collection.max_staleness,
-            algorithm_cfg.intervention_capacity,
-            algorithm_cfg.intervention_megabytes * 10**6,
-        )
-        self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
-        link = policy_cfg.actor_learner_config
-        self._client = LearnerClient(
-            link.learner_host,
-            link.learner_port,
-            self._collection.actor_id,
-            agreed_settings(cfg, self._player),
-            access=access,
-            max_weights_bytes=max_weights_bytes(self._player.policy.trainable_state()),
-        )
+        with contextlib.ExitStack() as made:
+            # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
+            groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu", stop)
+            made.callback(_close, groups)
+            own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
+            made.callback(_close, own)
+            # Where the policy is validated.
+            self._groups, self._eval_groups = groups, own or groups
+            self._player = make_player(cfg)
+            self._collector = Collector(self._player, groups, self._collection, cfg.seed or 0, stop)
+            self._shown = Shown(
+                self._collection.max_staleness,
+                algorithm_cfg.intervention_capacity,
+                algorithm_cfg.intervention_megabytes * 10**6,
+            )
+            # Tells the learner which counts go on and which begin anew.
+            self._process = uuid.uuid4().int % 2**31
+            self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
+            link = policy_cfg.actor_learner_config
+            self._client = LearnerClient(
+                link.learner_host,
+                link.learner_port,
+                self._collection.actor_id,
+                agreed_settings(cfg, self._player),
+                access=access,
+                max_weights_bytes=max_weights_bytes(self._player.policy.trainable_state()),
+            )
+            # From now on `close` ends them.
+            made.pop_all()
 
     def run(self) -> None:
         """Collects until the learner says that training is over, or `stop` is set.
@@ -285,7 +297,7 @@ class Actor:
             self._client.send_interaction(
                 {"kind": "control", **quota, **asdict(collected.control)}, self._stop
             )
-        told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency}
+        told: dict[str, Scalar] = {"kind": "collection", **quota, "latency": latency, **self._counted()}
         self._client.send_interaction(
             {**told, **asdict(collected.statistics), **collected.by_task}, self._stop
         )
@@ -293,6 +305,11 @@ class Actor:
         self._shown.send(self._send_message)
         header = RolloutHeader(self._collection.actor_id, version, part)
         self._send_message(encode_decisions(collected.decisions, header))
+
+    def _counted(self) -> dict[str, Scalar]:
+        """What this process has dropped and tried again since it started."""
+        unkept = self._shown.given_up + self._collector.unkept_steps
+        return {"process": self._process, **self._client.counts, "unkept_steps": unkept}
 
     def _send_message(self, payload: bytes) -> None:
         self._client.send_decisions(payload, self._stop)
@@ -303,10 +320,11 @@ class Actor:
         try:
             self._send_rest()
         finally:
-            self._client.close(max(0.0, deadline - time.monotonic()))
+            taken = self._client.close(max(0.0, deadline - time.monotonic()))
+            if lost := self._shown.unsent if taken else len(self._shown):
+                logger.warning("%d steps of a person may be lost: no learner has said that it has them", lost)
             self._collector.close()
-            for group in self._eval_groups:
-                group.envs.close()
+            _close(self._eval_groups)
 
     def _send_rest(self) -> None:
         """Queues what people have shown in a quota that was not finished, if the learner is still there."""
@@ -317,8 +335,13 @@ class Actor:
         timer = Timer(LEAVING_S, late.set)
         timer.start()
         try:
-            self._shown.send(partial(self._client.send_decisions, stop=late))
-        except LearnerLost:
-            logger.warning("%d steps of a person are lost: no learner takes them", self._shown.unsent)
+            with contextlib.suppress(LearnerLost):
+                self._shown.send(partial(self._client.send_decisions, stop=late))
         finally:
             timer.cancel()
+
+
+def _close(groups: list[Group]) -> None:
+    """Ends environments."""
+    for group in groups:
+        group.envs.close()

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ from .wire import Scalar, Weights, decode_weights, encode_interaction
 
 logger = logging.getLogger(__name__)
 
+# What a client counts since it was made.
+COUNTS = ("failed_attempts", "rejected_pushes", "unsent_messages")
 MAX_STATUS_BYTES = 2**20
 RETRY_SECONDS = 0.5
 MESSAGE_SECONDS = 5.0
@@ -78,7 +81,12 @@ class LearnerClient:
             command: How a learner is started, for the text of `LearnerUnreachable`.
             access: Token and TLS; None has neither.
             max_weights_bytes: Most bytes of a push; a larger one is not taken.
+
+        Attributes:
+            counts: Attempts to connect that failed, pushes that were not taken, and messages that were queued and
+                dropped with their connection.
         """
+        self.counts = Counter(dict.fromkeys(COUNTS, 0))
         self._max_weights_bytes = max_weights_bytes
         self._host, self._port, self._access = host, port, access or Access()
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -127,6 +135,7 @@ class LearnerClient:
             now = time.monotonic()
             if error is None:
                 return
+            self.counts["failed_attempts"] += 1
             if now - began >= timeout_s:
                 raise LearnerUnreachable(
                     f"no learner answers at {self._address} after {now - began:.0f} s; start it with "
@@ -213,17 +222,25 @@ class LearnerClient:
         if not link.interactions.put(encode_interaction(values), stop):
             raise LearnerLost(self._lost_text(link))
 
-    def close(self, flush_s: float = 3.0) -> None:
-        """Sends what is queued, within `flush_s` seconds, and leaves; also when the learner is gone."""
+    def close(self, flush_s: float = 3.0) -> bool:
+        """Sends what is queued, within `flush_s` seconds, and leaves; also when the learner is gone.
+
+        Returns:
+            Whether the learner took all decisions, and what people did, that were sent on this connection.
+        """
         self._closing.set()
         link, self._link = self._link, None
-        if link is not None:
-            link.close(0.0 if link.broken else flush_s)
+        return link is not None and link.close(0.0 if link.broken else flush_s)
 
     def _attempt(self, stopping: Stopping) -> str | None:
         """One try; returns why it failed when trying again may help, or None when connected."""
         link = Link(
-            self._address, self._handshake, self._access, self._outbox_capacity, self._max_weights_bytes
+            self._address,
+            self._handshake,
+            self._access,
+            self._outbox_capacity,
+            self._max_weights_bytes,
+            self.counts,
         )
         try:
             link.call_ready(self._settings, stopping)

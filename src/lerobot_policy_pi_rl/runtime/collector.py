@@ -417,6 +417,11 @@ class Collector:
             return Collected(decisions, statistics, by_task, None, None)
         return Collected(decisions, statistics, by_task, envs.take_statistics(), self.take_demonstrations())
 
+    @property
+    def unkept_steps(self) -> int:
+        """Steps that people took on a robot and that are not kept, since it was connected."""
+        return sum(group.envs.unkept_steps for group in self._groups if isinstance(group.envs, RobotVector))
+
     def take_demonstrations(self) -> DemonstrationBatch | None:
         """What people did since the last time, as it crosses the wire; None if they did nothing, or without a robot."""
         robot = self._groups[0].envs

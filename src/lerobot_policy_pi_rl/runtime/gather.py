@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from threading import Event
 
@@ -14,7 +14,6 @@ from ..algorithm.decisions import DecisionBatch
 from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .inbox import Received
-from .interventions import surplus
 from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
 from .service import ActorEvent, PIRLLearnerService
@@ -40,6 +39,11 @@ STATISTICS_S = 5.0
 # Seconds that actors get for an evaluation that the learner waits for with their decisions at hand.
 EVALUATION_S = 600.0
 
+# Numbers of actors whose own counts are remembered: callers make new ones.
+REMEMBERED = 1024
+# Seconds between reports while the learner waits.
+REPORT_S = 1.0
+
 # Why something that arrived is kept from the algorithm.
 DROPPED = (
     "non_finite_decisions",
@@ -47,13 +51,17 @@ DROPPED = (
     "repeated_decisions",
     "rolled_back_decisions",
     "malformed_messages",
-    "demonstration_steps",
     "surplus_decisions",
     "statistics",
 )
+# What an actor counts itself since its process started.
+TOLD = ("failed_attempts", "rejected_pushes", "unsent_messages", "unkept_steps")
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
-    "collection": ("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
+    "collection": (
+        *("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
+        *("process", *TOLD),
+    ),
     "evaluation": ("episodes", "successes"),
     "control": tuple(field.name for field in fields(ControlStatistics)),
 }
@@ -77,7 +85,6 @@ class Gathered:
         evaluations: Statistics of each actor's share of an evaluation of this version.
         control: Statistics of how each actor's robot was controlled; none in plain simulation.
         seconds: How long the learner waited for all this.
-        demonstrations: What people did meanwhile, in the order in which it came.
     """
 
     decisions: DecisionBatch
@@ -85,7 +92,6 @@ class Gathered:
     evaluations: list[dict[str, Scalar]]
     control: list[dict[str, Scalar]]
     seconds: float
-    demonstrations: list[DemonstrationBatch]
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,13 @@ class Gatherer:
     """
 
     def __init__(
-        self, service: PIRLLearnerService, spec: WireSpec, collection: CollectionConfig, stop: Event
+        self,
+        service: PIRLLearnerService,
+        spec: WireSpec,
+        collection: CollectionConfig,
+        stop: Event,
+        keep: Callable[[DemonstrationBatch], None] | None = None,
+        report: Callable[[], None] | None = None,
     ) -> None:
         """Prepares the gathering.
 
@@ -134,7 +146,10 @@ class Gatherer:
             spec: The decisions that are accepted.
             collection: The quota.
             stop: Set from outside to stop waiting.
+            keep: Takes what a person did, as soon as it is read; None where nobody can take over.
+            report: Called about once a second while the learner waits.
         """
+        self._keep_shown, self._report_on, self._reported_at = keep, report, 0.0
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
         self._statistics: dict[tuple[str, _Quota], dict[str, Scalar]] = {}
         # Quotas that have been taken, so that none is taken twice.
@@ -143,12 +158,14 @@ class Gatherer:
         self._waiting: defaultdict[int, deque[tuple[_Quota, DecisionBatch]]] = defaultdict(deque)
         # Range of the versions that are of use.
         self._oldest = self._newest = 0
-        self._demonstrations: deque[DemonstrationBatch] = deque()
         self._last_arrival = time.monotonic()
         # Most actors whose quotas one iteration takes, and most statistics that are kept for them.
         self._most_actors = NUMBERS_PER_PLACE * collection.max_actors
         self._most_statistics = len(STATISTICS) * self._most_actors * (collection.max_staleness + 1) ** 2
         self.dropped = Counter(dict.fromkeys(DROPPED, 0))
+        # What all actors have counted, and what the newest process of each has said last.
+        self.told = Counter(dict.fromkeys(TOLD, 0))
+        self._last_told: dict[int, dict[str, int]] = {}
         # The newest quota of each actor: its version, and when it came, by the monotonic clock.
         self.newest: dict[int, tuple[int, float]] = {}
         self.actors_left = 0
@@ -211,9 +228,7 @@ class Gatherer:
         evaluations = self._pop_evaluations(version)
         self._forget_statistics()
         seconds = time.monotonic() - began
-        return Gathered(
-            iteration.decisions(), collections, evaluations, control, seconds, self._pop_demonstrations()
-        )
+        return Gathered(iteration.decisions(), collections, evaluations, control, seconds)
 
     def gather_evaluation(self, version: int, timeout_s: float) -> list[dict[str, Scalar]]:
         """Waits for the evaluations of a version alone, while actors are connected, at most `timeout_s` seconds.
@@ -225,11 +240,11 @@ class Gatherer:
         self._wait_for_statistics("evaluation", self._everybody(version), timeout_s)
         return self._pop_evaluations(version)
 
-    def gather_demonstrations(self, timeout_s: float) -> list[DemonstrationBatch]:
-        """What people did and no iteration has taken, once the actors were told to leave.
+    def gather_demonstrations(self, timeout_s: float) -> None:
+        """Keeps what people did and no iteration has read, at the end of a run.
 
         Args:
-            timeout_s: Longest wait for actors that are still there: they send it before they leave.
+            timeout_s: Longest wait for actors that were told to leave: they send it before they do.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -238,7 +253,7 @@ class Gatherer:
             if message is not None:
                 self._take_late(message)
             elif not leaving:
-                return self._pop_demonstrations()
+                return
 
     def _take_late(self, message: Received) -> None:
         """Keeps what a person did, and nothing else."""
@@ -247,10 +262,6 @@ class Gatherer:
                 self._take_demonstrations(message.payload)
         except WireError as error:
             self._reject(message, error)
-
-    def _pop_demonstrations(self) -> list[DemonstrationBatch]:
-        taken, self._demonstrations = list(self._demonstrations), deque()
-        return taken
 
     def discard_before(self, version: int) -> None:
         """Drops what older weights collected, now and when it arrives."""
@@ -302,6 +313,9 @@ class Gatherer:
             missing = sorted(connected - (iteration.delivered if iteration else set()))
             who = f"actor(s) {missing}" if connected else "an actor to connect"
             logger.warning("Nothing arrived for %.0f s; waiting for %s", idle, who)
+        if self._report_on is not None and time.monotonic() - self._reported_at > REPORT_S:
+            self._reported_at = time.monotonic()
+            self._report_on()
 
     def _report(self, event: ActorEvent, iteration: _Iteration | None) -> None:
         if event.kind == "joined":
@@ -336,12 +350,10 @@ class Gatherer:
         self.dropped["malformed_messages"] += 1
 
     def _take_demonstrations(self, payload: bytes) -> None:
-        """Keeps what a person did, and of all that waits the newest messages, as `InterventionStore` would."""
-        if not self._spec.demonstration_steps:
+        """Hands on what a person did at once: it must not be lost with this process."""
+        if self._keep_shown is None or not self._spec.demonstration_steps:
             raise WireError("has demonstrations, but nobody can take over in this environment")
-        self._demonstrations.append(decode_demonstrations(payload, self._spec))
-        for _ in range(surplus(self._demonstrations, self._spec)):
-            self.dropped["demonstration_steps"] += len(self._demonstrations.popleft())
+        self._keep_shown(decode_demonstrations(payload, self._spec))
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
@@ -437,12 +449,25 @@ class Gatherer:
         except WireError as error:
             self._reject(message, error)
             return
+        if kind == "collection":
+            self._add_told(message.actor, values)
         # Of other versions nobody asks, and whoever sends can make up as many as it likes, under ever new numbers.
         asked = self._oldest <= version <= self._newest and 0 <= part <= self._collection.max_staleness
         if not asked or len(self._statistics) >= self._most_statistics:
             self.dropped["statistics"] += 1
             return
         self._statistics[str(kind), _Quota(message.actor, version, part)] = values
+
+    def _add_told(self, actor: int, values: Mapping[str, Scalar]) -> None:
+        """Adds what an actor has counted since it told last; its counts begin anew with its process."""
+        now = {name: max(0, int(values[name])) for name in ("process", *TOLD)}
+        before = self._last_told.pop(actor, {})
+        goes_on = before.get("process") == now["process"]
+        for name in TOLD:
+            self.told[name] += max(0, now[name] - before[name]) if goes_on else now[name]
+        self._last_told[actor] = now
+        if len(self._last_told) > REMEMBERED:
+            del self._last_told[next(iter(self._last_told))]
 
     def _pop_statistics(self, kind: str, wanted: Iterable[_Quota]) -> list[dict[str, Scalar]]:
         """Takes what is there of some quotas, by actor."""

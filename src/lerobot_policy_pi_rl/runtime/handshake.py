@@ -7,7 +7,7 @@ from typing import Any
 
 from .packing import WireError, read_json, short
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the messages (`wire`) and of the calls that carry them; actor and learner must agree."""
 
 MAX_SESSION_CHARACTERS = 64

@@ -18,7 +18,6 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 from torch import Tensor
 
-from ..algorithm.demonstrations import DemonstrationBatch
 from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
@@ -166,7 +165,8 @@ class Learner:
             ),
         )
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
-        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop)
+        keep = self._interventions.add if self._interventions is not None else None
+        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop, keep, self._report)
         self._pushed_bytes = 0
         self._started_at = time.monotonic()
         # When each of the newest versions was sent, by the same clock.
@@ -176,6 +176,8 @@ class Learner:
         # What the actors told of their episodes since these began anew.
         self._since_restart: list[dict[str, Scalar]] = []
         self._validation: float | None = None
+        self._newest_row: Mapping[str, Any] = {}
+        self._began = False
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
         self._stopped_by: str | None = None
@@ -216,21 +218,14 @@ class Learner:
             if self._interventions is not None:
                 self._interventions.trim()
             self._report()
+            # Whatever ends the run, what has arrived of people is kept.
+            patience = 0.0
             try:
-                self._train()
-            except Stopped:
-                logger.info("Stopping at version %d", self._progress.version)
-                if self._saved_version != self._progress.version:
-                    self._save()
-                self._publish(restart=False, evaluate=False, final=True)
-            if self._interventions is not None:
-                self._keep_shown(self._gatherer.gather_demonstrations(FINAL_DEMONSTRATIONS_S))
-
-    def _keep_shown(self, demonstrations: list[DemonstrationBatch]) -> None:
-        """Keeps what people did on robots; without a robot there is none."""
-        if self._interventions is not None:
-            for shown in demonstrations:
-                self._interventions.add(shown)
+                self._train_or_stop()
+                patience = FINAL_DEMONSTRATIONS_S
+            finally:
+                if self._interventions is not None:
+                    self._gatherer.gather_demonstrations(patience)
 
     def _open_metrics(self) -> MetricsWriter:
         return MetricsWriter(
@@ -241,8 +236,19 @@ class Learner:
             shown=SHOWN,
         )
 
+    def _train_or_stop(self) -> None:
+        """Trains to the end, or saves where it is asked to stop; the actors are told to leave."""
+        try:
+            self._train()
+        except Stopped:
+            logger.info("Stopping at version %d", self._progress.version)
+            if self._saved_version != self._progress.version:
+                self._save()
+            self._publish(restart=False, evaluate=False, final=True)
+
     def _train(self) -> None:
         self._gatherer.wait_for_actors()
+        self._began = True
         if self._progress.version == 0:
             self._save()
         self._publish_next(restart=True)
@@ -258,7 +264,6 @@ class Learner:
         """
         began, version = time.perf_counter(), self._progress.version
         gathered = self._gatherer.gather(version, self._evaluates(version))
-        self._keep_shown(gathered.demonstrations)
         if self._consider_best(version, gathered.evaluations):
             self._roll_back(gathered)
             return
@@ -556,13 +561,26 @@ class Learner:
             "actors/left": self._gatherer.actors_left,
             "actors/slowed": traffic.slowed,
             "actors/refused": sum(traffic.rejected.values()),
-            **{f"dropped/{name}": count for name, count in self._gatherer.dropped.items()},
+            "actors/failed_attempts": self._gatherer.told["failed_attempts"],
+            "actors/rejected_pushes": self._gatherer.told["rejected_pushes"],
+            **self._dropped(),
         }
         if self._interventions is not None:
             row["control/demonstrations"] = len(self._interventions)
             row["control/forgotten"] = self._interventions.forgotten
         self._metrics.write(progress.version, row)
-        self._report(row)
+        self._newest_row = row
+        self._report()
+
+    def _dropped(self) -> dict[str, int]:
+        """What was thrown away so far: here, by the connections, and by the actors."""
+        gatherer = self._gatherer
+        return {
+            **{f"dropped/{name}": count for name, count in gatherer.dropped.items()},
+            "dropped/unfinished_messages": self._service.traffic().unfinished,
+            "dropped/unsent_messages": gatherer.told["unsent_messages"],
+            "dropped/demonstration_steps": gatherer.told["unkept_steps"],
+        }
 
     def _latency(self, collection: Mapping[str, Scalar]) -> float:
         """Seconds that weights took to an actor.
@@ -572,13 +590,9 @@ class Learner:
         ago = time.monotonic() - self._published_at.get(int(collection["version"]), self._started_at)
         return min(max(float(collection["latency"]), 0.0), ago)
 
-    def _report(self, row: Mapping[str, Any] | None = None) -> None:
-        """Tells the service how the run stands, for whoever asks.
-
-        Args:
-            row: Metrics of the newest iteration, if there is one.
-        """
-        row, progress = row or {}, self._progress
+    def _report(self) -> None:
+        """Tells the service how the run stands, for whoever asks; also while an iteration is waited for."""
+        row, progress = self._newest_row, self._progress
         last = self._output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
         rates = {actor: rate for actor, rate in self._rates.items() if actor in self._gatherer.newest}
         sent = {
@@ -588,7 +602,7 @@ class Learner:
         self._service.report(
             {
                 "package": package_version(checkpoint.PACKAGE),
-                "state": "training" if row else "waiting for actors",
+                "state": "training" if self._began and self._service.connected() else "waiting for actors",
                 "started_at": self._started_at,
                 "progress": {
                     **{
@@ -612,6 +626,6 @@ class Learner:
                 "last_checkpoint": str(last.resolve()) if last.exists() else None,
                 "sent": sent,
                 "actors_left": self._gatherer.actors_left,
-                "dropped": dict(self._gatherer.dropped),
+                "dropped": {name.partition("/")[2]: count for name, count in self._dropped().items()},
             }
         )

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -46,8 +47,12 @@ class Link:
         access: Access,
         outbox_capacity: int,
         max_weights_bytes: int,
+        counts: Counter[str],
     ) -> None:
         self._max_weights_bytes = max_weights_bytes
+        self._counts = counts
+        # The learner has taken all decisions, and what people did, that were sent.
+        self._taken = False
         self.weights: Weights | None = None
         self.next_version = 0
         self._changed = threading.Condition()
@@ -124,13 +129,19 @@ class Link:
             payload, self._payload = self._payload, None
             return payload
 
-    def close(self, flush_s: float) -> None:
-        """Sends what waits, within `flush_s` seconds, and ends channel and threads."""
+    def close(self, flush_s: float) -> bool:
+        """Sends what waits, within `flush_s` seconds, and ends channel and threads.
+
+        Returns:
+            Whether the learner has said that it took all decisions, and what people did, that were sent on this
+            connection.
+        """
         deadline = time.monotonic() + flush_s
         self.decisions.flush()
         self.interactions.flush()
         for sender in self._senders:
             sender.join(max(0.0, deadline - time.monotonic()))
+        taken = self._taken and self.broken is None
         self.fail("closed")
         if self._parameters is not None:
             self._parameters.cancel()
@@ -138,14 +149,14 @@ class Link:
         for thread in (*self._senders, self._heartbeat, self._receiver):
             if thread.ident is not None:
                 thread.join(1.0)
+        return taken
 
     def fail(self, reason: str) -> None:
         """Marks the connection broken; the first reason stays."""
         with self._changed:
             self.broken = self.broken or reason
+            self._counts["unsent_messages"] += self.decisions.end() + self.interactions.end()
         self._over.set()
-        self.decisions.end()
-        self.interactions.end()
 
     def _start_sender(self, name: str, call: Callable[..., Any], message: Any, outbox: Outbox) -> None:
         arguments = (call, message, outbox)
@@ -181,12 +192,15 @@ class Link:
             self._changed.notify_all()
 
     def _reject(self, reason: str) -> None:
+        self._counts["rejected_pushes"] += 1
         logger.warning("Rejected a message of the learner: %s", reason)
 
     def _send(self, call: Callable[..., Any], message: Any, outbox: Outbox) -> None:
         """Sends an outbox until it ends."""
         chunks = (chunk for payload in outbox for chunk in send_bytes_in_chunks(payload, message))
-        self._call(call, chunks, lambda: outbox.finished)
+        taken = self._call(call, chunks, lambda: outbox.finished)
+        if outbox is self.decisions:
+            self._taken = taken
 
     def _call(
         self,
@@ -194,11 +208,16 @@ class Link:
         chunks: Iterator[Any],
         finished: Callable[[], bool],
         metadata: Sequence[tuple[str, str]] = (),
-    ) -> None:
-        """Sends chunks until they are over; if the stream ends before that, the connection is broken."""
-        reason = "the learner ended the connection"
+    ) -> bool:
+        """Sends chunks until they are over; if the stream ends before that, the connection is broken.
+
+        Returns:
+            Whether the learner took all of them.
+        """
+        reason, taken = "the learner ended the connection", False
         try:
             call(chunks, metadata=[*self._metadata(self._handshake), *metadata])
+            taken = finished()
         except grpc.RpcError as error:
             reason = reason_of(error)
         except ValueError as error:
@@ -209,6 +228,7 @@ class Link:
             # The last weights may still be on their way; after them, without this stream, the others end too.
             self._receiver.join(LAST_WEIGHTS_SECONDS)
             self._parameters.cancel()
+        return taken
 
 
 @contextlib.contextmanager

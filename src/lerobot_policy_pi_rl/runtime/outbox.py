@@ -50,12 +50,13 @@ class Outbox:
             self._flushing = True
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """Drops what is left and frees everybody who waits."""
+    def end(self) -> int:
+        """Drops what is left, frees everybody who waits, and says how many payloads that were."""
         with self._changed:
-            self._ended = True
+            self._ended, left = True, len(self._items)
             self._items.clear()
             self._changed.notify_all()
+            return left
 
     def __iter__(self) -> Iterator[bytes]:
         """Yields payloads until `end`, or until all is sent after `flush`."""

@@ -122,6 +122,8 @@ class RobotVector:
         # A person has acted in the running episode.
         self._assisted = False
         self._interventions: list[Intervention] = []
+        # Steps by people that were not recorded, or are of no use.
+        self.unkept_steps = 0
         # When the policy got the observation that it thinks about.
         self._asked: float | None = None
         self._lookahead = lookahead
@@ -299,19 +301,22 @@ class RobotVector:
             The last step: the first one that was not theirs, the end of the episode, or any where the actor leaves.
         """
         self._assisted = True
-        observations, actions, count = [seen], [moment.action], 1
+        observations, actions, count, by_person = [seen], [moment.action], 1, 1
         room = MAX_RECORDED - sum(len(intervention.action) for intervention in self._interventions)
         while moment.by_person and not moment.over and not self._stop.is_set():
             seen = moment.observation
             moment, count = self._step(self._hold(moment.action)), count + 1
+            by_person += moment.by_person
             if moment.by_person and len(actions) < room:
                 observations.append(seen)
                 actions.append(moment.action)
         self._count(interventions=1, person_steps=count)
-        if moment.void or room <= 0:
-            logger.warning(
-                "An intervention is not kept: %s", "it was declared void" if moment.void else "too many"
-            )
+        kept = 0 if moment.void or room <= 0 else len(actions)
+        if unkept := by_person - kept:
+            self.unkept_steps += unkept
+            reason = "it was declared void" if moment.void else f"a quota carries {MAX_RECORDED}"
+            logger.warning("%d of %d steps of an intervention are not kept: %s", unkept, by_person, reason)
+        if not kept:
             return moment
         joined = {key: np.concatenate([part[key] for part in observations]) for key in seen}
         self._interventions.append(Intervention(joined, np.stack(actions)))

@@ -52,8 +52,14 @@ ACCOUNT_SECONDS = 600.0
 """Whoever comes with a number that left a shorter time ago goes on with its limits: reconnecting resets nothing."""
 WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
 """Lines about rejected messages and refused calls in the log; further ones are counted only."""
+ENDED = "the learner ended the connection"
 DRAIN_SECONDS = 1.5
 """How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
+
+CUT_SECONDS = 0.2
+"""How long a stream that seems to have ended is watched: one that gRPC itself cuts ends in the same way."""
+GONE_SECONDS = 1.0
+"""A call that broke this long before its actor's connection did was ended by gRPC for what it carried."""
 
 MISSED_HEARTBEATS = 4
 """After so many in a row that did not come, an actor's number goes to another process that asks for it."""
@@ -95,6 +101,7 @@ class Traffic:
         reconnected: Of these, times that its number had been there before.
         replaced: Numbers that were taken over from an actor that gave no sign of life.
         slowed: Chunks that were read later, because their actor sent too many.
+        unfinished: Messages of which some or all had come when their connection ended, and that nobody took.
         rejected: Rejected messages and refused calls, by reason.
     """
 
@@ -106,6 +113,7 @@ class Traffic:
     reconnected: int
     replaced: int
     slowed: int
+    unfinished: int
     rejected: dict[str, int]
 
 
@@ -160,6 +168,26 @@ class _Link:
         """Ends its calls, also those that wait for a peer who is no longer there."""
         for call in list(self.calls.values()):
             call.cancel()
+
+
+class _Progress:
+    """What a stream has brought and nobody has taken.
+
+    Attributes:
+        begun: It is in the middle of a message.
+        untaken: Whole messages for which there was no room before the connection ended.
+    """
+
+    def __init__(self) -> None:
+        self.begun, self.untaken = False, 0
+
+    def of(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        """The chunks, noted as they pass; whoever asks for the next one is done with those before."""
+        for chunk in chunks:
+            self.begun = True
+            yield chunk
+            if chunk.transfer_state == services_pb2.TransferState.TRANSFER_END:
+                self.begun = False
 
 
 class PIRLLearnerService(LearnerService):
@@ -306,6 +334,7 @@ class PIRLLearnerService(LearnerService):
                 count["reconnected"],
                 count["replaced"],
                 count["slowed"],
+                count["unfinished"],
                 dict(self._rejected),
             )
 
@@ -528,12 +557,15 @@ class PIRLLearnerService(LearnerService):
         inbox: Inbox,
         max_bytes: int,
     ) -> Any:
-        """Puts every whole message of a stream into an inbox until the stream ends."""
+        """Puts every whole message of a stream into an inbox until the stream ends.
+
+        Its good end tells the actor that all of it was taken.
+        """
         if self.shutdown_event.is_set():
-            return services_pb2.Empty()
-        link = self._attach(context, stream)
+            context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
+        link, cut = self._attach(context, stream), _ended(context)
         context.add_callback(inbox.wake)
-        actor = link.info.actor
+        actor, progress = link.info.actor, _Progress()
 
         def wanted() -> bool:
             return link.open and context.is_active()
@@ -541,18 +573,43 @@ class PIRLLearnerService(LearnerService):
         def deliver(payload: bytes) -> None:
             if inbox.put(Received(actor, payload), wanted):
                 self._count("messages", "bytes", len(payload))
+            else:
+                progress.untaken += 1
 
         def reject(reason: str) -> None:
             # What is left of a connection that was given up is nobody's fault.
             if link.open:
+                progress.begun = False
                 self.reject(actor, reason)
 
-        whole = whole_messages(self._paced(chunks, link, stream, wanted), max_bytes, reject)
+        paced = self._paced(progress.of(chunks), link, stream, wanted)
         try:
-            receive_bytes_in_chunks(whole, SimpleNamespace(put=deliver), self.shutdown_event)
+            receive_bytes_in_chunks(
+                whole_messages(paced, max_bytes, reject), SimpleNamespace(put=deliver), self.shutdown_event
+            )
         except grpc.RpcError:
             logger.debug("A stream of actor %d broke off", actor)
+        if cut.wait(0.0 if self.shutdown_event.is_set() else CUT_SECONDS):
+            self._note_break(link, stream, context)
+        self._note_rest(progress, context)
         return services_pb2.Empty()
+
+    def _note_rest(self, progress: _Progress, context: grpc.ServicerContext) -> None:
+        """Counts what a stream has brought and nobody has taken, and tells its actor."""
+        if missed := progress.untaken + progress.begun:
+            with self._changed:
+                self._counts["unfinished"] += missed
+            context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
+
+    def _note_break(self, link: _Link, stream: Stream, context: grpc.ServicerContext) -> None:
+        """Counts a call that gRPC ended for what it carried: its actor is still there, and made no other."""
+        with self._changed:
+            replaced = link.calls.get(stream) is not context
+            over = self._changed.wait_for(
+                lambda: not link.open or self.shutdown_event.is_set(), 0.0 if replaced else GONE_SECONDS
+            )
+        if not replaced and not over:
+            self.reject(link.info.actor, "broken stream", "gRPC ended it, as over a chunk that is too large")
 
     def _listen(self, chunks: Iterator[Any], context: grpc.ServicerContext) -> Any:
         """Notes the signs of life of a stream until it ends."""
@@ -563,7 +620,7 @@ class PIRLLearnerService(LearnerService):
             for _ in self._paced(chunks, link, "heartbeat", lambda: link.open):
                 pass
         except grpc.RpcError:
-            logger.debug("The heartbeat of actor %d broke off", link.info.actor)
+            self._note_break(link, "heartbeat", context)
         return services_pb2.Empty()
 
     def _attach(self, context: grpc.ServicerContext, stream: Stream) -> _Link:
@@ -646,6 +703,14 @@ class PIRLLearnerService(LearnerService):
         self._count_rejected(reason, f"Refused {context.peer()}: {'; '.join(text.splitlines())}")
         context.abort(code, text)
         raise AssertionError("grpc's abort always raises")
+
+
+def _ended(context: grpc.ServicerContext) -> threading.Event:
+    """Set as soon as a call has ended, whoever ended it."""
+    ended = threading.Event()
+    if not context.add_callback(ended.set):
+        ended.set()
+    return ended
 
 
 def _shows(context: grpc.ServicerContext, pair: tuple[str, str]) -> bool:

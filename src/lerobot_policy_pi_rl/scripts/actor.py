@@ -1,10 +1,12 @@
 """`lerobot-pi-rl-actor`: collects decisions for a learner."""
 
+import contextlib
+
 import torch
 from lerobot.configs import parser
 
 from ..runtime.pipeline import PIRLTrainConfig, parts
-from .console import log_to, run_command, stop_on_signals
+from .console import leave_on_signals, log_to, run_command, stop_on_signals
 
 
 @parser.wrap()
@@ -14,16 +16,14 @@ def act(cfg: PIRLTrainConfig) -> None:
 
     # The environments' workers are where the cores are needed.
     torch.set_num_threads(1)
-    stop = stop_on_signals()
+    stop = leave_on_signals()
     cfg.is_actor = True
     cfg.validate()
     assert cfg.output_dir is not None
     log_to(cfg.output_dir / "logs" / f"actor_{parts(cfg)[1].collection.actor_id}.log")
-    actor = Actor(cfg, stop)
-    try:
+    with contextlib.closing(Actor(cfg, stop)) as actor:
+        stop_on_signals(stop)
         actor.run()
-    finally:
-        actor.close()
 
 
 def main() -> None:

@@ -4,12 +4,13 @@ import atexit
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 
 import yaml
@@ -36,6 +37,14 @@ LOOKED_UP = (POLICY_PATH, BASE_PATH, CONFIG_PATH, BASE_TYPE, "--resume")
 DISCOVER = ".discover_packages_path"
 
 
+# Seconds that a process which is asked to leave while it starts gets for its environments and its robot.
+LEAVE_S = 5.0
+
+
+class StoppedEarly(BaseException):
+    """The process was asked to leave before its work began."""
+
+
 def run_command(command: Callable[[], None]) -> None:
     """Runs a command; an expected error is one line on stderr and exit code 1, never a stack trace.
 
@@ -43,7 +52,7 @@ def run_command(command: Callable[[], None]) -> None:
         command: Does the work.
 
     Raises:
-        SystemExit: With code 1 after an error.
+        SystemExit: With code 1 after an error, 0 when it was asked to leave before its work began.
     """
     logging.getLogger().setLevel(logging.WARNING)
     register_third_party_plugins()
@@ -54,6 +63,9 @@ def run_command(command: Callable[[], None]) -> None:
         logging.getLogger(__name__).debug("Ended by", exc_info=True)
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except StoppedEarly:
+        print("stopped while starting; there was nothing to save", file=sys.stderr, flush=True)
+        raise SystemExit(0) from None
     except KeyboardInterrupt:
         print("stopped at once; nothing was saved", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
@@ -232,9 +244,33 @@ def log_to(file: Path) -> None:
     root.setLevel(logging.INFO)
 
 
-def stop_on_signals() -> Event:
-    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C ends the process at once."""
+def leave_on_signals() -> Event:
+    """Has Ctrl-C and SIGTERM end this process at once, while it builds what it needs: there is nothing to save yet.
+
+    What was built is closed on the way out; where that takes too long, or somebody holds the exception back, the
+    process ends without, and the workers of environments with it.
+
+    Returns:
+        The event for `stop_on_signals`, set as well.
+    """
     stop = Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            return
+        stop.set()
+        late = Timer(LEAVE_S, os._exit, [0])
+        late.daemon = True
+        late.start()
+        raise StoppedEarly
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return stop
+
+
+def stop_on_signals(stop: Event) -> None:
+    """Has Ctrl-C and SIGTERM set an event from now on; a second Ctrl-C ends the process at once."""
 
     def handle(number: int, frame: object) -> None:
         if stop.is_set() and number == signal.SIGINT:
@@ -243,4 +279,3 @@ def stop_on_signals() -> Event:
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
-    return stop

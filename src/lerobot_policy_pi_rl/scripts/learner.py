@@ -6,7 +6,7 @@ import torch
 from lerobot.configs import parser
 
 from ..runtime.pipeline import PIRLTrainConfig
-from .console import log_to, run_command, stop_on_signals
+from .console import leave_on_signals, log_to, run_command, stop_on_signals
 
 
 @parser.wrap()
@@ -16,11 +16,13 @@ def learn(cfg: PIRLTrainConfig) -> None:
 
     # The actors wait during an update, so a second core is free; small matrices gain nothing from more.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
-    stop = stop_on_signals()
+    stop = leave_on_signals()
     cfg.validate()
     assert cfg.output_dir is not None
     log_to(cfg.output_dir / "logs" / "learner.log")
-    Learner(cfg, stop).run()
+    learner = Learner(cfg, stop)
+    stop_on_signals(stop)
+    learner.run()
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Learners and actors on `Line` in forked processes, and what befalls them there."""
 
+import contextlib
 import importlib.util
 import itertools
 import logging
@@ -134,6 +135,18 @@ def slow_down(seconds: float) -> None:
     before(PIRLAlgorithm, "_step", happens)
 
 
+def build_slowly(seconds: float) -> None:
+    """The policy takes this long to load, and says that it is being loaded."""
+    from lerobot_policy_pi_rl.runtime import actor, learner
+
+    def happens(*_: Any) -> None:
+        logging.getLogger(__name__).info("It builds")
+        time.sleep(seconds)
+
+    for module in (actor, learner):
+        before(module, "make_player", happens)
+
+
 def save_slowly(seconds: float) -> None:
     """A checkpoint takes this long at least, and says that it is being written."""
     from lerobot_policy_pi_rl.runtime import checkpoint
@@ -191,7 +204,7 @@ def work(actor: bool, arguments: Sequence[str], faults: Sequence[Fault]) -> None
     import torch
 
     from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, parts
-    from lerobot_policy_pi_rl.scripts.console import log_to, run_command, stop_on_signals
+    from lerobot_policy_pi_rl.scripts.console import leave_on_signals, log_to, run_command, stop_on_signals
 
     # As the commands do: LeRobot's lines about FFmpeg are none of ours.
     logging.getLogger("lerobot.utils.import_utils").addFilter(lambda r: "torchcodec" not in r.getMessage())
@@ -202,7 +215,7 @@ def work(actor: bool, arguments: Sequence[str], faults: Sequence[Fault]) -> None
         from lerobot_policy_pi_rl.runtime.actor import Actor
         from lerobot_policy_pi_rl.runtime.learner import Learner
 
-        stop = stop_on_signals()
+        stop = leave_on_signals()
         cfg = draccus.decode(PIRLTrainConfig, near.nested(near.latest(arguments, near.LEROBOTS_OWN)))
         cfg.is_actor = actor
         cfg.validate()
@@ -211,13 +224,13 @@ def work(actor: bool, arguments: Sequence[str], faults: Sequence[Fault]) -> None
         for fault in faults:
             fault()
         if not actor:
-            Learner(cfg, stop).run()
+            learner = Learner(cfg, stop)
+            stop_on_signals(stop)
+            learner.run()
             return
-        acting = Actor(cfg, stop)
-        try:
+        with contextlib.closing(Actor(cfg, stop)) as acting:
+            stop_on_signals(stop)
             acting.run()
-        finally:
-            acting.close()
 
     run_command(run)
 
