@@ -55,7 +55,7 @@ class Progress:
 
     Attributes:
         version: Of the current weights; the number of iterations done.
-        env_steps: Environment steps learned from.
+        env_steps: Environment steps collected for training, those of rolled-back iterations too.
         decisions: Decisions learned from.
         episodes: Episodes that ended.
         seconds: Wall time of the run, pauses between resumes left out.
