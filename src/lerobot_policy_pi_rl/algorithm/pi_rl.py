@@ -164,7 +164,7 @@ class PIRLAlgorithm(RLAlgorithm):
         return float(self.optimizers["policy"].param_groups[0]["lr"])
 
     def set_rates(self, lr: float) -> None:
-        """Sets the learning rates after a checkpoint was loaded, whose optimizers bring those that they were saved with.
+        """Sets the learning rates after a checkpoint was loaded, whose optimizers bring those they were saved with.
 
         Args:
             lr: That of the policy, which is held within its range; the critic's is the one of the settings.

@@ -93,7 +93,7 @@ class CheckpointError(RuntimeError):
 
 
 class DoesNotLoad(CheckpointError):
-    """Every file of a checkpoint is there, but not what this algorithm and its optimizers need; the text is one line."""
+    """Every file of a checkpoint is there, but not what algorithm and optimizers need; the text is one line."""
 
 
 class InUse(CheckpointError):

@@ -86,7 +86,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Best:
-    """A best checkpoint on the disk that a resumed run does not know: before it was killed, it came further than `last`.
+    """A best checkpoint on the disk that a resumed run does not know: before the kill, it was further than `last`.
 
     Attributes:
         success: Its validation success.
