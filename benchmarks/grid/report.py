@@ -195,7 +195,7 @@ def _per_task(cell: Cell, evaluations: Mapping[str, Stage]) -> dict[str, dict[st
 def read_counters(run: Path) -> dict[str, Any]:
     """Counters of the end of a run; the best version is that of the link, set after the last checkpoint as well."""
     counters = json.loads((run / "checkpoints/last/training_state/counters.json").read_text())
-    return counters | {"best_version": int((run / "checkpoints/best").resolve().name)}
+    return counters | {"best_version": int((run / "checkpoints/best").resolve().name.removesuffix("-best"))}
 
 
 def decision_rate(run: Path) -> float:

@@ -1,10 +1,12 @@
 """A checkpoint is whole or it is not there; what is loaded continues what was saved."""
 
+import errno
 import json
 import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,86 @@ def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert saved_policy(place) == 2.0
     checkpoint.verify(place)
     assert {path.name for path in place.parent.iterdir()} == {"000003", "last"}
+
+
+def test_a_best_checkpoint_keeps_why_it_is_the_best(tmp_path: Path) -> None:
+    """Also one that was written before its validation, and under another name when its place is taken."""
+    assert checkpoint.best_counters(tmp_path) is None
+    algorithm = Regression()
+    checkpoint.mark_best(tmp_path, make_state(algorithm, 3, 3.0))
+    assert checkpoint.best_counters(tmp_path) == COUNTERS
+    checkpoint.save(tmp_path, make_state(algorithm, 4, 4.0))
+    validated = COUNTERS | {"best_success": 0.9}
+    checkpoint.mark_best(tmp_path, replace(make_state(algorithm, 4, 4.0), counters=validated))
+    assert checkpoint.best_counters(tmp_path) == validated
+    checkpoint.verify(checkpoint.find_last(tmp_path))
+
+    checkpoint.save(tmp_path, make_state(algorithm, 4, 5.0))
+    best = checkpoint.find_best(tmp_path)
+    assert (best.name, saved_policy(best)) == ("000004-best", 4.0)
+    assert checkpoint.best_counters(tmp_path) == validated
+    checkpoint.verify(best)
+    assert saved_policy(checkpoint.find_last(tmp_path)) == 5.0
+    assert checkpoint.mark_best(tmp_path, make_state(algorithm, 4, 5.0)) == best
+    # Another one in the same place needs no copy: it is chosen to be the best.
+    checkpoint.save(tmp_path, make_state(algorithm, 6, 6.0))
+    checkpoint.mark_best(tmp_path, make_state(algorithm, 5, 5.0))
+    checkpoint.mark_best(tmp_path, make_state(algorithm, 5, 5.5))
+    assert saved_policy(checkpoint.find_best(tmp_path)) == 5.5
+    assert not list(tmp_path.glob("checkpoints/000005-best"))
+
+
+def test_a_best_checkpoint_that_cannot_be_kept_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = Regression()
+    checkpoint.mark_best(tmp_path, make_state(algorithm, 3, 3.0))
+    for name in ("link", "copy2"):
+        owner = {"link": checkpoint.os, "copy2": checkpoint.shutil}[name]
+        monkeypatch.setattr(owner, name, _no_space)
+    with pytest.raises(CheckpointNotWritten, match="of version 3 could not be"):
+        checkpoint.save(tmp_path, make_state(algorithm, 3, 4.0))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"000003", "best"}
+    assert saved_policy(checkpoint.find_best(tmp_path)) == 3.0
+
+
+def test_a_best_checkpoint_is_copied_where_files_have_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = Regression()
+    checkpoint.mark_best(tmp_path, make_state(algorithm, 3, 3.0))
+    monkeypatch.setattr(checkpoint.os, "link", _no_space)
+    checkpoint.save(tmp_path, make_state(algorithm, 3, 4.0))
+    assert saved_policy(checkpoint.find_best(tmp_path)) == 3.0
+
+
+@pytest.mark.parametrize("step", ["_point_at", "_note_best"])
+def test_a_full_disk_leaves_the_best_one_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Also where `last` is the new best one, of which only the link has to be written."""
+    algorithm = Regression()
+    checkpoint.save(tmp_path, make_state(algorithm, 1, 1.0))
+    checkpoint.mark_best(tmp_path, make_state(algorithm, 1, 1.0))
+    checkpoint.save(tmp_path, make_state(algorithm, 2, 2.0))
+    monkeypatch.setattr(checkpoint, step, _no_space)
+    with pytest.raises(CheckpointNotWritten, match="of version 2 could not be"):
+        checkpoint.mark_best(tmp_path, make_state(algorithm, 2, 2.0))
+    assert checkpoint.find_best(tmp_path).name == "000001"
+
+
+def test_a_superseded_checkpoint_that_cannot_be_removed_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = checkpoint.save(tmp_path, make_state(Regression()))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", _no_space)
+        checkpoint.remove_superseded(place)
+    assert "000003 is no longer the best checkpoint and could not be removed: OSError" in caplog.text
+    checkpoint.remove_superseded(place)
+    assert not place.exists()
+
+
+def _no_space(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # A kill during a write
@@ -386,11 +468,25 @@ def test_a_checkpoint_of_another_format_says_what_to_do(
     assert "\n" not in str(error.value)
 
 
+def test_settings_that_shape_a_checkpoint_are_blamed_for_its_not_loading(tmp_path: Path) -> None:
+    algorithm = Regression()
+    place = checkpoint.save(tmp_path, make_state(algorithm))
+    more = {**algorithm.optimizers, "policy": Adam([nn.Parameter(torch.zeros(1))])}
+    with pytest.raises(checkpoint.DoesNotLoad) as error:
+        checkpoint.load(place, algorithm, more)
+    harmless = {"steps": "steps: 1 -> 2"}
+    assert checkpoint.blame_settings(error.value, harmless, place) is error.value
+    shaping = harmless | {"algorithm.kl_coef": "algorithm.kl_coef: 0.0 -> 0.1"}
+    text = str(checkpoint.blame_settings(error.value, shaping, place))
+    assert "have changed since (algorithm.kl_coef: 0.0 -> 0.1): put them back" in text
+    assert "\n" not in text
+
+
 def test_settings_that_changed_are_named(tmp_path: Path) -> None:
     algorithm = Regression()
     algorithm.update()
     state = make_state(algorithm)
     place = checkpoint.save(tmp_path, state)
-    assert checkpoint.changed_settings(place, state.config) == []
+    assert checkpoint.changed_settings(place, state.config) == {}
     now = TrainRLServerPipelineConfig(steps=7, output_dir=tmp_path, resume=True, job_name="other")
-    assert checkpoint.changed_settings(place, now) == [f"steps: {state.config.steps} -> 7"]
+    assert checkpoint.changed_settings(place, now) == {"steps": f"steps: {state.config.steps} -> 7"}

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -431,6 +432,132 @@ def test_a_resumed_run_is_the_run(
         for folder in ("whole", "parts")
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.fixture
+def killed(train: Train, validations: Callable[[list[float]], None], tmp_path: Path) -> Path:
+    """Folder of a run that was killed after version 3 was found to be the best one; `last` is version 2."""
+    validations([0.5, 0.6, 0.7, 0.9])
+    train("--steps=3", "--save_freq=2", *VALIDATED)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "last").unlink()
+    (checkpoints / "last").symlink_to("000002")
+    return checkpoints
+
+
+def test_a_resumed_run_keeps_a_better_checkpoint_and_counts_it_from_its_version_on(
+    train: Train, validations: Callable[[list[float]], None], killed: Path
+) -> None:
+    best = (killed / "best/pretrained_model/model.safetensors").read_bytes()
+    validations([0.7, 0.8, 0.6])
+    rows = evaluations(train("--steps=4", "--save_freq=2", "--resume=true", *VALIDATED))
+    assert [row["eval/best_success"] for row in rows] == [0.5, 0.6, 0.7, 0.9, 0.9]
+    assert [row["eval/best_version"] for row in rows] == [0, 1, 2, 3, 3]
+    assert (killed / "best").readlink() == Path("000003")
+    assert (killed / "best/pretrained_model/model.safetensors").read_bytes() == best
+
+
+def test_a_resumed_run_that_comes_to_the_best_version_again_is_the_run(
+    train: Train, validations: Callable[[list[float]], None], killed: Path
+) -> None:
+    successes = [0.5, 0.6, 0.7, 0.9, 0.8, 0.8]
+    validations(successes)
+    whole = train("--steps=5", "--save_freq=2", *VALIDATED, folder="whole")
+    validations(successes[2:])
+    rows = train("--steps=5", "--save_freq=2", "--resume=true", *VALIDATED)
+    assert [reproducible(row) for row in rows] == [reproducible(row) for row in whole]
+    assert (killed / "best").readlink() == Path("000003")
+
+
+def test_a_resumed_run_whose_success_is_as_good_has_a_new_best_checkpoint(
+    train: Train, validations: Callable[[list[float]], None], killed: Path
+) -> None:
+    validations([0.9, 0.5])
+    rows = evaluations(train("--steps=3", "--save_freq=2", "--resume=true", *VALIDATED))
+    assert [row["eval/best_version"] for row in rows] == [0, 1, 2, 2]
+    assert (killed / "best").readlink() == Path("000002")
+
+
+def test_what_a_resumed_run_brings_back_is_the_best_one_on_the_disk(
+    train: Train, validations: Callable[[list[float]], None], killed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    validations([0.2, 0.8])
+    rows = evaluations(train("--steps=4", "--save_freq=2", "--resume=true", *VALIDATED))
+    assert [row["eval/rollbacks"] for row in rows] == [0, 0, 0, 1, 1]
+    assert [row["eval/best_version"] for row in rows] == [0, 1, 1, 3, 3]
+    assert "far below the best (0.90): going on from its checkpoint" in caplog.text
+
+
+def test_another_checkpoint_of_its_version_leaves_the_best_one_alone(
+    train: Train, validations: Callable[[list[float]], None], killed: Path
+) -> None:
+    """The resumed run is not the same one again: its policy is not trained."""
+    best = (killed / "best/pretrained_model/model.safetensors").read_bytes()
+    validations([0.7, 0.7])
+    train("--steps=3", "--save_freq=2", "--resume=true", "--algorithm.critic_warmup=9", *VALIDATED)
+    assert (killed / "last").readlink() == Path("000003")
+    assert (killed / "last/pretrained_model/model.safetensors").read_bytes() != best
+    assert (killed / "best/pretrained_model/model.safetensors").read_bytes() == best
+    # It is removed like any other when it is surpassed, here by version 3 and then by version 4.
+    validations([1.0])
+    train("--steps=4", "--save_freq=2", "--resume=true", *VALIDATED)
+    assert sorted(path.name for path in killed.glob("0*")) == ["000000", "000002", "000004"]
+
+
+def test_a_learning_rate_is_changed_when_resuming(make_cfg: MakeConfig, train: Train) -> None:
+    """One that is not keeps what the schedule has made of it."""
+    lowered = ("--algorithm.target_kl=1e-6", "--algorithm.critic_warmup=0")
+    rates = [row["ppo/lr"] for row in iterations(train("--steps=2", *lowered))]
+
+    def resumed(*arguments: str) -> tuple[float, float]:
+        algorithm = Learner(make_cfg("--resume=true", *lowered, *arguments), Event())._algorithm
+        return algorithm.lr, algorithm.optimizers["critic"].param_groups[0]["lr"]
+
+    assert rates[-1] < PIRLAlgorithmConfig().lr
+    assert resumed() == (rates[-1], PIRLAlgorithmConfig().critic_lr)
+    assert resumed("--algorithm.critic_lr=0.0002") == (rates[-1], 0.0002)
+    assert resumed("--algorithm.lr=0.0001") == (0.0001, PIRLAlgorithmConfig().critic_lr)
+
+
+def test_a_changed_rate_of_the_critic_outlives_a_roll_back(
+    train: Train, validations: Callable[[list[float]], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    roll_back = Learner._roll_back
+
+    def spy(learner: Learner, gathered: Gathered) -> None:
+        roll_back(learner, gathered)
+        found.append(learner._algorithm.optimizers["critic"].param_groups[0]["lr"])
+
+    monkeypatch.setattr(Learner, "_roll_back", spy)
+    validations([0.5, 0.9])
+    train("--steps=1", *VALIDATED)
+    validations([0.9, 0.2, 0.9])
+    train("--steps=3", "--resume=true", "--algorithm.critic_lr=0.0002", *VALIDATED)
+    assert found == [0.0002]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ((), ("--algorithm.kl_coef=0.1",), "algorithm.kl_coef: 0.0 -> 0.1"),
+        ((), ("--algorithm.critic_hidden_dims=[64]",), "algorithm.critic_hidden_dims: [32] -> [64]"),
+        (
+            ("--algorithm.collection.group_size=2", "--algorithm.advantage=group"),
+            ("--algorithm.collection.group_size=1", "--algorithm.advantage=gae"),
+            "algorithm.advantage: group -> gae",
+        ),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_checkpoint_is_named(
+    make_cfg: MakeConfig, before: tuple[str, ...], now: tuple[str, ...], said: str
+) -> None:
+    Learner(make_cfg(*before), Event())._save()
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"have changed since ({said}): put them back")
+    ) as error:
+        Learner(make_cfg("--resume=true", *before, *now), Event())
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_is_the_same_again(train: Train) -> None:

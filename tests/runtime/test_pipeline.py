@@ -10,14 +10,14 @@ import draccus
 import numpy as np
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.rl.algorithms.sac import SACAlgorithmConfig
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.bases.configuration import COMPACT_SIZES
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
-from lerobot_policy_pi_rl.runtime import pipeline
+from lerobot_policy_pi_rl.runtime import checkpoint, pipeline
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.handshake import settings_differences
@@ -256,6 +256,57 @@ def test_settings_of_the_policy_can_be_changed_when_resuming(make_cfg: MakeConfi
     assert parts(cfg)[0].chunk_size == 5
 
 
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_settings_of_the_policy_can_be_changed_in_the_file(
+    make_cfg: MakeConfig, saved: Path, tmp_path: Path, suffix: str
+) -> None:
+    """What the file does not say, or leaves null, is the checkpoint's; the command line wins."""
+    policy = {
+        "type": "pi_rl",
+        "base_path": "outputs/what/it/began/with",
+        "base": None,
+        "online_steps": 5,
+        "num_inference_steps": 3,
+        "optimizer_lr": 0.5,
+        "explorer": {"noise_level": 0.25},
+    }
+    file = tmp_path / f"recipe{suffix}"
+    # JSON is YAML, too.
+    file.write_text(json.dumps({"policy": policy}))
+    cfg = make_cfg("--resume=true", f"--config_path={file}", "--policy.optimizer_lr=0.1")
+    found, saved_policy = parts(cfg)[0], PreTrainedConfig.from_pretrained(saved / "pretrained_model")
+    assert isinstance(saved_policy, PIRLConfig)
+    assert (found.online_steps, found.optimizer_lr) == (5, 0.1)
+    assert found.explorer.noise_level == 0.25
+    assert found.explorer.noise_correlation == saved_policy.explorer.noise_correlation
+    assert (found.base, found.base_path) == (saved_policy.base, None)
+    assert found.input_features == saved_policy.input_features
+    assert Path(str(found.pretrained_path)) == saved / "pretrained_model"
+    changed = checkpoint.changed_settings(saved, cfg)
+    assert changed["policy.num_inference_steps"] == "policy.num_inference_steps: 4 -> 3"
+    assert changed["policy.explorer.noise_level"] == "policy.explorer.noise_level: 1.0 -> 0.25"
+
+
+def test_the_file_of_the_checkpoint_says_nothing_new(make_cfg: MakeConfig, saved: Path) -> None:
+    cfg = make_cfg(
+        "--resume=true", f"--config_path={saved.parent / 'last/pretrained_model/train_config.json'}"
+    )
+    assert pipeline.stated_policy(saved) == {}
+    assert checkpoint.changed_settings(saved, cfg) == {}
+
+
+def test_features_that_a_file_states_are_all_there_are() -> None:
+    """Others than those, of the checkpoint, are not kept beside them."""
+    features = {"observation.state": {"type": "STATE", "shape": [2]}}
+    saved = {"input_features": {**features, "observation.image": {}}, "base": {"type": "compact", "dim": 1}}
+    stated = {"input_features": features, "base": {"dim": 2}, "online_steps": 3}
+    assert pipeline.with_stated(saved, stated) == {
+        "input_features": features,
+        "base": {"type": "compact", "dim": 2},
+        "online_steps": 3,
+    }
+
+
 def test_resuming_needs_a_checkpoint(make_cfg: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*run/checkpoints/last") as error:
         make_cfg("--resume=true")
@@ -305,6 +356,15 @@ def test_a_trained_policy_is_taken_with_its_weights(
     loaded = make_player(cfg)
     for name, value in made.policy.state_dict().items():
         assert torch.equal(loaded.policy.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("changed", ["--policy.base.hidden_dim=64", "--policy.chunk_size=8"])
+def test_a_policy_of_another_size_than_its_weights_is_one_line(
+    make_cfg: MakeConfig, saved: Path, changed: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"`policy`: its settings are not those that the weights") as error:
+        make_player(make_cfg("--resume=true", changed))
+    one_line(error)
 
 
 def test_a_policy_for_another_environment_is_refused(make_cfg: MakeConfig) -> None:

@@ -163,9 +163,16 @@ class PIRLAlgorithm(RLAlgorithm):
         """Learning rate of the policy in force."""
         return float(self.optimizers["policy"].param_groups[0]["lr"])
 
-    def lower_lr(self, lr: float) -> None:
-        """Lowers the policy's learning rate to this one where it is higher, within its range."""
-        self._set_lr(min(self.lr, lr))
+    def set_rates(self, lr: float) -> None:
+        """Sets the learning rates after a checkpoint was loaded, whose optimizers bring those they were saved with.
+
+        Args:
+            lr: That of the policy, which is held within its range; the critic's is the one of the settings.
+        """
+        self._set_lr(lr)
+        if self.critic is not None:
+            for group in self.optimizers["critic"].param_groups:
+                group["lr"] = self.config.critic_lr
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizers["policy"].param_groups:

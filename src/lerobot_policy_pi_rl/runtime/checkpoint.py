@@ -4,12 +4,13 @@ checkpoints/000010/pretrained_model/   policy, processors, train config
                    training_state/     optimizers, random state, counters, format, sizes of all files
                    algorithm/          the algorithm's own tensors and config
 checkpoints/last -> 000010
-checkpoints/best -> 000008
+checkpoints/best -> 000008, or 000008-best if a resumed run has come to version 8 again
 """
 
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -38,16 +39,31 @@ from torch.optim import Optimizer
 
 from .handshake import flat_settings
 
+logger = logging.getLogger(__name__)
+
 PACKAGE = "lerobot_policy_pi_rl"
 # Of what it adds to LeRobot's layout; raised whenever an older one can no longer be read.
 FORMAT = 1
 FORMAT_FILE = "pi_rl.json"
 COUNTERS = "counters.json"
+# The counters when the checkpoint became the best one, where it had been written before its validation.
+BEST_COUNTERS = "counters_when_best.json"
 FILE_SIZES = "file_sizes.json"
 ALGORITHM_TENSORS = "model.safetensors"
 BEST_CHECKPOINT_LINK = "best"
+# Ends the name of a best checkpoint whose place another one of its step has taken.
+KEPT = "-best"
 # Held by the learner that trains in the folder; it has nothing in it and stays there.
 LOCK_FILE = ".learner.lock"
+
+# Settings that say which tensors a checkpoint of algorithm and optimizers has.
+SHAPING_SETTINGS = (
+    "algorithm.advantage",
+    "algorithm.critic_features",
+    "algorithm.critic_hidden_dims",
+    "algorithm.kl_coef",
+    "policy.",
+)
 
 # Settings that what is trained does not depend on.
 UNTRAINED_SETTINGS = (
@@ -59,6 +75,8 @@ UNTRAINED_SETTINGS = (
     "optimizer",
     "output_dir",
     "policy.actor_learner_config",
+    # A checkpoint has its own weights, wherever the first ones came from.
+    "policy.base_path",
     "policy.pretrained_path",
     "resume",
     "scheduler",
@@ -72,6 +90,10 @@ REPLACED = ".replaced-"
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing or broken; the text is one line."""
+
+
+class DoesNotLoad(CheckpointError):
+    """Every file of a checkpoint is there, but not what algorithm and optimizers need; the text is one line."""
 
 
 class InUse(CheckpointError):
@@ -138,25 +160,35 @@ def save(output_dir: Path, state: TrainingState, link: str = LAST_CHECKPOINT_LIN
     """
     place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step)
     aside = place.with_name(ASIDE + place.name)
-    try:
+    with _writing(output_dir, state.step):
         place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            remove_unfinished(output_dir)
-            _write(aside, state)
-            _synchronise(aside)
-            _move_into_place(aside, place)
-            _point_at(place, link)
-        except (OSError, SafetensorError):
-            # The half that was written would keep the disk full.
-            with contextlib.suppress(OSError):
-                remove_unfinished(output_dir)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise CheckpointNotWritten(
-            f"the checkpoint of version {state.step} could not be written to {place.parent} ({_line(error)}); "
-            "make room there"
-        ) from error
+        remove_unfinished(output_dir)
+        _write(aside, state)
+        _synchronise(aside)
+        if link != BEST_CHECKPOINT_LINK:
+            _keep_best(place)
+        _move_into_place(aside, place)
+        _point_at(place, link)
     return place
+
+
+@contextlib.contextmanager
+def _writing(output_dir: Path, step: int) -> Iterator[None]:
+    """Leaves nothing of a write that fails.
+
+    Raises:
+        CheckpointNotWritten: It failed.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The half that was written would keep the disk full.
+        with contextlib.suppress(OSError):
+            remove_unfinished(output_dir)
+        raise CheckpointNotWritten(
+            f"the checkpoint of version {step} could not be written to {output_dir / CHECKPOINTS_DIR} "
+            f"({_line(error)}); make room there"
+        ) from error
 
 
 def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
@@ -164,7 +196,7 @@ def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
 
     Args:
         output_dir: The run's directory.
-        state: What the checkpoint holds, or is to hold.
+        state: What the checkpoint holds, or is to hold; its counters say why it is the best.
 
     Returns:
         The checkpoint that was the best one before, if nothing points at it any more.
@@ -177,10 +209,32 @@ def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
     before, last = best.is_dir() and best.resolve(), (folder / LAST_CHECKPOINT_LINK).resolve()
     place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step).resolve()
     if place == last:
-        _point_at(place, BEST_CHECKPOINT_LINK)
+        with _writing(output_dir, state.step):
+            _note_best(place, state.counters)
+            _point_at(place, BEST_CHECKPOINT_LINK)
     else:
         save(output_dir, state, BEST_CHECKPOINT_LINK)
     return before if before and before not in (place, last) else None
+
+
+def best_counters(output_dir: Path) -> dict[str, Any] | None:
+    """The counters with which the best checkpoint was chosen, or None if there is none that can be read."""
+    state_dir = output_dir / CHECKPOINTS_DIR / BEST_CHECKPOINT_LINK / TRAINING_STATE_DIR
+    file = next((state_dir / name for name in (BEST_COUNTERS, COUNTERS) if (state_dir / name).exists()), None)
+    try:
+        return None if file is None else dict(load_json(file))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remove_superseded(checkpoint_dir: Path) -> None:
+    """Removes a checkpoint that was kept for being the best one; what cannot be removed stays, and is logged."""
+    try:
+        shutil.rmtree(checkpoint_dir)
+    except OSError as error:
+        logger.warning(
+            "%s is no longer the best checkpoint and could not be removed: %s", checkpoint_dir, _line(error)
+        )
 
 
 def find_last(output_dir: Path) -> Path:
@@ -241,8 +295,8 @@ def _check_format(checkpoint_dir: Path) -> None:
         )
 
 
-def changed_settings(checkpoint_dir: Path, config: TrainPipelineConfig) -> list[str]:
-    """What differs from the settings that a checkpoint was trained with, one line each, such as `steps: 4 -> 8`.
+def changed_settings(checkpoint_dir: Path, config: TrainPipelineConfig) -> dict[str, str]:
+    """What differs from the settings that a checkpoint was trained with, by name, such as `steps: 4 -> 8`.
 
     Where the run is and how it is watched is left out.
 
@@ -252,11 +306,28 @@ def changed_settings(checkpoint_dir: Path, config: TrainPipelineConfig) -> list[
     """
     saved = load_json(pretrained_dir(checkpoint_dir) / TRAIN_CONFIG_NAME)
     before, now = flat_settings(saved), flat_settings(json.loads(json.dumps(config.to_dict())))
-    return [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
+    return {
+        name: f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(UNTRAINED_SETTINGS)
-    ]
+    }
+
+
+def blame_settings(error: DoesNotLoad, changed: Mapping[str, str], checkpoint_dir: Path) -> CheckpointError:
+    """The error of a checkpoint that does not load, in terms of the settings that have changed since, if it is them.
+
+    Args:
+        error: As `load` raised it.
+        changed: As `changed_settings` gave them.
+        checkpoint_dir: The checkpoint.
+    """
+    shaping = [line for name, line in changed.items() if name.startswith(SHAPING_SETTINGS)]
+    if not shaping:
+        return error
+    return CheckpointError(
+        f"checkpoint {checkpoint_dir} does not fit settings that have changed since ({'; '.join(shaping)}): put them "
+        f"back, or begin a new run from its policy with --policy.path={pretrained_dir(checkpoint_dir)}"
+    )
 
 
 def load(
@@ -279,14 +350,15 @@ def load(
         Step and counters.
 
     Raises:
-        CheckpointError: The checkpoint is broken or belongs to another configuration.
+        CheckpointError: The checkpoint is broken.
+        DoesNotLoad: It is, or it belongs to another configuration.
     """
     verify(checkpoint_dir)
     state_dir = checkpoint_dir / TRAINING_STATE_DIR
     # LeRobot's loader would skip an optimizer that it does not find.
     missing = [name for name in optimizers if not (state_dir / name).is_dir()]
     if missing:
-        raise _broken(checkpoint_dir, f"it has no optimizer {', '.join(missing)}")
+        raise DoesNotLoad(_refusal(checkpoint_dir, f"it has no optimizer {', '.join(missing)}"))
     try:
         counters = load_json(state_dir / COUNTERS)
         algorithm.load_state_dict(
@@ -294,7 +366,7 @@ def load(
         )
         step, _, _ = load_training_state(checkpoint_dir, optimizers, None)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise _broken(checkpoint_dir, _line(error)) from error
+        raise DoesNotLoad(_refusal(checkpoint_dir, _line(error))) from error
     return Resumed(step, counters)
 
 
@@ -409,6 +481,42 @@ def _move_into_place(aside: Path, place: Path) -> None:
         shutil.rmtree(replaced)
 
 
+def _keep_best(place: Path) -> None:
+    """Keeps the best checkpoint under another name, if another one is about to take its place.
+
+    A resumed run comes to the version of a best checkpoint a second time, and not always as good.
+    """
+    best = place.with_name(BEST_CHECKPOINT_LINK)
+    if not best.is_dir() or best.resolve() != place.resolve():
+        return
+    kept = place.with_name(place.name + KEPT)
+    aside = kept.with_name(ASIDE + kept.name)
+    shutil.copytree(place, aside, copy_function=_link)
+    _synchronise(aside)
+    # One that was left behind by a kill is not pointed at.
+    shutil.rmtree(kept, ignore_errors=True)
+    aside.rename(kept)
+    _point_at(kept, BEST_CHECKPOINT_LINK)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, whose content nobody changes; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _note_best(place: Path, counters: Mapping[str, Any]) -> None:
+    """Writes down with which counters a checkpoint became the best one, in one step."""
+    file = place / TRAINING_STATE_DIR / BEST_COUNTERS
+    aside = file.with_name(ASIDE + file.name)
+    write_json(dict(counters), aside)
+    _fsync(aside)
+    aside.replace(file)
+    _fsync(file.parent)
+
+
 def _point_at(place: Path, name: str) -> None:
     """Swaps a link in one step; LeRobot's own removes it first, and a kill in between would lose it."""
     link = place.with_name(name)
@@ -420,7 +528,11 @@ def _point_at(place: Path, name: str) -> None:
 
 
 def _broken(checkpoint_dir: Path, problem: str) -> CheckpointError:
-    return CheckpointError(
+    return CheckpointError(_refusal(checkpoint_dir, problem))
+
+
+def _refusal(checkpoint_dir: Path, problem: str) -> str:
+    return (
         f"checkpoint {checkpoint_dir} cannot be resumed: {problem}; resume from an earlier one in "
         f"{checkpoint_dir.parent}"
     )

@@ -1,7 +1,6 @@
 """The learner: a runner around the algorithm. Receive, update, publish, checkpoint, log."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -84,6 +83,19 @@ class Progress:
     stopped_by: str | None = None
 
 
+@dataclass(frozen=True)
+class Best:
+    """A best checkpoint on the disk that a resumed run does not know: before the kill, it was further than `last`.
+
+    Attributes:
+        success: Its validation success.
+        version: Of its weights.
+    """
+
+    success: float
+    version: int
+
+
 # What the console shows beside the environment steps.
 SHOWN = {
     "success exploring": "rollout/success",
@@ -147,6 +159,7 @@ class Learner:
         # Version of the newest checkpoint that a resume would begin from, and how many could not be written.
         self._saved_version: int | None = None
         self._checkpoints_failed = 0
+        self._kept_best: Best | None = None
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
@@ -312,13 +325,14 @@ class Learner:
         self._account(gathered, learned=False)
         self._progress.seconds += gathered.seconds
         progress, best = self._progress, checkpoint.find_best(self._output_dir)
+        self._count_kept_best()
         progress.rollbacks += 1
         before = self._algorithm.lr
         self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
         restored = checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
         self._algorithm.optimization_step = progress.version
         # The schedule may have lowered it far below what the best checkpoint was trained with.
-        self._algorithm.lower_lr(min(before, self._algorithm.lr) / 2)
+        self._algorithm.set_rates(min(before, self._algorithm.lr) / 2)
         if restored.step < self._config.critic_warmup:
             # Its critic is cold as well.
             progress.warm_up_until = progress.version + self._config.critic_warmup
@@ -425,6 +439,8 @@ class Learner:
             )
             if success >= progress.best_success:
                 self._mark_best(version, success)
+            if self._kept_best is not None and version >= self._kept_best.version:
+                self._count_kept_best()
         else:
             logger.warning(
                 "Validation of version %d has %d of %d starts, because actors have left: nothing is decided by it",
@@ -447,9 +463,14 @@ class Learner:
         return conclusive and has_collapsed(success, progress.best_success, drop, int(episodes))
 
     def _mark_best(self, version: int, success: float) -> None:
-        """Makes the current version the best checkpoint; without room for it the one before stays the best."""
+        """Makes the current version the best checkpoint; without room for it the one before stays the best.
+
+        So does a better one that a resumed run has kept.
+        """
         progress, before = self._progress, (self._progress.best_success, self._progress.best_version)
         progress.best_success, progress.best_version = success, version
+        if self._kept_best is not None and success < self._kept_best.success:
+            return
         try:
             superseded = checkpoint.mark_best(self._output_dir, self._training_state())
         except checkpoint.CheckpointNotWritten as error:
@@ -457,8 +478,36 @@ class Learner:
             self._checkpoints_failed += 1
             logger.error("%s; it would be the best one (validation success %.2f)", error, success)
             return
-        if superseded is not None and not self._is_milestone(int(superseded.name)):
-            shutil.rmtree(superseded)
+        self._kept_best = None
+        if superseded is not None and not self._is_milestone_at(superseded):
+            checkpoint.remove_superseded(superseded)
+
+    def _is_milestone_at(self, place: Path) -> bool:
+        """Whether a checkpoint would be there if it had never been the best one."""
+        return not place.name.endswith(checkpoint.KEPT) and self._is_milestone(int(place.name))
+
+    def _find_kept_best(self, progress: Progress) -> Best | None:
+        """The best checkpoint on the disk, if it is better than the counters know."""
+        found = checkpoint.best_counters(self._output_dir) or {}
+        try:
+            best = Best(float(found["best_success"]), int(found["best_version"]))
+        except (KeyError, TypeError, ValueError):
+            return None
+        # Otherwise they tell of another checkpoint, which was the best one when this one was written.
+        of_itself = found.get("version") == best.version
+        is_known = best.success < progress.best_success or best.version == progress.best_version
+        return None if is_known or not of_itself else best
+
+    def _count_kept_best(self) -> None:
+        """From now on the best checkpoint on the disk is this run's best one, too.
+
+        A resumed run counts it only when it has come to its version again: until then it is the run that was not
+        interrupted, which did not know it either.
+        """
+        if self._kept_best is not None:
+            self._progress.best_success = self._kept_best.success
+            self._progress.best_version = self._kept_best.version
+            self._kept_best = None
 
     def _publish_next(self, restart: bool) -> None:
         """Sends the weights of the current version and asks for its decisions."""
@@ -503,22 +552,34 @@ class Learner:
 
     def _resume(self) -> Progress:
         """Loads everything but the policy, which `make_player` loaded."""
-        assert self._cfg.checkpoint_path is not None
-        resumed = checkpoint.load(
-            self._cfg.checkpoint_path, self._algorithm, self._algorithm.get_optimizers()
-        )
-        self._saved_version = resumed.step
-        logger.info("Resuming at version %d from %s", resumed.step, self._cfg.checkpoint_path)
-        changed = checkpoint.changed_settings(self._cfg.checkpoint_path, self._cfg)
-        if changed:
-            logger.warning("Settings have changed since then: %s", "; ".join(changed))
+        place = self._cfg.checkpoint_path
+        assert place is not None
+        changed = checkpoint.changed_settings(place, self._cfg)
         try:
-            return replace(Progress(**resumed.counters), stopped_by=None)
+            resumed = checkpoint.load(place, self._algorithm, self._algorithm.get_optimizers())
+        except checkpoint.DoesNotLoad as error:
+            raise checkpoint.blame_settings(error, changed, place) from error
+        # What the schedule has made of the rate goes on, unless another one is asked for.
+        self._algorithm.set_rates(self._config.lr if "algorithm.lr" in changed else self._algorithm.lr)
+        self._saved_version = resumed.step
+        logger.info("Resuming at version %d from %s", resumed.step, place)
+        if changed:
+            logger.warning("Settings have changed since then: %s", "; ".join(changed.values()))
+        try:
+            progress = replace(Progress(**resumed.counters), stopped_by=None)
         except TypeError as error:
             raise checkpoint.CheckpointError(
-                f"checkpoint {self._cfg.checkpoint_path} has other counters than this version reads ({error}): "
+                f"checkpoint {place} has other counters than this version reads ({error}): "
                 "resume with the version of the package that wrote it"
             ) from error
+        self._kept_best = self._find_kept_best(progress)
+        if self._kept_best is not None:
+            logger.info(
+                "The best checkpoint (validation success %.2f, version %d) stays until one is as good",
+                self._kept_best.success,
+                self._kept_best.version,
+            )
+        return progress
 
     def _log(
         self,

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
@@ -12,6 +13,8 @@ from typing import Any
 
 import draccus
 import torch
+import yaml
+from huggingface_hub.constants import CONFIG_NAME
 
 # Robots, cameras and teleoperators as LeRobot's own commands know them, so that `env.robot.type` is found.
 from lerobot.cameras import opencv  # noqa: F401
@@ -28,6 +31,7 @@ from lerobot.robots import so_follower  # noqa: F401
 from lerobot.teleoperators import gamepad, keyboard, so_leader  # noqa: F401
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from lerobot.utils.device_utils import is_torch_device_available
+from lerobot.utils.io_utils import load_json, write_json
 from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
@@ -41,6 +45,11 @@ from .observations import ObservationPath, offered_features
 from .packages import check_installed
 from .robots import SIMULATION, is_robot
 from .wire import WireSpec
+
+# Settings of a policy that say where it begins, which a resumed run does not ask.
+BEGINNINGS = ("type", "path", "base_path", "pretrained_path")
+# Settings of a policy that are one value, though they have names in them.
+WHOLE_SETTINGS = ("input_features", "output_features", "normalization_mapping")
 
 # Settings of an environment that do not change what it does.
 COSMETIC_ENV_SETTINGS = ("render_mode", "max_parallel_tasks", "disable_env_checker")
@@ -243,8 +252,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         self.checkpoint_path = self.find_checkpoint()
         verify(self.checkpoint_path)
         folder = self.checkpoint_path / PRETRAINED_MODEL_DIR
-        overrides = parser.get_yaml_overrides("policy") + (parser.get_cli_overrides("policy") or [])
-        self.policy = PreTrainedConfig.from_pretrained(folder, cli_overrides=overrides)
+        overrides = parser.get_cli_overrides("policy") or []
+        with tempfile.TemporaryDirectory() as aside:
+            changed = with_stated(load_json(folder / CONFIG_NAME), stated_policy(self.checkpoint_path))
+            write_json(changed, Path(aside) / CONFIG_NAME)
+            self.policy = PreTrainedConfig.from_pretrained(aside, cli_overrides=overrides)
         self.policy.pretrained_path = folder
 
     def _has_checkpoint(self) -> bool:
@@ -271,6 +283,39 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                 "resume", "needs the --output_dir of the run, or --config_path of one of its checkpoints"
             )
         return find_last(Path(self.output_dir))
+
+
+def stated_policy(checkpoint_dir: Path) -> dict[str, Any]:
+    """What a configuration file says of the policy of a resumed run, beside where to begin.
+
+    Args:
+        checkpoint_dir: The checkpoint; its own configuration says nothing new.
+    """
+    file = Path(parser.parse_arg("config_path") or "")
+    if not file.is_file() or file.resolve().is_relative_to(checkpoint_dir.resolve()):
+        return {}
+    # JSON is YAML, too, but for numbers such as 1e-4.
+    content = load_json(file) if file.suffix == ".json" else yaml.safe_load(file.read_text(encoding="utf-8"))
+    stated = content.get("policy") or {}
+    return {name: value for name, value in stated.items() if name not in BEGINNINGS}
+
+
+def with_stated(saved: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some of them changed, section by section; a section that is null is as it was.
+
+    Args:
+        saved: All settings.
+        stated: Those to change.
+    """
+    changed = dict(saved)
+    for name, value in stated.items():
+        before = saved.get(name)
+        if isinstance(before, Mapping) and name not in WHOLE_SETTINGS:
+            if value is not None:
+                changed[name] = with_stated(before, value)
+        else:
+            changed[name] = value
+    return changed
 
 
 @dataclass(frozen=True)
@@ -342,13 +387,27 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
 
 
 def _make_policy(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: dict[str, str]) -> PIRLPolicy:
-    """The policy, on its device."""
+    """The policy, on its device.
+
+    Raises:
+        ConfigError: If it has other weights than its checkpoint.
+    """
     if policy_cfg.base_path and not policy_cfg.pretrained_path and policy_cfg.output_features:
         # LeRobot knows nothing of a base's checkpoint, and would warn of a policy from scratch.
         return PIRLPolicy(policy_cfg).to(policy_cfg.device)
     # LeRobot prints a line when it loads weights, in the middle of whatever the command shows.
     with contextlib.redirect_stdout(io.StringIO()):
-        policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=renamed)
+        try:
+            policy = make_policy(policy_cfg, env_cfg=env_cfg, rename_map=renamed)
+        except RuntimeError as error:
+            # So torch begins its list of weights that have other names or sizes.
+            if policy_cfg.pretrained_path is None or "in loading state_dict" not in str(error):
+                raise
+            raise config_error(
+                "policy",
+                f"its settings are not those that the weights in {policy_cfg.pretrained_path} were made with; put back "
+                "those of policy.base and the sizes of chunks",
+            ) from error
     assert isinstance(policy, PIRLPolicy)
     return policy
 
