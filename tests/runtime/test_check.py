@@ -117,9 +117,13 @@ def test_what_the_ode_clips_as_well_is_not_the_noise() -> None:
         ({"ratio_error": 0.02}, "off by 2.0e-02", "sampling and scoring"),
         ({"ratio_error": float("nan")}, "off by nan", "sampling and scoring"),
         ({"solved": (1, 1, 1) + (0,) * 29, "ode_successes": 1}, "solved 3 of 256", "more demonstrations"),
-        ({"solved": (0,) * 13 + (6,) * 19}, "41 % of the starts were never solved", "more demonstrations"),
+        (
+            {"solved": (0,) * 13 + (8,) * 17 + (6,) * 2},
+            "41 % never, and only 6 % some",
+            "more demonstrations",
+        ),
         ({"solved": (0,) * 30 + (1, 0)}, "solved 1 of 256", "lower policy.explorer.noise_level (now 0.5)"),
-        ({"solved": (0,) * 20 + (4,) * 12}, "62 %", "lower policy.explorer.noise_level (now 0.5)"),
+        ({"solved": (0,) * 30 + (4, 4)}, "94 % never", "lower policy.explorer.noise_level (now 0.5)"),
         ({"solved": (8,) * 31 + (7,)}, "little left to learn", "as it is"),
     ],
 )
@@ -146,6 +150,21 @@ def test_a_signal_that_could_be_better(changes: dict[str, Any], change: str) -> 
     assert change in only
 
 
+def test_starts_that_are_never_solved_leave_a_signal_in_the_others() -> None:
+    """As the policies that docs/check.md lists: 69 % never, and PI-RL brought them to nearly all."""
+    advice = advise(but(solved=(0,) * 22 + (3,) * 10, ode_successes=20))
+    assert advice.signal
+    assert "31 % of the starts are solved in some tries" in advice.verdict
+    assert advice.verdict.endswith("69 % never. Success will rise slowly at first.")
+    assert advice.changes[0].startswith("collect more demonstrations")
+    assert not advise(but(solved=(0,) * 9 + (3,) * 23)).verdict.endswith("at first.")
+
+
+def test_noise_is_too_large_where_a_quarter_of_the_success_is_not_left() -> None:
+    kept = [findings.noise_is_too_large(exploring, 40, 64) for exploring in (0.17, 0.15)]
+    assert kept == [False, True]
+
+
 def test_a_slow_policy_is_hidden_behind_another_groups_environments() -> None:
     assert not advise(but(policy_seconds=0.029)).changes
     # Alone, a group waits for the policy in any case; that is no reason to change anything.
@@ -159,8 +178,7 @@ def test_remedies_without_any_solved_episode() -> None:
 
 
 def test_a_policy_that_is_always_right_and_seldom_hopeless_is_done_with() -> None:
-    """Starts that are all or nothing leave nothing to compare, but it is the share of never that decides."""
-    assert "never solved" in advise(but(solved=(0,) * 16 + (8,) * 16)).verdict
+    """Starts that are all or nothing leave nothing to compare."""
     split = advise(but(solved=(0,) * 9 + (8,) * 23))
     assert "72 % of the starts are always solved, 28 % never, and only 0 % sometimes" in split.verdict
     assert any("demonstrations" in change for change in split.changes)
@@ -405,7 +423,10 @@ def test_a_check_without_a_signal(run: Callable[..., int], capsys: Any, tmp_path
     assert run(FATE, f"--output_dir={folder}") == NO_SIGNAL
     shown = capsys.readouterr()
     assert "never 50 %, sometimes 0 %, always 50 %" in shown.out
-    assert "RL will hardly help here: 50 % of the starts were never solved in 8 tries" in shown.out
+    assert (
+        "RL will hardly help here: 50 % of the starts are always solved, 50 % never, and only 0 % sometimes"
+        in shown.out
+    )
     assert "268/268" in shown.err
     record = json.loads((folder / "check.json").read_text())
     assert record["never"] == 0.5

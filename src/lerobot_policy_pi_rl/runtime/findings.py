@@ -10,12 +10,14 @@ from .wire import Scalar
 
 # Below this success while exploring, almost every rollout says nothing.
 HARDLY_ANY = 0.02
-# A start that is never solved teaches nothing; with more of them than this, RL alone struggles.
+# A start that is never solved teaches nothing by itself. With more of them than this, success has to spread from the
+# others: it did in the runs of docs/check.md, slowly at first.
 MOST_NEVER = 0.3
 # RL learns from starts that are solved sometimes; with fewer than this, there is nothing to compare.
 LEAST_SOMETIMES = 0.1
-# Noise costs some success. It is too much when less than this is left of the ODE's.
-LEAST_KEPT = 0.5
+# Noise costs some success. It is too much when less than this is left of the ODE's: runs that kept 0.4 learned faster
+# than with less noise, those that kept 0.15 and less did not learn (docs/check.md).
+LEAST_KEPT = 0.25
 # A solved episode is late beyond this part of the time limit; with more late ones than that, the limit forbids others.
 LATE, MOST_LATE = 0.9, 0.2
 # Noise may push this much more of the actions out of the environment's range than the ODE does.
@@ -177,6 +179,8 @@ def _signal(findings: Findings) -> Advice:
         f"RL has a signal here: {_percent(findings.sometimes)} of the starts are solved in some tries and not in "
         f"others, and {_percent(findings.never)} never."
     )
+    if findings.never > MOST_NEVER:
+        return Advice(True, f"{verdict} Success will rise slowly at first.", tuple(_remedies(findings)))
     return Advice(True, verdict, tuple(_improvements(findings)))
 
 
@@ -203,12 +207,6 @@ def _no_signal(findings: Findings) -> Advice | None:
     success, tries = findings.exploring_success, len(findings.solved) * findings.tries
     if success < HARDLY_ANY:
         verdict = f"RL has no signal here: exploring solved {sum(findings.solved)} of {tries} episodes."
-        return Advice(False, verdict, tuple(_remedies(findings)))
-    if findings.never > MOST_NEVER:
-        verdict = (
-            f"RL will hardly help here: {_percent(findings.never)} of the starts were never solved in "
-            f"{findings.tries} tries (above {_percent(MOST_NEVER)} it struggles)."
-        )
         return Advice(False, verdict, tuple(_remedies(findings)))
     if findings.sometimes < LEAST_SOMETIMES <= findings.never:
         verdict = (
