@@ -439,12 +439,27 @@ def test_bytes_that_are_no_protobuf_are_counted_and_the_learner_lives_on() -> No
 
 def test_a_chunk_above_grpcs_limit_ends_its_stream_only() -> None:
     with serving(make_service()) as server, connected(server, 0) as client:
-        with raw_stub(server, 1) as (stub, metadata):
-            with pytest.raises(grpc.RpcError) as error:
-                stub.SendTransitions(iter([chunk(bytes(5 * 2**20), 3)]), metadata=metadata)
-            assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert eventually(lambda: server.service.traffic().rejected == {"broken stream": 1})
+        with raw_stub(server, 1) as (stub, metadata), pytest.raises(grpc.RpcError) as error:
+            stub.SendTransitions(iter([chunk(bytes(5 * 2**20), 3)]), metadata=metadata)
+        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         _works(server, client)
+
+
+@pytest.mark.parametrize("stream", ["SendTransitions", "SendInteractions"])
+def test_a_stream_that_breaks_alone_is_counted(stream: str) -> None:
+    over = threading.Event()
+
+    def sent() -> Iterator[services_pb2.Transition]:
+        yield chunk(b"begun", 1)
+        over.wait(SOON)
+
+    with serving(make_service()) as server, raw_stub(server, 1) as (stub, metadata):
+        call = getattr(stub, stream).future(sent(), metadata=metadata)
+        assert eventually(lambda: next(iter(server.service._links.values())).heard == 1)
+        call.cancel()
+        assert eventually(lambda: server.service.traffic().rejected == {"broken stream": 1})
+        assert eventually(lambda: server.service.traffic().unfinished == 1)
+        over.set()
 
 
 @pytest.mark.parametrize(

@@ -56,10 +56,8 @@ ENDED = "the learner ended the connection"
 DRAIN_SECONDS = 1.5
 """How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
 
-CUT_SECONDS = 0.2
-"""How long a stream that seems to have ended is watched: one that gRPC itself cuts ends in the same way."""
 GONE_SECONDS = 1.0
-"""A call that broke this long before its actor's connection did was ended by gRPC for what it carried."""
+"""A call that broke this long before its actor's connection did broke alone."""
 
 MISSED_HEARTBEATS = 4
 """After so many in a row that did not come, an actor's number goes to another process that asks for it."""
@@ -563,7 +561,7 @@ class PIRLLearnerService(LearnerService):
         """
         if self.shutdown_event.is_set():
             context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
-        link, cut = self._attach(context, stream), _ended(context)
+        link = self._attach(context, stream)
         context.add_callback(inbox.wake)
         actor, progress = link.info.actor, _Progress()
 
@@ -588,8 +586,6 @@ class PIRLLearnerService(LearnerService):
                 whole_messages(paced, max_bytes, reject), SimpleNamespace(put=deliver), self.shutdown_event
             )
         except grpc.RpcError:
-            logger.debug("A stream of actor %d broke off", actor)
-        if cut.wait(0.0 if self.shutdown_event.is_set() else CUT_SECONDS):
             self._note_break(link, stream, context)
         self._note_rest(progress, context)
         return services_pb2.Empty()
@@ -602,14 +598,14 @@ class PIRLLearnerService(LearnerService):
             context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
 
     def _note_break(self, link: _Link, stream: Stream, context: grpc.ServicerContext) -> None:
-        """Counts a call that gRPC ended for what it carried: its actor is still there, and made no other."""
+        """Counts a call that broke alone: its actor is still there, and made no other in its place."""
         with self._changed:
             replaced = link.calls.get(stream) is not context
             over = self._changed.wait_for(
                 lambda: not link.open or self.shutdown_event.is_set(), 0.0 if replaced else GONE_SECONDS
             )
         if not replaced and not over:
-            self.reject(link.info.actor, "broken stream", "gRPC ended it, as over a chunk that is too large")
+            self.reject(link.info.actor, "broken stream")
 
     def _listen(self, chunks: Iterator[Any], context: grpc.ServicerContext) -> Any:
         """Notes the signs of life of a stream until it ends."""
@@ -703,14 +699,6 @@ class PIRLLearnerService(LearnerService):
         self._count_rejected(reason, f"Refused {context.peer()}: {'; '.join(text.splitlines())}")
         context.abort(code, text)
         raise AssertionError("grpc's abort always raises")
-
-
-def _ended(context: grpc.ServicerContext) -> threading.Event:
-    """Set as soon as a call has ended, whoever ended it."""
-    ended = threading.Event()
-    if not context.add_callback(ended.set):
-        ended.set()
-    return ended
 
 
 def _shows(context: grpc.ServicerContext, pair: tuple[str, str]) -> bool:
