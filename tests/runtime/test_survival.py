@@ -186,6 +186,35 @@ def test_an_asynchronous_learner_that_is_killed_goes_on_where_it_was(make_line_r
     assert end["validations_since_best"] in (since - 1, since)
 
 
+def test_an_asynchronous_run_learns_as_well_with_kills_as_without(make_line_run: MakeRun) -> None:
+    settings = (
+        "--steps=16",
+        "--save_freq=4",
+        "--env_eval_freq=16",
+        "--eval.n_episodes=32",
+        "--algorithm.lr=1e-3",
+        "--algorithm.minibatch_size=32",
+        "--algorithm.collection.max_staleness=1",
+        "--algorithm.collection.num_envs=16",
+        "--algorithm.collection.decisions=6",
+        "--algorithm.collection.eval_envs=8",
+    )
+    whole, run = make_line_run(*settings), make_line_run(*settings)
+    undisturbed = whole.learner(), whole.actor()
+    learner, actor = run.learner(faults=[at(die_in_update, 7)]), run.actor()
+    assert learner.wait() == -signal.SIGKILL, learner.shown
+    assert saved(run) == 4
+    learner = run.learner("--resume=true")
+    run.await_rows(lambda rows: rows[-1]["step"] >= 9, "the resumed learner is further than the killed one")
+    actor.kill()
+    finish(learner, run.actor(), *undisturbed)
+    for each in (whole, run):
+        assert [row["step"] for row in each.rows()] == list(range(1, 17))
+        before, after = [row["eval/success"] for row in each.all_rows() if "eval/success" in row]
+        assert before < 0.6
+        assert after > 0.85
+
+
 def test_a_network_that_stalls_breaks_and_repeats_costs_nothing_but_time(
     make_line_run: MakeRun, make_proxy: Callable[[int], Proxy]
 ) -> None:
