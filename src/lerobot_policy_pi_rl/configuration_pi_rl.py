@@ -110,7 +110,7 @@ class PIRLConfig(PreTrainedConfig):
     weights_follow = False
     # The device that was asked for where this machine does not have it, and LeRobot has taken another one. Evaluation
     # and export go on there; training refuses it (`PIRLTrainConfig`). Not annotated, as above.
-    missing_device = None
+    missing_device = ""
 
     # The flow policy that acts. Null means that of `base_path` or, without one, the compact base with its defaults.
     base: BaseConfig | None = None

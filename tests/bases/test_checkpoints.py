@@ -13,7 +13,7 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
@@ -38,13 +38,25 @@ def raw_observation(name: str) -> dict[str, Any]:
     }
 
 
-def loaded_equal(name: str, one: Tensor, two: Tensor) -> bool:
+def loaded_equal(name: str, one: Tensor, two: Tensor, mode: str = "expert") -> bool:
     """Whether chunks are the same, of policies whose weights were put into memory by different loaders.
 
     X-VLA's matrices are then aligned otherwise, and some processors round a product of equal matrices otherwise in its
-    last bit.
+    last bit; `assert_same_weights` compares the matrices themselves. What the stock policy trains may be frozen in
+    the mode `lora`.
     """
-    return torch.allclose(one, two, rtol=1e-6, atol=1e-6) if name == "xvla" else equal(name, one, two)
+    if name == "xvla":
+        return torch.allclose(one, two, rtol=1e-6, atol=1e-6)
+    return equal(name, one, two) if mode == "lora" else torch.equal(one, two)
+
+
+def assert_same_weights(one: nn.Module, two: nn.Module) -> None:
+    """Every tensor of two stock policies is the same to the bit."""
+    theirs, ours = one.state_dict(), two.state_dict()
+    assert theirs.keys() == ours.keys()
+    for key, value in theirs.items():
+        assert value.dtype == ours[key].dtype, key
+        assert torch.equal(value, ours[key]), key
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -61,6 +73,7 @@ def test_everything_is_taken_from_the_stock_checkpoint(save_stock: Callable[[str
     batch, expected = ours[0](raw_observation(name)), theirs[0](raw_observation(name))
     assert all(torch.equal(batch[key], value) for key, value in expected.items() if isinstance(value, Tensor))
     chunk = stock_chunk(stock, expected)
+    assert_same_weights(stock, policy.base.policy)
     assert loaded_equal(name, own_chunk(policy, batch), chunk)
     assert torch.equal(ours[1](chunk), theirs[1](chunk))
 
@@ -158,6 +171,7 @@ def test_a_checkpoint_is_exported_as_a_stock_one(
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock", config=stock_config)
     batch = make_pre_post_processors(stock_config, str(tmp_path / "stock"))[0](raw_observation(name))
     expected = own_chunk(policy, batch)
+    assert_same_weights(stock, policy.base.policy)
     assert loaded_equal(name, stock_chunk(stock, batch), expected)
     assert loaded_equal(name, own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), expected)
 
@@ -182,7 +196,8 @@ def test_adapters_are_merged_into_what_is_exported(
     policy.save_pretrained(tmp_path / "pi_rl")
     for processor in (preprocessor, postprocessor):
         processor.save_pretrained(tmp_path / "pi_rl")
-    assert loaded_equal(name, own_chunk(PIRLPolicy.from_pretrained(tmp_path / "pi_rl"), batch), changed)
+    again = PIRLPolicy.from_pretrained(tmp_path / "pi_rl")
+    assert loaded_equal(name, own_chunk(again, batch), changed, "lora")
     export(tmp_path / "pi_rl", tmp_path / "stock")
     assert not any("lora" in key for key in load_file(tmp_path / "stock" / WEIGHTS))
     stock = get_policy_class(name).from_pretrained(tmp_path / "stock")
@@ -190,7 +205,9 @@ def test_adapters_are_merged_into_what_is_exported(
     # Merging rounds once more; what is merged is exported to the bit.
     rounding = 0.05 if name == "vla_jepa" else 1e-3  # its VLM runs in bfloat16 autocast
     torch.testing.assert_close(exported, changed, rtol=1e-4, atol=rounding)
-    assert loaded_equal(name, stock_chunk(policy.base.export(), batch), exported)
+    merged = policy.base.export()
+    assert_same_weights(stock, merged)
+    assert loaded_equal(name, stock_chunk(merged, batch), exported, "lora")
 
 
 @pytest.mark.parametrize("name", BASES)

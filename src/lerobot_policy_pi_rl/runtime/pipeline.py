@@ -37,7 +37,7 @@ from torch import Tensor
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from ..bases.configuration import STOCK, has_optional_cameras, preprocessor_settings
 from ..configuration_pi_rl import PIRLConfig
-from ..errors import ConfigError, config_error
+from ..errors import ConfigError, check, config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .access import is_loopback
 from .checkpoint import CheckpointError, find_last, verify
@@ -168,13 +168,12 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     @staticmethod
     def _check_policy_device(policy: PIRLConfig) -> None:
         """Checks that the device was not exchanged for a slower one: LeRobot only warns of it."""
-        missing = policy.missing_device
-        if missing is not None:
-            raise config_error(
-                "policy.device",
-                f"{missing!r} is not on this machine; name one that is: --policy.device={policy.device}, if that is "
-                "meant",
-            )
+        check(
+            not policy.missing_device,
+            "policy.device",
+            f"{policy.missing_device!r} is not on this machine; name one that is: --policy.device={policy.device}, if "
+            "that is meant",
+        )
 
     @staticmethod
     def _check_lookahead(lookahead: int, policy: PIRLConfig) -> None:
