@@ -140,8 +140,7 @@ def test_a_device_that_is_not_there_is_refused_for_training_only(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda"}))
     assert PIRLConfig.from_pretrained(tmp_path / "trained").device == "cpu"
     assert (
-        PIRLConfig.from_pretrained(tmp_path / "trained", cli_overrides=["--device=cpu"]).missing_device
-        is None
+        PIRLConfig.from_pretrained(tmp_path / "trained", cli_overrides=["--device=cpu"]).missing_device == ""
     )
 
 
