@@ -15,6 +15,10 @@ from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 from .conftest import (
     BASES,
+    BFLOAT16,
+    DRAW_IN_BFLOAT16,
+    DTYPES,
+    WITHOUT_LOSS_IN_BFLOAT16,
     Batch,
     awaken,
     counted,
@@ -28,20 +32,6 @@ from .conftest import (
 
 pytest.importorskip("transformers")
 
-DTYPES = [(name, "float32") for name in BASES] + [
-    ("smolvla", "bfloat16"),
-    ("pi0", "bfloat16"),
-    ("pi05", "bfloat16"),
-    ("xvla", "bfloat16"),
-    ("eo1", "bfloat16"),
-    ("evo1", "bfloat16"),
-    ("vla_jepa", "bfloat16"),
-    ("groot", "bfloat16"),
-    ("molmoact2", "bfloat16"),
-]
-BFLOAT16 = [name for name, dtype in DTYPES if dtype == "bfloat16"]
-# They draw their noise in bfloat16, so that a seed gives other noise; what they make of the same noise is compared.
-DRAW_IN_BFLOAT16 = ("xvla", "molmoact2")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # Flow-Noise records every step, the others one of them.
 EXPLORERS = ("flow_sde", "flow_noise")
@@ -95,8 +85,7 @@ def test_in_bfloat16_the_chunk_is_the_stock_policy_s_to_the_bit(
     assert not torch.equal(chunk, precise[:, : chunk.shape[1]])
 
 
-# VLA-JEPA's own loss fails in bfloat16 on a CPU, where it turns its autocast off.
-@pytest.mark.parametrize("name", [name for name in BFLOAT16 if name != "vla_jepa"])
+@pytest.mark.parametrize("name", [name for name in BFLOAT16 if name not in WITHOUT_LOSS_IN_BFLOAT16])
 def test_in_bfloat16_the_supervised_loss_is_the_stock_policy_s(
     make_policy: MakePolicy, batch: Batch, name: str
 ) -> None:
@@ -108,6 +97,23 @@ def test_in_bfloat16_the_supervised_loss_is_the_stock_policy_s(
         assert torch.equal(policy.forward(dict(batch))[0], expected)
     precise = make_policy(name)
     assert not torch.equal(stock_loss(precise.base.policy, batch), expected)
+
+
+@pytest.mark.parametrize("quantity", [stock_chunk, stock_loss])
+@pytest.mark.parametrize("name", ["multi_task_dit"])
+def test_multi_task_dit_itself_does_not_run_in_bfloat16(
+    make_policy: MakePolicy, batch: Batch, name: str, quantity: Callable[..., Any]
+) -> None:
+    """It makes tensors in float32 on its way; if this passes one day, add it to `BFLOAT16`."""
+    stock = make_policy(name).base.policy.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        quantity(stock, batch)
+
+
+@pytest.mark.parametrize("name", WITHOUT_LOSS_IN_BFLOAT16)
+def test_these_have_no_loss_in_bfloat16_themselves(make_policy: MakePolicy, batch: Batch, name: str) -> None:
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        stock_loss(make_policy(name, "bfloat16").base.policy, batch)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -160,14 +166,22 @@ def test_a_recorded_chunk_scores_as_it_was_sampled(
     assert float((ratio - 1).abs().max()) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_dropout_is_off_while_a_density_is_computed(make_policy: MakePolicy, batch: Batch, name: str) -> None:
-    policy = make_policy(name)
-    sample = policy.train().explore(dict(batch), torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        context = policy.train().encode(dict(batch))
-        scored = policy.train().score(context, sample.chain, sample.step)
-    torch.testing.assert_close(scored.log_prob, sample.log_prob, rtol=0, atol=1e-4)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
+def test_dropout_is_off_while_a_density_is_computed(
+    make_policy: MakePolicy, batch: Batch, name: str, dtype: str
+) -> None:
+    policy = make_policy(name, dtype)
+    densities = []
+    for mode in (True, False):
+        sample = policy.train(mode).explore(dict(batch), torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            context = policy.train(mode).encode(dict(batch))
+            scored = policy.train(mode).score(context, sample.chain, sample.step)
+        densities.append((sample.chain, sample.log_prob, scored.log_prob))
+    training, evaluating = densities
+    assert all(torch.equal(one, two) for one, two in zip(training, evaluating, strict=True))
+    if dtype == "float32":
+        torch.testing.assert_close(scored.log_prob, sample.log_prob, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -259,12 +273,17 @@ def test_the_expert_s_features_know_the_state(make_policy: MakePolicy, batch: Ba
     assert torch.equal(one, two) is (name in ("pi05", "molmoact2"))
 
 
+# pi0's and pi0.5's loss runs VLM and expert together, all queries of the VLM's last layer included; acting reads only
+# keys and values of it.
+READ_BY_THE_LOSS = r".*\.language_model\.layers\.1\.self_attn\.q_proj\..*"
+
+
 @pytest.mark.parametrize("mode", ["expert", "expert_lora", "lora", "all"])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_gradients_reach_what_is_to_be_trained(
-    make_policy: MakePolicy, batch: Batch, name: str, mode: str
+    make_policy: MakePolicy, batch: Batch, name: str, dtype: str, mode: str
 ) -> None:
-    policy = make_policy(name, trainable=mode)
+    policy = make_policy(name, dtype, trainable=mode)
     sample = policy.explore(dict(batch))
     policy.score(policy.encode(dict(batch)), sample.chain, sample.step).log_prob.sum().backward()
     names = dict(policy.base.policy.named_parameters())
@@ -288,11 +307,15 @@ def test_gradients_reach_what_is_to_be_trained(
     assert policy.base.context_is_fixed is (mode == "expert")
     if mode == "all":
         assert reached - expert
+    if dtype == "bfloat16" and name in WITHOUT_LOSS_IN_BFLOAT16:
+        return
     policy.zero_grad(set_to_none=True)
     policy.forward(dict(batch))[0].backward()
     supervised = {name for name, parameter in names.items() if parameter.grad is not None}
-    assert supervised <= trained
-    assert bool(supervised - expert) is bool(reached - expert)
+    assert reached <= supervised <= trained
+    only_by_the_loss = supervised - reached
+    assert all(re.fullmatch(READ_BY_THE_LOSS, name) for name in only_by_the_loss)
+    assert bool(only_by_the_loss) is (name in ("pi0", "pi05") and mode != "expert")
 
 
 @pytest.mark.parametrize("mode", ["expert_lora", "lora"])

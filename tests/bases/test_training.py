@@ -18,7 +18,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import BASES, PACKED, awaken, counted, packed, precision
+from .conftest import BASES, BFLOAT16, DTYPES, PACKED, awaken, counted, packed, precision
 
 pytest.importorskip("transformers")
 
@@ -116,27 +116,43 @@ def test_an_update_moves_the_expert_and_leaves_the_vlm(make_algorithm: MakeAlgor
     assert heads <= {id(p) for key, p in algorithm.policy.named_parameters() if key in moved}
 
 
-@pytest.mark.parametrize("name", ["smolvla", "pi0", "pi05", "xvla", "eo1", "molmoact2"])
-def test_an_update_in_bfloat16_is_checked_within_its_own_tolerance(
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_an_update_in_bfloat16_moves_the_expert_and_is_checked_within_its_own_tolerance(
     make_algorithm: MakeAlgorithm, name: str
 ) -> None:
     algorithm = make_algorithm(name, dtype="bfloat16")
-    # Parts of the others than X-VLA and MolmoAct2 stay in float32.
-    assert torch.bfloat16 in {parameter.dtype for parameter in algorithm.policy.parameters()}
+    before = {key: value.clone() for key, value in algorithm.policy.named_parameters()}
+    # Parts of the others than X-VLA and MolmoAct2 stay in float32, and all of GR00T, which runs in autocast.
+    assert (torch.bfloat16 in {value.dtype for value in before.values()}) is (name != "groot")
     assert algorithm.ratio_tolerance == 0.1
     stats = algorithm.update(iter([collect(algorithm)]))
     assert stats.extra["ratio_first_error"] <= 0.1
+    after = dict(algorithm.policy.named_parameters())
+    moved = {key for key, value in before.items() if not torch.equal(after[key], value)}
+    assert moved <= {key for key, value in after.items() if value.requires_grad}
+    heads = {id(weight) for weight in algorithm.policy.base._head.parameters()}
+    assert heads <= {id(after[key]) for key in moved}
     assert make_algorithm(name).ratio_tolerance == 1e-3
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(("name", "dtype"), DTYPES)
 def test_kept_contexts_give_the_numbers_of_those_computed_again(
-    make_algorithm: MakeAlgorithm, name: str
+    make_algorithm: MakeAlgorithm, name: str, dtype: str
 ) -> None:
-    kept = trained(make_algorithm(name))
-    again = trained(make_algorithm(name, context_memory_gb=0.0))
-    for key, value in kept.items():
-        torch.testing.assert_close(value, again[key], rtol=0, atol=1e-5)
+    kept = trained(make_algorithm(name, dtype=dtype))
+    again = trained(make_algorithm(name, dtype=dtype, context_memory_gb=0.0))
+    if dtype == "float32":
+        for key, value in kept.items():
+            torch.testing.assert_close(value, again[key], rtol=0, atol=1e-5)
+        return
+    # A processor may round another batch otherwise: a small part of what the update moved.
+    start = make_algorithm(name, dtype=dtype).get_weights()
+    apart, step = (
+        sum(float((value.float() - other[key].float()).abs().sum()) for key, value in kept.items())
+        for other in (again, start)
+    )
+    assert apart <= 0.1 * step
+    assert step > 0
 
 
 @pytest.mark.parametrize("name", BASES)
