@@ -7,7 +7,6 @@ from gymnasium.envs.registration import registry
 from lerobot.envs import EnvConfig
 from lerobot.envs.configs import HILSerlRobotEnvConfig
 
-from ..errors import check
 from .robots import SIMULATION
 
 # Modules by the environment's type, where it is not LeRobot's `gym_<type>`.
@@ -31,19 +30,18 @@ INSTALL = {
 LIBERO = "pip install 'lerobot_policy_pi_rl[libero]'"
 
 
-def check_installed(env: EnvConfig) -> None:
-    """Checks that what an environment is made of is installed, without importing it.
+def missing_simulator(env: EnvConfig) -> str | None:
+    """What to say of an environment whose package is not installed; nothing is imported.
 
-    Raises:
-        ConfigError: If it is not.
+    Returns:
+        What is missing and what installs it, or None.
     """
     module = _module(env)
-    fix = LIBERO if env.type == "libero" else INSTALL.get(module or "")
-    check(
-        module is None or _is_there(module),
-        "env.type",
-        f"{env.type!r} needs the package {module!r}, which is not installed: "
-        + (fix or "install it as its makers say, or take another environment"),
+    if module is None or _is_there(module):
+        return None
+    fix = LIBERO if env.type == "libero" else INSTALL.get(module)
+    return f"{env.type!r} needs the package {module!r}, which is not installed: " + (
+        fix or "install it as its makers say, or take another environment"
     )
 
 

@@ -42,7 +42,7 @@ from ..modeling_pi_rl import PIRLPolicy
 from .access import is_loopback
 from .checkpoint import CheckpointError, find_last, verify
 from .observations import ObservationPath, offered_features
-from .packages import check_installed
+from .packages import missing_simulator
 from .robots import SIMULATION, is_robot
 from .wire import WireSpec
 
@@ -112,9 +112,11 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             self.policy.place_on(self.algorithm.collection.device)
         else:
             self._check_policy_device(self.policy)
-        # The actors of a learner that listens on loopback are on its machine; others need no simulator on it.
-        if self.is_actor or is_loopback(self.policy.actor_learner_config.learner_host):
-            check_installed(self.env)
+        missing = missing_simulator(self.env)
+        # The actors of a learner that listens on loopback are on its machine; others need no simulator on it. The name
+        # of a host is looked up only where that matters.
+        if missing and (self.is_actor or is_loopback(self.policy.actor_learner_config.learner_host)):
+            raise config_error("env.type", missing)
         check_features(self.policy, self.env, self.rename_map)  # type: ignore[has-type]  # as above
         self._check_algorithm(self.algorithm, self.policy, self.env)
 
