@@ -459,8 +459,11 @@ def test_a_misspelling_is_an_error_and_no_verdict(run: Callable[..., int], capsy
 def test_the_launcher_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[bool] = []
     monkeypatch.setattr(command, "main", lambda: started.append(True))
+    # It names the command there, by which errors are known to be a command's.
+    monkeypatch.setattr(sys, "argv", ["-m"])
     launcher.check()
     assert started
+    assert sys.argv == ["lerobot-pi-rl-check"]
 
 
 # The first minutes of a run
