@@ -182,7 +182,7 @@ def tell_work() -> None:
 
 def notice_silence(seconds: int) -> None:
     """Both sides give up a silent connection after twice this time, not after half a minute."""
-    from lerobot_policy_pi_rl.runtime import client, server
+    from lerobot_policy_pi_rl.runtime import link, server
 
     times = {
         "grpc.keepalive_time_ms": 1000 * seconds,
@@ -191,8 +191,8 @@ def notice_silence(seconds: int) -> None:
         "grpc.http2.min_ping_interval_without_data_ms": 100 * seconds,
     }
     server.GRPC_OPTIONS = list((dict(server.GRPC_OPTIONS) | times).items())
-    options = client._channel_options
-    client._channel_options = lambda: list((dict(options()) | times).items())
+    options = link.channel_options
+    link.channel_options = lambda: list((dict(options()) | times).items())
 
 
 # The processes
