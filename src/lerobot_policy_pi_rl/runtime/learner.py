@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version as package_version
 from pathlib import Path
 from threading import Event
@@ -21,6 +21,7 @@ from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .access import read_learner_access
+from .best import BestCheckpoint
 from .demonstrations import DemonstrationSource, for_loss
 from .findings import FirstLook
 from .gather import Gathered, Gatherer, Stopped
@@ -29,6 +30,7 @@ from .interventions import InterventionStore, either
 from .limits import Limits
 from .metrics import MetricsWriter, make_tracker
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
+from .progress import Progress
 from .robots import is_robot
 from .server import LearnerServer
 from .service import PIRLLearnerService
@@ -46,54 +48,6 @@ REJECTED_MESSAGES = 100
 FINAL_EVALUATION_S = 600.0
 # Seconds that actors get, when the run is over, for what people have shown since.
 FINAL_DEMONSTRATIONS_S = 3.0
-
-
-@dataclass
-class Progress:
-    """Counters of a run; they are saved with every checkpoint.
-
-    Attributes:
-        version: Of the current weights; the number of iterations done.
-        env_steps: Environment steps collected for training, those of rolled-back iterations too.
-        decisions: Decisions learned from.
-        episodes: Episodes that ended.
-        seconds: Wall time of the run, pauses between resumes left out.
-        best_success: Highest validation success so far; -1 before the first evaluation.
-        best_version: Version that reached it.
-        validations_since_best: How many evaluations in a row were not better than all before.
-        rollbacks: How often the best checkpoint was brought back.
-        runaways: Iterations in a row whose update was out of control.
-        task_shares: How large a part of the environments each task has since the last restart; empty: all the same.
-        warm_up_until: Version up to which the critic learns alone again, after a cold one was brought back; 0: never.
-        stopped_by: What ended the run before its budget was used up, in one line.
-    """
-
-    version: int = 0
-    env_steps: int = 0
-    decisions: int = 0
-    episodes: int = 0
-    seconds: float = 0.0
-    best_success: float = -1.0
-    best_version: int = 0
-    validations_since_best: int = 0
-    rollbacks: int = 0
-    runaways: int = 0
-    task_shares: dict[str, float] = field(default_factory=dict)
-    warm_up_until: int = 0
-    stopped_by: str | None = None
-
-
-@dataclass(frozen=True)
-class Best:
-    """A best checkpoint on the disk that a resumed run does not know: before the kill, it was further than `last`.
-
-    Attributes:
-        success: Its validation success.
-        version: Of its weights.
-    """
-
-    success: float
-    version: int
 
 
 # What the console shows beside the environment steps.
@@ -159,7 +113,7 @@ class Learner:
         # Version of the newest checkpoint that a resume would begin from, and how many could not be written.
         self._saved_version: int | None = None
         self._checkpoints_failed = 0
-        self._kept_best: Best | None = None
+        self._best = BestCheckpoint(self._output_dir, self._is_milestone)
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
         self._algorithm.optimization_step = self._progress.version
@@ -325,7 +279,7 @@ class Learner:
         self._account(gathered, learned=False)
         self._progress.seconds += gathered.seconds
         progress, best = self._progress, checkpoint.find_best(self._output_dir)
-        self._count_kept_best()
+        self._best.count(progress)
         progress.rollbacks += 1
         before = self._algorithm.lr
         self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
@@ -439,8 +393,7 @@ class Learner:
             )
             if success >= progress.best_success:
                 self._mark_best(version, success)
-            if self._kept_best is not None and version >= self._kept_best.version:
-                self._count_kept_best()
+            self._best.reach(progress)
         else:
             logger.warning(
                 "Validation of version %d has %d of %d starts, because actors have left: nothing is decided by it",
@@ -463,51 +416,15 @@ class Learner:
         return conclusive and has_collapsed(success, progress.best_success, drop, int(episodes))
 
     def _mark_best(self, version: int, success: float) -> None:
-        """Makes the current version the best checkpoint; without room for it the one before stays the best.
-
-        So does a better one that a resumed run has kept.
-        """
+        """Makes the current version the best checkpoint; without room for it the one before stays the best."""
         progress, before = self._progress, (self._progress.best_success, self._progress.best_version)
         progress.best_success, progress.best_version = success, version
-        if self._kept_best is not None and success < self._kept_best.success:
-            return
         try:
-            superseded = checkpoint.mark_best(self._output_dir, self._training_state())
+            self._best.mark(progress, self._training_state)
         except checkpoint.CheckpointNotWritten as error:
             progress.best_success, progress.best_version = before
             self._checkpoints_failed += 1
             logger.error("%s; it would be the best one (validation success %.2f)", error, success)
-            return
-        self._kept_best = None
-        if superseded is not None and not self._is_milestone_at(superseded):
-            checkpoint.remove_superseded(superseded)
-
-    def _is_milestone_at(self, place: Path) -> bool:
-        """Whether a checkpoint would be there if it had never been the best one."""
-        return not place.name.endswith(checkpoint.KEPT) and self._is_milestone(int(place.name))
-
-    def _find_kept_best(self, progress: Progress) -> Best | None:
-        """The best checkpoint on the disk, if it is better than the counters know."""
-        found = checkpoint.best_counters(self._output_dir) or {}
-        try:
-            best = Best(float(found["best_success"]), int(found["best_version"]))
-        except (KeyError, TypeError, ValueError):
-            return None
-        # Otherwise they tell of another checkpoint, which was the best one when this one was written.
-        of_itself = found.get("version") == best.version
-        is_known = best.success < progress.best_success or best.version == progress.best_version
-        return None if is_known or not of_itself else best
-
-    def _count_kept_best(self) -> None:
-        """From now on the best checkpoint on the disk is this run's best one, too.
-
-        A resumed run counts it only when it has come to its version again: until then it is the run that was not
-        interrupted, which did not know it either.
-        """
-        if self._kept_best is not None:
-            self._progress.best_success = self._kept_best.success
-            self._progress.best_version = self._kept_best.version
-            self._kept_best = None
 
     def _publish_next(self, restart: bool) -> None:
         """Sends the weights of the current version and asks for its decisions."""
@@ -572,13 +489,7 @@ class Learner:
                 f"checkpoint {place} has other counters than this version reads ({error}): "
                 "resume with the version of the package that wrote it"
             ) from error
-        self._kept_best = self._find_kept_best(progress)
-        if self._kept_best is not None:
-            logger.info(
-                "The best checkpoint (validation success %.2f, version %d) stays until one is as good",
-                self._kept_best.success,
-                self._kept_best.version,
-            )
+        self._best.resume(progress)
         return progress
 
     def _log(
