@@ -431,7 +431,6 @@ def test_a_running_learner_survives_and_trains_on_nothing_of_it(caplog: pytest.L
     assert rejected["malformed"] > SENT
     assert rejected["unknown state"] > 100
     assert rejected["no beginning"] > 50
-    assert gatherer.dropped["malformed_messages"] == rejected["malformed"]
     assert grown < 32 * MIB
     assert "Traceback" not in caplog.text
     assert caplog.text.count("Rejected a message") < 200

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from threading import Event, Timer
 
 import pytest
@@ -14,7 +14,6 @@ from lerobot.utils.constants import OBS_STATE
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
-from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.control import ControlStatistics
 from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, TOLD, Gathered, Gatherer, NothingUsable, Stopped
@@ -25,7 +24,6 @@ from lerobot_policy_pi_rl.runtime.wire import (
     RolloutHeader,
     WireSpec,
     encode_decisions,
-    encode_demonstrations,
     encode_interaction,
 )
 
@@ -86,8 +84,6 @@ class Scene:
     gatherer: Gatherer
     stop: Event
     quota: DecisionBatch
-    # What people did, as it was handed on.
-    kept: list[DemonstrationBatch] = field(default_factory=list)
 
     def of(self, actor: int) -> DecisionBatch:
         """An actor's quota."""
@@ -187,8 +183,7 @@ def test_a_malformed_message_is_rejected_and_counted(scene: Scene, case: str) ->
     scene.deliver(0, 1)
     gathered = gather(scene)
     assert len(gathered.decisions) == 2 * QUOTA
-    assert scene.gatherer.dropped["malformed_messages"] == 1
-    (actor, reason, detail) = scene.room.rejected[0]
+    ((actor, reason, detail),) = scene.room.rejected
     assert (actor, reason) == (1, "malformed")
     assert detail
     assert "\n" not in detail
@@ -321,7 +316,7 @@ def test_statistics_that_no_metric_can_be_made_of_are_rejected(scene: Scene, val
     scene.tell(0, **values)
     scene.deliver(0)
     assert [row["episodes"] for row in gather(scene).collections] == [2]
-    assert scene.gatherer.dropped["malformed_messages"] == 1
+    assert [reason for _, reason, _ in scene.room.rejected] == ["malformed"]
 
 
 def test_a_missing_statistic_is_rejected(scene: Scene) -> None:
@@ -547,82 +542,34 @@ def test_statistics_of_other_runs_take_no_room(scene: Scene) -> None:
 # Robots
 
 
-@pytest.fixture
-def robots(scene: Scene) -> Scene:
-    """The scene of a run in which people can take over."""
-    spec = replace(scene.gatherer._spec, demonstration_steps=5, demonstration_bytes=10**6)
-    collection, keep = scene.gatherer._collection, scene.kept.append
-    return replace(scene, gatherer=Gatherer(scene.room, spec, collection, scene.stop, keep))  # type: ignore[arg-type]
-
-
-def shown_by_a_person(steps: int) -> DemonstrationBatch:
-    return DemonstrationBatch(
-        observation={OBS_STATE: torch.zeros(steps, 2)},
-        task=["move right"] * steps,
-        action=torch.zeros(steps, 2),
-        last=torch.arange(steps) == steps - 1,
-    )
-
-
-def test_what_people_do_is_handed_on_before_the_iteration_is_complete(
-    robots: Scene, background: Callable[..., Future]
-) -> None:
-    """Its actor may leave and the learner be killed before that."""
-    robots.room.join(0, 1)
-    waiting = background(gather, robots)
-    for steps in (1, 2, 3):
-        robots.send_bytes(0, encode_demonstrations(shown_by_a_person(steps)))
-    robots.room.leave(0)
-    with pytest.raises(TimeoutError):
-        waiting.result(1.0)
-    assert [len(part) for part in robots.kept] == [1, 2, 3]
-    robots.deliver(1)
-    waiting.result(SOON)
-    assert len(robots.kept) == 3
-
-
-def test_where_nobody_can_take_over_demonstrations_are_refused(scene: Scene) -> None:
+def test_how_robots_were_controlled_comes_beside_decisions(scene: Scene) -> None:
     scene.room.join(0)
-    scene.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
+    scene.tell(0, "control", **asdict(ControlStatistics(steps=80)))
     scene.deliver(0)
-    gather(scene)
-    assert scene.gatherer.dropped["malformed_messages"] == 1
-    assert "nobody can take over" in scene.room.rejected[0][2]
-
-
-def test_what_people_did_comes_beside_decisions(robots: Scene) -> None:
-    shown = shown_by_a_person(3)
-    robots.room.join(0)
-    robots.send_bytes(0, encode_demonstrations(shown))
-    robots.send_bytes(0, encode_demonstrations(replace(shown, action=torch.zeros(3, 5))))
-    robots.tell(0, "control", **asdict(ControlStatistics(steps=80)))
-    robots.deliver(0)
-    gathered = gather(robots)
-    assert [len(part) for part in robots.kept] == [3]
+    gathered = gather(scene)
     assert [values["steps"] for values in gathered.control] == [80]
     assert len(gathered.decisions) == QUOTA
-    # The second one has actions of another robot.
-    assert robots.gatherer.dropped["malformed_messages"] == 1
 
 
-def test_what_people_did_is_taken_from_actors_that_leave_and_not_waited_for_longer(robots: Scene) -> None:
-    """Their decisions come too late; an actor that stays is not waited for beyond the limit."""
-    robots.room.join(0, 1)
-    robots.send_bytes(0, encode_demonstrations(shown_by_a_person(3)))
-    robots.deliver(0)
-    robots.gatherer.gather_demonstrations(0.1)
-    robots.gatherer.gather_demonstrations(0.0)
-    assert [len(part) for part in robots.kept] == [3]
+def test_actors_that_leave_are_waited_for_and_not_beyond_the_limit(scene: Scene) -> None:
+    """Decisions that they still send come too late, and must not keep them from leaving."""
+    scene.gatherer.wait_for_leaving(SOON)
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    began = time.monotonic()
+    scene.gatherer.wait_for_leaving(0.3)
+    assert 0.3 <= time.monotonic() - began < SOON
+    assert len(scene.room.decisions) == 0
 
     def leave() -> None:
-        robots.send_bytes(1, encode_demonstrations(shown_by_a_person(2)))
-        robots.room.leave(0)
-        robots.room.leave(1)
+        scene.room.leave(0)
+        scene.room.leave(1)
 
     leaving = Timer(0.1, leave)
     leaving.start()
-    robots.gatherer.gather_demonstrations(SOON)
-    assert [len(part) for part in robots.kept] == [3, 2]
+    began = time.monotonic()
+    scene.gatherer.wait_for_leaving(10 * SOON)
+    assert 0.1 <= time.monotonic() - began < SOON
     leaving.join()
 
 

@@ -21,7 +21,7 @@ from lerobot_policy_pi_rl.runtime.wire import (
     WireSpec,
     decode_demonstrations,
     encode_demonstrations,
-    kind_of,
+    is_of_demonstrations,
 )
 
 STATE, CAMERA = "observation.state", "observation.images.front"
@@ -113,7 +113,7 @@ def test_parts_are_joined_to_the_whole_and_end_where_they_were_cut() -> None:
 def test_demonstrations_cross_the_wire_unchanged() -> None:
     batch = DemonstrationBatch.concatenate([shown(2), shown(3, 5, task="and back")])
     data = encode_demonstrations(batch)
-    assert kind_of(data) == "demonstrations"
+    assert is_of_demonstrations(data)
     assert equal(decode_demonstrations(data, SPEC), batch)
 
 

@@ -34,23 +34,21 @@ from lerobot_policy_pi_rl.algorithm.demonstrations import DemonstrationBatch
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime import robots
 from lerobot_policy_pi_rl.runtime.actor import Actor, Shown
-from lerobot_policy_pi_rl.runtime.client import LearnerLost
+from lerobot_policy_pi_rl.runtime.client import LearnerClient, LearnerLost
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.control import Clock, ControlStatistics
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
 from lerobot_policy_pi_rl.runtime.gather import NothingUsable
-from lerobot_policy_pi_rl.runtime.inbox import Received
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
 from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.robots import RobotVector
 from lerobot_policy_pi_rl.runtime.statistics import control_metrics
 from lerobot_policy_pi_rl.runtime.wire import (
-    DEMONSTRATIONS,
     Weights,
     WeightsHeader,
     encode_demonstrations,
-    kind_of,
+    is_of_demonstrations,
 )
 from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
@@ -63,6 +61,7 @@ FEATURES = {
     CAMERA: PolicyFeature(FeatureType.VISUAL, (3, 16, 16)),
 }
 FPS = 1000
+DEMONSTRATIONS = "demonstrations"
 
 MakeRobot = Callable[..., RobotVector]
 
@@ -968,9 +967,10 @@ def test_what_a_person_shows_is_learned_from_and_found_again(
     )
 
 
-def test_what_has_arrived_of_a_person_is_kept_whatever_ends_the_run(
+def test_what_a_person_did_is_on_the_disk_when_its_actor_hears_so(
     make_cfg: Callable[..., Any], free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the learner is at: its actor may leave, and the learner be killed before its update ends."""
     port = f"--policy.actor_learner_config.learner_port={free_port}"
     learner = Learner(make_cfg(*robot_arguments("."), port), Event())
     spec = learner._gatherer._spec
@@ -981,15 +981,18 @@ def test_what_has_arrived_of_a_person_is_kept_whatever_ends_the_run(
         torch.tensor([False, True]),
     )
 
-    def fail() -> None:
-        learner._service.decisions.put(Received(0, encode_demonstrations(shown)), lambda: True)
+    def update() -> None:
+        client = LearnerClient("127.0.0.1", free_port, 0, settings=learner._service._settings)
+        client.connect(10.0)
+        client.send_decisions(encode_demonstrations(shown))
+        assert client.close(10.0)
+        (file,) = (tmp_path / "run/interventions").iterdir()
+        assert len(load_file(file)["action"]) == 2
         raise NothingUsable("nothing was finite")
 
-    monkeypatch.setattr(learner, "_train", fail)
+    monkeypatch.setattr(learner, "_train", update)
     with pytest.raises(NothingUsable):
         learner.run()
-    (file,) = (tmp_path / "run/interventions").iterdir()
-    assert len(load_file(file)["action"]) == 2
 
 
 def test_an_actor_keeps_no_more_than_its_learner_would(caplog: pytest.LogCaptureFixture) -> None:
@@ -1034,7 +1037,7 @@ class LossyClient:
         return self.there
 
     def kinds(self) -> list[str]:
-        return [kind_of(payload) for payload in self.sent]
+        return [DEMONSTRATIONS if is_of_demonstrations(payload) else "decisions" for payload in self.sent]
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
 from lerobot_policy_pi_rl.runtime.link import ActorRefused, version_of
 from lerobot_policy_pi_rl.runtime.outbox import Outbox
+from lerobot_policy_pi_rl.runtime.packing import WireError, pack
 from lerobot_policy_pi_rl.runtime.server import LearnerServer, PortUnavailable
 from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 from lerobot_policy_pi_rl.runtime.wire import (
@@ -420,6 +421,49 @@ def test_malformed_streams_are_counted_and_the_learner_lives_on(
             stub.SendTransitions(iter([chunk(b"good", 3)]), metadata=metadata)
         assert server.service.traffic().rejected == {reason: 1}
         assert [item.payload for item in server.service.decisions.drain()] == [*whole, b"good"]
+        _works(server, client)
+
+
+DEMONSTRATIONS = pack("demonstrations", {}, {"action": torch.zeros(2, 2)}, {})
+
+
+def test_what_people_did_is_kept_before_its_actor_hears_that_it_has_arrived() -> None:
+    kept: list[bytes] = []
+    with serving(make_service()) as server, raw_stub(server, 1) as (stub, metadata):
+        call = stub.SendTransitions.future(iter([chunk(DEMONSTRATIONS, 3)]), metadata=metadata)
+        with pytest.raises(grpc.FutureTimeoutError):
+            # Nobody keeps anything yet.
+            call.result(0.3)
+        with server.service.demonstrations.to(kept.append):
+            call.result(SOON)
+            stub.SendTransitions(iter([chunk(b"decisions", 3), chunk(DEMONSTRATIONS, 3)]), metadata=metadata)
+        assert kept == [DEMONSTRATIONS] * 2
+        assert [item.payload for item in server.service.decisions.drain()] == [b"decisions"]
+
+
+def test_what_people_did_and_nobody_kept_is_not_said_to_have_arrived() -> None:
+    """Neither when the run is over nor when the learner ends."""
+    kept: list[bytes] = []
+    with serving(make_service()) as server:
+        with raw_stub(server, 1) as (stub, metadata):
+            with server.service.demonstrations.to(kept.append):
+                pass
+            call = stub.SendTransitions.future(iter([chunk(DEMONSTRATIONS, 3)]), metadata=metadata)
+            assert eventually(lambda: server.service._links[1].heard == 1)
+            server.service.end(0.0)
+            assert call.exception(SOON).code() == grpc.StatusCode.UNAVAILABLE
+        assert server.service.traffic().unfinished == 1
+    assert kept == []
+
+
+def test_what_people_did_is_rejected_where_it_does_not_fit() -> None:
+    def refuse(payload: bytes) -> None:
+        raise WireError("has demonstrations, but nobody can take over in this environment")
+
+    with serving(make_service()) as server, connected(server, 0) as client:
+        with raw_stub(server, 1) as (stub, metadata), server.service.demonstrations.to(refuse):
+            stub.SendTransitions(iter([chunk(DEMONSTRATIONS, 3)]), metadata=metadata)
+        assert server.service.traffic().rejected == {"malformed": 1}
         _works(server, client)
 
 

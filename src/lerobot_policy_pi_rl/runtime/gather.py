@@ -11,23 +11,19 @@ import torch
 
 from ..algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from ..algorithm.decisions import DecisionBatch
-from ..algorithm.demonstrations import DemonstrationBatch
 from .control import ControlStatistics
 from .inbox import Received
 from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
-from .service import ActorEvent, PIRLLearnerService
+from .service import MALFORMED, ActorEvent, PIRLLearnerService
 from .tasks import PER_TASK
 from .wire import (
-    DEMONSTRATIONS,
     Rollout,
     Scalar,
     WireSpec,
     decode_decisions,
-    decode_demonstrations,
     decode_interaction,
     finite_rows,
-    kind_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -50,7 +46,6 @@ DROPPED = (
     "stale_decisions",
     "repeated_decisions",
     "rolled_back_decisions",
-    "malformed_messages",
     "surplus_decisions",
     "statistics",
 )
@@ -136,7 +131,6 @@ class Gatherer:
         spec: WireSpec,
         collection: CollectionConfig,
         stop: Event,
-        keep: Callable[[DemonstrationBatch], None] | None = None,
         report: Callable[[], None] | None = None,
     ) -> None:
         """Prepares the gathering.
@@ -146,10 +140,9 @@ class Gatherer:
             spec: The decisions that are accepted.
             collection: The quota.
             stop: Set from outside to stop waiting.
-            keep: Takes what a person did, as soon as it is read; None where nobody can take over.
             report: Called about once a second while the learner waits.
         """
-        self._keep_shown, self._report_on, self._reported_at = keep, report, 0.0
+        self._report_on, self._reported_at = report, 0.0
         self._service, self._spec, self._collection, self._stop = service, spec, collection, stop
         self._statistics: dict[tuple[str, _Quota], dict[str, Scalar]] = {}
         # Quotas that have been taken, so that none is taken twice.
@@ -240,28 +233,15 @@ class Gatherer:
         self._wait_for_statistics("evaluation", self._everybody(version), timeout_s)
         return self._pop_evaluations(version)
 
-    def gather_demonstrations(self, timeout_s: float) -> None:
-        """Keeps what people did and no iteration has read, at the end of a run.
+    def wait_for_leaving(self, timeout_s: float) -> None:
+        """Waits for actors that were told to leave: what they still send of people is kept, decisions come too late.
 
         Args:
-            timeout_s: Longest wait for actors that were told to leave: they send it before they do.
+            timeout_s: Longest wait.
         """
         deadline = time.monotonic() + timeout_s
-        while True:
-            leaving = bool(self._service.connected()) and time.monotonic() < deadline
-            message = self._service.decisions.get(POLL_S if leaving else 0.0)
-            if message is not None:
-                self._take_late(message)
-            elif not leaving:
-                return
-
-    def _take_late(self, message: Received) -> None:
-        """Keeps what a person did, and nothing else."""
-        try:
-            if kind_of(message.payload) == DEMONSTRATIONS:
-                self._take_demonstrations(message.payload)
-        except WireError as error:
-            self._reject(message, error)
+        while self._service.connected() and time.monotonic() < deadline:
+            self._service.decisions.get(POLL_S)
 
     def discard_before(self, version: int) -> None:
         """Drops what older weights collected, now and when it arrives."""
@@ -332,11 +312,8 @@ class Gatherer:
         )
 
     def _take(self, message: Received, iteration: _Iteration) -> None:
-        """Decodes a message of decisions, or of demonstrations, and keeps what can be learned from."""
+        """Decodes a message of decisions, and keeps what can be learned from."""
         try:
-            if kind_of(message.payload) == DEMONSTRATIONS:
-                self._take_demonstrations(message.payload)
-                return
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
         except WireError as error:
@@ -345,15 +322,8 @@ class Gatherer:
         self._take_quota(message, rollout, iteration)
 
     def _reject(self, message: Received, error: WireError) -> None:
-        """Counts a message that is not what it should be."""
-        self._service.reject(message.actor, "malformed", str(error))
-        self.dropped["malformed_messages"] += 1
-
-    def _take_demonstrations(self, payload: bytes) -> None:
-        """Hands on what a person did at once: it must not be lost with this process."""
-        if self._keep_shown is None or not self._spec.demonstration_steps:
-            raise WireError("has demonstrations, but nobody can take over in this environment")
-        self._keep_shown(decode_demonstrations(payload, self._spec))
+        """Has the service count a message that is not what it should be."""
+        self._service.reject(message.actor, MALFORMED, str(error))
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""

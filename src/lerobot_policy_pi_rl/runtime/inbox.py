@@ -1,8 +1,9 @@
-"""Where received messages wait for the learner, as bytes: bounded, so that a slow learner slows its actors down."""
+"""Where received messages go, as bytes: bounded, so that a slow learner slows its actors down."""
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -111,3 +112,59 @@ class Inbox:
             del self._waiting[item.actor], self._bytes[item.actor]
         self._changed.notify_all()
         return item
+
+
+class Handover:
+    """Gives each message to whoever keeps it, one at a time, while its sender waits.
+
+    For what must not be lost: its sender hears that it has arrived when it is kept, and not before.
+    """
+
+    def __init__(self) -> None:
+        """Nobody keeps anything yet: senders wait."""
+        self._keep: Callable[[bytes], None] | None = None
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @contextmanager
+    def to(self, keep: Callable[[bytes], None]) -> Iterator[None]:
+        """While this lasts, `keep` takes the messages; afterwards it is neither at work nor called again."""
+        with self._changed:
+            self._keep = keep
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._keep = None
+
+    def put(self, item: Received, wanted: Callable[[], bool]) -> bool:
+        """Has a message kept.
+
+        Args:
+            item: The message.
+            wanted: Whether the sender is still there; looked at again after each `wake`.
+
+        Returns:
+            False when nobody has kept it before the sender left, or before the end.
+
+        Raises:
+            WireError: It is not what it should be.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not wanted() or self._keep is not None)
+            if self._keep is None:
+                return False
+            self._keep(item.payload)
+            return True
+
+    def wake(self) -> None:
+        """Lets waiting senders look again whether they are still wanted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Lets nobody wait from now on."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class InterventionStore:
 
     Each message of an actor is a file, in the wire's own format and as strictly checked when it is read again. It is
     written when it comes, not with a checkpoint: what a person has shown stays true, whatever the policy learned since.
+    One thread may add while another draws.
     """
 
     def __init__(self, output_dir: Path, spec: WireSpec, prepare: Prepare) -> None:
@@ -48,17 +50,12 @@ class InterventionStore:
         self._folder, self._spec, self._prepare = output_dir / FOLDER, spec, prepare
         # Steps that made way for newer ones.
         self.forgotten = 0
-        self._parts: list[tuple[Path, DemonstrationBatch]] = []
+        # Each part with its file. Replaced as a whole: whoever has read it once can go on with what it was.
+        self._parts = tuple(self._read(file) for file in sorted(self._folder.glob("*.safetensors")))
         # Digest of each of them.
-        self._known: set[bytes] = set()
-        for file in sorted(self._folder.glob("*.safetensors")):
-            try:
-                self._parts.append((file, decode_demonstrations(file.read_bytes(), spec)))
-                self._known.add(_digest(self._parts[-1][1]))
-            except (OSError, WireError) as error:
-                raise CheckpointError(
-                    f"{file} does not fit this run: {error}; move it out of the folder"
-                ) from error
+        self._known = {_digest(part) for _, part in self._parts}
+        # Of whoever changes them.
+        self._changing = threading.RLock()
         if self._parts:
             logger.info("Found %d steps of interventions in %s", len(self), self._folder)
 
@@ -66,18 +63,40 @@ class InterventionStore:
         """Steps at hand."""
         return sum(len(part) for _, part in self._parts)
 
+    def _read(self, file: Path) -> tuple[Path, DemonstrationBatch]:
+        try:
+            return file, decode_demonstrations(file.read_bytes(), self._spec)
+        except (OSError, WireError) as error:
+            raise CheckpointError(
+                f"{file} does not fit this run: {error}; move it out of the folder"
+            ) from error
+
+    def receive(self, payload: bytes) -> None:
+        """Keeps what a message of an actor holds.
+
+        Raises:
+            WireError: It is not what it should be.
+        """
+        self.add(decode_demonstrations(payload, self._spec))
+
     def add(self, batch: DemonstrationBatch) -> None:
         """Keeps what a person did, in memory alone if the disk is full.
 
         An actor sends again what may not have arrived before its connection broke; what had arrived is not kept twice.
         """
         digest = _digest(batch)
-        if digest in self._known:
-            logger.info("%d steps of a person came a second time and are kept once", len(batch))
-            return
-        self._known.add(digest)
-        number = int(self._parts[-1][0].stem) + 1 if self._parts else 0
-        file = self._folder / f"{number:06d}.safetensors"
+        with self._changing:
+            if digest in self._known:
+                logger.info("%d steps of a person came a second time and are kept once", len(batch))
+                return
+            self._known.add(digest)
+            number = int(self._parts[-1][0].stem) + 1 if self._parts else 0
+            file = self._folder / f"{number:06d}.safetensors"
+            self._write(file, batch)
+            self._parts = (*self._parts, (file, batch))
+            self.trim()
+
+    def _write(self, file: Path, batch: DemonstrationBatch) -> None:
         aside = file.with_suffix(".part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -90,15 +109,14 @@ class InterventionStore:
         except OSError as error:
             logger.error("%d steps of a person are in memory alone: %s", len(batch), error)
             aside.unlink(missing_ok=True)
-        self._parts.append((file, batch))
-        self.trim()
 
     def __call__(self, count: int) -> dict[str, Any] | None:
         """A batch of `count` chunks, drawn with replacement; None while nobody has shown anything."""
-        if not self._parts:
+        parts = [part for _, part in self._parts]
+        if not parts:
             return None
-        ends = list(itertools.accumulate(len(part) for _, part in self._parts))
-        drawn = [self._chunk(row, ends) for row in torch.randint(ends[-1], (count,)).tolist()]
+        ends = list(itertools.accumulate(map(len, parts)))
+        drawn = [self._chunk(parts, ends, row) for row in torch.randint(ends[-1], (count,)).tolist()]
         observation, task, chunk, pad = zip(*drawn, strict=True)
         return self._prepare(
             {key: torch.stack([one[key] for one in observation]) for key in observation[0]},
@@ -106,10 +124,12 @@ class InterventionStore:
             {ACTION: torch.stack(chunk), f"{ACTION}_is_pad": torch.stack(pad)},
         )
 
-    def _chunk(self, row: int, ends: list[int]) -> tuple[dict[str, Tensor], str, Tensor, Tensor]:
+    def _chunk(
+        self, parts: list[DemonstrationBatch], ends: list[int], row: int
+    ) -> tuple[dict[str, Tensor], str, Tensor, Tensor]:
         """Observation, task, actions `[H, A]` and padding `[H]` of a step, counted over all parts."""
         number = bisect.bisect_right(ends, row)
-        part = self._parts[number][1]
+        part = parts[number]
         row -= ends[number] - len(part)
         rows, pad = chunk_rows(part.last, torch.tensor([row]), self._spec.action[0])
         seen = {key: value[row] for key, value in part.observation.items()}
@@ -117,11 +137,13 @@ class InterventionStore:
 
     def trim(self) -> None:
         """Forgets the oldest beyond the limits, on the disk as well."""
-        for _ in range(surplus((part for _, part in self._parts), self._spec)):
-            file, part = self._parts.pop(0)
-            file.unlink(missing_ok=True)
-            self._known.discard(_digest(part))
-            self.forgotten += len(part)
+        with self._changing:
+            beyond = surplus((part for _, part in self._parts), self._spec)
+            for file, part in self._parts[:beyond]:
+                file.unlink(missing_ok=True)
+                self._known.discard(_digest(part))
+                self.forgotten += len(part)
+            self._parts = self._parts[beyond:]
 
 
 def surplus(parts: Iterable[DemonstrationBatch], spec: WireSpec) -> int:

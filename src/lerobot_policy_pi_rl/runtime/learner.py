@@ -29,11 +29,12 @@ from .guard import RUNAWAY_ITERATIONS, has_collapsed, is_conclusive, runaway_cau
 from .interventions import InterventionStore, either
 from .limits import Limits
 from .metrics import MetricsWriter, make_tracker
+from .packing import WireError
 from .pipeline import PIRLTrainConfig, agreed_settings, make_player, parts, wire_spec
 from .progress import Progress
 from .robots import is_robot
 from .server import LearnerServer
-from .service import PIRLLearnerService
+from .service import MALFORMED, PIRLLearnerService
 from .statistics import control_metrics, learning_metrics, rollout_metrics, total
 from .tasks import success_by_task, task_shares
 from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
@@ -132,8 +133,7 @@ class Learner:
             ),
         )
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
-        keep = self._interventions.add if self._interventions is not None else None
-        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop, keep, self._report)
+        self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop, self._report)
         self._pushed_bytes = 0
         self._started_at = time.monotonic()
         # When each of the newest versions was sent, by the same clock.
@@ -185,14 +185,16 @@ class Learner:
             if self._interventions is not None:
                 self._interventions.trim()
             self._report()
-            # Whatever ends the run, what has arrived of people is kept.
-            patience = 0.0
-            try:
+            with self._service.demonstrations.to(self._keep_shown):
                 self._train_or_stop()
-                patience = FINAL_DEMONSTRATIONS_S
-            finally:
                 if self._interventions is not None:
-                    self._gatherer.gather_demonstrations(patience)
+                    self._gatherer.wait_for_leaving(FINAL_DEMONSTRATIONS_S)
+
+    def _keep_shown(self, payload: bytes) -> None:
+        """Keeps what a person did, whatever the learner is at: it must not be lost with this process."""
+        if self._interventions is None:
+            raise WireError("has demonstrations, but nobody can take over in this environment")
+        self._interventions.receive(payload)
 
     def _open_metrics(self) -> MetricsWriter:
         return MetricsWriter(
@@ -546,10 +548,11 @@ class Learner:
 
     def _dropped(self) -> dict[str, int]:
         """What was thrown away so far: here, by the connections, and by the actors."""
-        gatherer = self._gatherer
+        gatherer, traffic = self._gatherer, self._service.traffic()
         return {
             **{f"dropped/{name}": count for name, count in gatherer.dropped.items()},
-            "dropped/unfinished_messages": self._service.traffic().unfinished,
+            "dropped/malformed_messages": traffic.rejected.get(MALFORMED, 0),
+            "dropped/unfinished_messages": traffic.unfinished,
             "dropped/unsent_messages": gatherer.told["unsent_messages"],
             "dropped/demonstration_steps": gatherer.told["unkept_steps"],
         }

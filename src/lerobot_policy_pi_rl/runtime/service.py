@@ -1,10 +1,11 @@
 """The learner's side of the wire: LeRobot's `LearnerService`, extended from one actor to many.
 
 Proto and rpc names are LeRobot's. What differs: an actor introduces itself (`handshake.Handshake`) and is refused
-without the access token or with other settings, every connected actor gets the newest weights whenever there are
-new ones, and what arrives goes to bounded inboxes as raw bytes, so that no network thread ever decodes and a slow
-learner slows its actors down. An actor that sends too much is slowed, one that sends nonsense is cut off, and one
-that gives no sign of life loses its number to whoever comes with it.
+without the access token or with other settings, and every connected actor gets the newest weights whenever there are
+new ones. What arrives goes to bounded inboxes as raw bytes, which the learner decodes, so that a slow learner slows
+its actors down; only what people did is kept at once, before its actor hears that it has arrived. An actor that sends
+too much is slowed, one that sends nonsense is cut off, and one that gives no sign of life loses its number to whoever
+comes with it.
 """
 
 import contextlib
@@ -39,10 +40,10 @@ from .handshake import (
     Handshake,
     settings_differences,
 )
-from .inbox import Inbox, Received
+from .inbox import Handover, Inbox, Received
 from .limits import BURST_SECONDS, NUMBERS_PER_PLACE, Bucket, Limits
 from .packing import WireError
-from .wire import MAX_INTERACTION_BYTES
+from .wire import MAX_INTERACTION_BYTES, is_of_demonstrations
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,12 @@ WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
 ENDED = "the learner ended the connection"
 DRAIN_SECONDS = 1.5
 """How long `stop` lets the parameter streams deliver the last weights before it cuts them."""
+
+MALFORMED = "malformed"
+"""Why a whole message is rejected whose content is not what it should be."""
+
+BREAK_SECONDS = 0.2
+"""A call that is over within this time after its last chunk broke."""
 
 GONE_SECONDS = 1.0
 """A call that broke this long before its actor's connection did broke alone."""
@@ -130,6 +137,9 @@ class _Published:
 
 Stream = Literal["parameters", "decisions", "interactions", "heartbeat"]
 
+Put = Callable[[Received, Callable[[], bool]], bool]
+"""Takes a message; false when there was no room for it before its sender left."""
+
 
 class _Account:
     """What counts against the limits of an actor's number, over all its connections."""
@@ -179,13 +189,24 @@ class _Progress:
     def __init__(self) -> None:
         self.begun, self.untaken = False, 0
 
-    def of(self, chunks: Iterator[Any]) -> Iterator[Any]:
-        """The chunks, noted as they pass; whoever asks for the next one is done with those before."""
+    def of(self, chunks: Iterator[Any], over: threading.Event) -> Iterator[Any]:
+        """The chunks, noted as they pass; whoever asks for the next one is done with those before.
+
+        Args:
+            chunks: What gRPC gives of the stream.
+            over: Set when the call is.
+
+        Raises:
+            RpcError: The stream broke. gRPC may end one that breaks like one that is complete; then its call is over,
+                which it is not while its caller waits for the answer.
+        """
         for chunk in chunks:
             self.begun = True
             yield chunk
             if chunk.transfer_state == services_pb2.TransferState.TRANSFER_END:
                 self.begun = False
+        if self.begun and over.wait(BREAK_SECONDS):
+            raise grpc.RpcError(ENDED)
 
 
 class PIRLLearnerService(LearnerService):
@@ -204,6 +225,7 @@ class PIRLLearnerService(LearnerService):
         """
         waiting = (limits.waiting_messages, limits.waiting_bytes, NUMBERS_PER_PLACE * max_actors)
         self.decisions, self.interactions = Inbox(*waiting), Inbox(*waiting)
+        self.demonstrations = Handover()
         super().__init__(
             shutdown_event=threading.Event(),
             parameters_queue=None,
@@ -343,8 +365,8 @@ class PIRLLearnerService(LearnerService):
             drain_s: Seconds after which streams that did not end by themselves are left to the server to cut.
         """
         self.shutdown_event.set()
-        self.decisions.close()
-        self.interactions.close()
+        for place in (self.decisions, self.interactions, self.demonstrations):
+            place.close()
         with self._changed:
             self._changed.notify_all()
             self._heard.notify_all()
@@ -385,9 +407,9 @@ class PIRLLearnerService(LearnerService):
             self._leave(link)
 
     def SendTransitions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
-        """Takes decisions into their inbox."""
+        """Takes decisions into their inbox, and has demonstrations kept."""
         return self._receive(
-            request_iterator, context, "decisions", self.decisions, self._limits.message_bytes
+            request_iterator, context, "decisions", self._put_decisions, self._limits.message_bytes
         )
 
     def SendInteractions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
@@ -395,7 +417,7 @@ class PIRLLearnerService(LearnerService):
         if _shows(context, HEARTBEAT_METADATA):
             return self._listen(request_iterator, context)
         return self._receive(
-            request_iterator, context, "interactions", self.interactions, MAX_INTERACTION_BYTES
+            request_iterator, context, "interactions", self.interactions.put, MAX_INTERACTION_BYTES
         )
 
     # Behind the calls
@@ -514,8 +536,7 @@ class PIRLLearnerService(LearnerService):
                 del self._links[link.info.actor]
             if link.open:
                 self._close(link)
-        for inbox in (self.decisions, self.interactions):
-            inbox.wake()
+        self._wake()
 
     def _disconnect(self, link: _Link) -> None:
         """Takes an actor off the list and ends its calls; what has arrived of a message is dropped."""
@@ -552,24 +573,25 @@ class PIRLLearnerService(LearnerService):
         chunks: Iterator[Any],
         context: grpc.ServicerContext,
         stream: Stream,
-        inbox: Inbox,
+        put: Put,
         max_bytes: int,
     ) -> Any:
-        """Puts every whole message of a stream into an inbox until the stream ends.
+        """Puts every whole message of a stream where it belongs until the stream ends.
 
         Its good end tells the actor that all of it was taken.
         """
         if self.shutdown_event.is_set():
             context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
         link = self._attach(context, stream)
-        context.add_callback(inbox.wake)
-        actor, progress = link.info.actor, _Progress()
+        actor, progress, over = link.info.actor, _Progress(), threading.Event()
+        context.add_callback(over.set)
+        context.add_callback(self._wake)
 
         def wanted() -> bool:
             return link.open and context.is_active()
 
         def deliver(payload: bytes) -> None:
-            if inbox.put(Received(actor, payload), wanted):
+            if put(Received(actor, payload), wanted):
                 self._count("messages", "bytes", len(payload))
             else:
                 progress.untaken += 1
@@ -580,7 +602,7 @@ class PIRLLearnerService(LearnerService):
                 progress.begun = False
                 self.reject(actor, reason)
 
-        paced = self._paced(progress.of(chunks), link, stream, wanted)
+        paced = self._paced(progress.of(chunks, over), link, stream, wanted)
         try:
             receive_bytes_in_chunks(
                 whole_messages(paced, max_bytes, reject), SimpleNamespace(put=deliver), self.shutdown_event
@@ -589,6 +611,21 @@ class PIRLLearnerService(LearnerService):
             self._note_break(link, stream, context)
         self._note_rest(progress, context)
         return services_pb2.Empty()
+
+    def _put_decisions(self, message: Received, wanted: Callable[[], bool]) -> bool:
+        """Has demonstrations kept, and puts everything else into the inbox of decisions."""
+        if not is_of_demonstrations(message.payload):
+            return self.decisions.put(message, wanted)
+        try:
+            return self.demonstrations.put(message, wanted)
+        except WireError as error:
+            self.reject(message.actor, MALFORMED, str(error))
+            return True
+
+    def _wake(self) -> None:
+        """Lets waiting senders look whether they are still there."""
+        for place in (self.decisions, self.interactions, self.demonstrations):
+            place.wake()
 
     def _note_rest(self, progress: _Progress, context: grpc.ServicerContext) -> None:
         """Counts what a stream has brought and nobody has taken, and tells its actor."""

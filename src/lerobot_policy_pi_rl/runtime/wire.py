@@ -410,14 +410,13 @@ def _length(tensors: Mapping[str, Tensor], name: str) -> int:
 # Demonstrations by people, on the same stream as decisions
 
 
-def kind_of(data: bytes) -> str:
-    """What a message on the transitions stream says it is.
-
-    Raises:
-        WireError: It says nothing.
-    """
-    metadata = read_header(data, MAX_DECISIONS_HEADER_BYTES).get("__metadata__")
-    return str(metadata.get("kind", "")) if isinstance(metadata, dict) else ""
+def is_of_demonstrations(data: bytes) -> bool:
+    """Whether a message on the transitions stream says that it is one of demonstrations."""
+    try:
+        metadata = read_header(data, MAX_DECISIONS_HEADER_BYTES).get("__metadata__")
+    except WireError:
+        return False
+    return isinstance(metadata, dict) and metadata.get("kind") == DEMONSTRATIONS
 
 
 def encode_demonstrations(batch: DemonstrationBatch) -> bytes:
