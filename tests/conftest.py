@@ -1,5 +1,6 @@
 """What every test runs under: no network, no user folders, one thread, fixed seeds, no process left."""
 
+import functools
 import json
 import os
 import random
@@ -47,6 +48,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_unconfigure() -> None:
     """Removes the session's folder."""
     shutil.rmtree(HOME, ignore_errors=True)
+
+
+def pytest_configure() -> None:
+    """Has the help texts of settings looked up once: LeRobot's parser reads all of them anew, seconds each time."""
+    from draccus.wrappers import field_wrapper
+
+    field_wrapper.docstring.get_attribute_docstring = functools.cache(
+        field_wrapper.docstring.get_attribute_docstring
+    )
 
 
 @pytest.fixture(autouse=True)

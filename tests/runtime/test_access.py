@@ -210,7 +210,7 @@ def test_every_call_is_checked_and_none_waits_for_a_message(caplog: pytest.LogCa
                 call()
             assert refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED
         assert sum(server.service.traffic().rejected.values()) == 7
-        assert server.service.connected() == []
+        assert server.service.actors.connected() == []
     assert TOKEN not in caplog.text
     assert OTHER not in caplog.text
 
@@ -378,7 +378,7 @@ def test_a_mistake_with_tls_is_named_at_once(
             connect(server, read_actor_access(actor))
         assert time.monotonic() - began < SOON
         assert "--algorithm.security." in one_line(error)
-        assert server.service.connected() == []
+        assert server.service.actors.connected() == []
 
 
 def test_a_certificate_made_out_to_another_address_is_named(certificates: Path) -> None:

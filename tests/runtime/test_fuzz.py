@@ -420,7 +420,7 @@ def test_a_running_learner_survives_and_trains_on_nothing_of_it(caplog: pytest.L
             honest.SendTransitions(
                 iter([services_pb2.Transition(transfer_state=3, data=DECISIONS)]), metadata=own
             )
-            service._leave(service._links[1])
+            service.actors.leave(service.actors._links[1])
             learner.join(SOON)
         stop.set()
     assert not learner.is_alive()

@@ -19,7 +19,7 @@ from lerobot_policy_pi_rl.runtime.control import ControlStatistics
 from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, TOLD, Gathered, Gatherer, NothingUsable, Stopped
 from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
-from lerobot_policy_pi_rl.runtime.service import ActorEvent, ActorInfo
+from lerobot_policy_pi_rl.runtime.register import ActorEvent, ActorInfo
 from lerobot_policy_pi_rl.runtime.wire import (
     RolloutHeader,
     WireSpec,
@@ -49,6 +49,8 @@ class Room:
     def __init__(self) -> None:
         self.decisions, self.interactions = Inbox(64, 2**30), Inbox(64, 2**30)
         self.rejected: list[tuple[int, str, str]] = []
+        # It is its own list of actors, too.
+        self.actors = self
         self._here: dict[int, ActorInfo] = {}
         self._events: list[ActorEvent] = []
 

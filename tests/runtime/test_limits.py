@@ -10,15 +10,16 @@ import pytest
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import CHUNK_SIZE
 
-from lerobot_policy_pi_rl.runtime import limits, service
+from lerobot_policy_pi_rl.runtime import limits, register
 from lerobot_policy_pi_rl.runtime.chunks import CHUNK_OVERHEAD, whole_messages
 from lerobot_policy_pi_rl.runtime.client import LearnerClient, LearnerLost
 from lerobot_policy_pi_rl.runtime.handshake import Handshake
 from lerobot_policy_pi_rl.runtime.inbox import Inbox, Received
 from lerobot_policy_pi_rl.runtime.limits import Bucket, Limits
 from lerobot_policy_pi_rl.runtime.link import ActorRefused
+from lerobot_policy_pi_rl.runtime.register import REMEMBERED
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
-from lerobot_policy_pi_rl.runtime.service import REMEMBERED, PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 from lerobot_policy_pi_rl.runtime.wire import MAX_INTERACTION_BYTES
 
 SOON = 10.0
@@ -188,7 +189,7 @@ def test_a_sender_of_nonsense_is_cut_off_and_not_let_in_again(caplog: pytest.Log
             nonsense = (chunk(b"x", 7) for _ in range(10_000))
             with pytest.raises(grpc.RpcError):
                 stub.SendTransitions(nonsense, metadata=metadata)
-            assert eventually(lambda: [info.actor for info in server.service.connected()] == [0])
+            assert eventually(lambda: [info.actor for info in server.service.actors.connected()] == [0])
             with pytest.raises(grpc.RpcError) as refusal:
                 stub.Ready(services_pb2.Empty(), metadata=Handshake(1, "session-1", {}).to_metadata())
             assert refusal.value.code() == grpc.StatusCode.PERMISSION_DENIED
@@ -213,10 +214,10 @@ def test_reconnecting_resets_no_limit() -> None:
                 for _ in range(4):
                     server.service.reject(1, "malformed")
                 server.service.decisions.drain()
-            assert eventually(lambda: server.service.connected() == [])
+            assert eventually(lambda: server.service.actors.connected() == [])
             # Decoded only after its sender has left.
             server.service.reject(1, "malformed")
-            assert server.service._accounts[1].rejected == 5 * number
+            assert server.service.actors._accounts[1].rejected == 5 * number
         assert server.service.traffic().slowed >= 1
         with calling(server):
             server.service.reject(1, "malformed")
@@ -224,16 +225,16 @@ def test_reconnecting_resets_no_limit() -> None:
 
 
 def test_limits_are_remembered_for_a_while_and_for_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "REMEMBERED", 3)
+    monkeypatch.setattr(register, "REMEMBERED", 3)
     with serving() as server:
-        accounts = server.service._accounts
+        accounts = server.service.actors._accounts
         for number in range(10):
-            server.service._open_account(number).rejected = 1
+            server.service.actors._open_account(number).rejected = 1
         # Twice the number of places.
         assert list(accounts) == [6, 7, 8, 9]
-        accounts[7].seen -= service.ACCOUNT_SECONDS + 1
-        assert server.service._open_account(7).rejected == 0
-        assert server.service._open_account(8).rejected == 1
+        accounts[7].seen -= register.ACCOUNT_SECONDS + 1
+        assert server.service.actors._open_account(7).rejected == 0
+        assert server.service.actors._open_account(8).rejected == 1
         assert server.service.traffic().reconnected == 2
 
 
@@ -288,7 +289,7 @@ def test_callers_that_come_and_go_leave_nothing_behind() -> None:
         stub = services_pb2_grpc.LearnerServiceStub(channel)
         for number in range(REMEMBERED + 100):
             stub.Ready(services_pb2.Empty(), metadata=Handshake(number, f"s{number}", {}).to_metadata())
-        assert len(server.service._admitted) == REMEMBERED
+        assert len(server.service.actors._admitted) == REMEMBERED
         with pytest.raises(grpc.RpcError) as refusal:
             stub.Ready(services_pb2.Empty(), metadata=Handshake(0, "s" * 65, {}).to_metadata())
         assert "at most 64 printable characters" in refusal.value.details()

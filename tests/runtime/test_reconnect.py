@@ -16,8 +16,9 @@ from lerobot_policy_pi_rl.runtime.client import ConfigMismatch, LearnerClient, L
 from lerobot_policy_pi_rl.runtime.handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
 from lerobot_policy_pi_rl.runtime.link import CALL_SECONDS, ActorRefused
+from lerobot_policy_pi_rl.runtime.register import MISSED_HEARTBEATS
 from lerobot_policy_pi_rl.runtime.server import LearnerServer
-from lerobot_policy_pi_rl.runtime.service import MISSED_HEARTBEATS, PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
 
 sys.path.insert(0, str(Path(__file__).parent / "processes"))
 
@@ -68,7 +69,7 @@ def wait_lost(client: LearnerClient) -> None:
 
 def events(server: LearnerServer) -> list[str]:
     found = []
-    while (event := server.service.next_event()) is not None:
+    while (event := server.service.actors.next_event()) is not None:
         found.append(event.kind)
     return found
 
@@ -89,7 +90,7 @@ def test_a_process_takes_its_own_place_at_once_and_its_half_message_is_dropped(
             proxy.vanish_after(2**20)
             client.send_decisions(bytes(3 * 2**20))
             wait_lost(client)
-            assert len(server.service.connected()) == 1
+            assert len(server.service.actors.connected()) == 1
             client.reconnect(SOON)
             client.send_decisions(b"whole %d" % number)
             assert arrived(server) == [b"whole %d" % number]

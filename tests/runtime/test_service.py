@@ -143,7 +143,7 @@ def test_thirty_two_clients_at_once_get_every_version_and_deliver() -> None:
             stack.callback(client.close)
         # All of this is one process: patience for a machine that is busy.
         list(pool.map(lambda client: client.connect(6 * SOON), clients))
-        assert [info.actor for info in server.service.connected()] == list(range(32))
+        assert [info.actor for info in server.service.actors.connected()] == list(range(32))
         for version in (1, 2, 3):
             server.service.publish(version, weights(version, 100_000))
             received = list(pool.map(LearnerClient.wait_weights, clients, [version - 1] * 32, [SOON] * 32))
@@ -169,10 +169,10 @@ def test_a_client_is_told_which_version_takes_its_first_quota() -> None:
     with serving(make_service()) as server:
         with connected(server) as client:
             assert client.next_version == 0
-        server.service.take_next(12)
+        server.service.actors.take_next(12)
         with connected(server) as client:
             assert client.next_version == 12
-            server.service.take_next(13)
+            server.service.actors.take_next(13)
             client.reconnect(SOON)
             assert client.next_version == 13
 
@@ -324,14 +324,14 @@ def test_different_settings_are_refused_line_by_line() -> None:
             "env.extra: learner has no such setting, actor 1",
             "policy.num_inference_steps: learner 4, actor 5",
         ]
-        assert server.service.connected() == []
+        assert server.service.actors.connected() == []
         assert server.service.traffic().rejected == {"settings": 1}
 
 
 def test_large_settings_fit() -> None:
     settings = {f"policy.field_{number}": "x" * 50 for number in range(1000)}
     with serving(make_service(settings=settings)) as server, connected(server, settings=settings):
-        assert len(server.service.connected()) == 1
+        assert len(server.service.actors.connected()) == 1
 
 
 def test_a_second_live_actor_with_the_same_number_is_refused_and_the_first_lives_on() -> None:
@@ -341,9 +341,9 @@ def test_a_second_live_actor_with_the_same_number_is_refused_and_the_first_lives
         server.service.publish(1, weights(1))
         assert first.wait_weights(-1, SOON) is not None
         first.close()
-        assert eventually(lambda: not server.service.connected())
+        assert eventually(lambda: not server.service.actors.connected())
         with connected(server, 3):
-            assert [info.actor for info in server.service.connected()] == [3]
+            assert [info.actor for info in server.service.actors.connected()] == [3]
 
 
 def test_more_actors_than_places_are_refused() -> None:
@@ -449,7 +449,7 @@ def test_what_people_did_and_nobody_kept_is_not_said_to_have_arrived() -> None:
             with server.service.demonstrations.to(kept.append):
                 pass
             call = stub.SendTransitions.future(iter([chunk(DEMONSTRATIONS, 3)]), metadata=metadata)
-            assert eventually(lambda: server.service._links[1].heard == 1)
+            assert eventually(lambda: server.service.actors._links[1].heard == 1)
             server.service.end(0.0)
             assert call.exception(SOON).code() == grpc.StatusCode.UNAVAILABLE
         assert server.service.traffic().unfinished == 1
@@ -499,7 +499,7 @@ def test_a_stream_that_breaks_alone_is_counted(stream: str) -> None:
 
     with serving(make_service()) as server, raw_stub(server, 1) as (stub, metadata):
         call = getattr(stub, stream).future(sent(), metadata=metadata)
-        assert eventually(lambda: next(iter(server.service._links.values())).heard == 1)
+        assert eventually(lambda: next(iter(server.service.actors._links.values())).heard == 1)
         call.cancel()
         assert eventually(lambda: server.service.traffic().rejected == {"broken stream": 1})
         assert eventually(lambda: server.service.traffic().unfinished == 1)
@@ -554,15 +554,15 @@ def _works(server: LearnerServer, client: LearnerClient) -> None:
 def test_joins_and_leaves_are_events() -> None:
     with serving(make_service()) as server:
         with connected(server, 4):
-            joined = server.service.next_event(SOON)
-            assert server.service.wait_connected(1, SOON)
-        left = server.service.next_event(SOON)
+            joined = server.service.actors.next_event(SOON)
+            assert server.service.actors.wait_connected(1, SOON)
+        left = server.service.actors.next_event(SOON)
         assert joined is not None
         assert left is not None
         assert (joined.kind, left.kind) == ("joined", "left")
         assert joined.info == left.info
         assert left.info.actor == 4
-        assert server.service.next_event() is None
+        assert server.service.actors.next_event() is None
 
 
 ACTOR = """
@@ -583,9 +583,11 @@ def test_a_killed_actor_process_is_seen_to_leave() -> None:
             assert item is not None
             assert item.actor == 8
             os.kill(process.pid, signal.SIGKILL)
-            kinds = [event.kind for _ in range(2) if (event := server.service.next_event(SOON)) is not None]
+            kinds = [
+                event.kind for _ in range(2) if (event := server.service.actors.next_event(SOON)) is not None
+            ]
             assert kinds == ["joined", "left"]
-            assert server.service.connected() == []
+            assert server.service.actors.connected() == []
         finally:
             process.kill()
             process.wait()
@@ -618,7 +620,7 @@ def test_the_client_waits_for_a_learner_that_starts_later() -> None:
     waiting = threading.Thread(target=lambda: _connect(client, failure), daemon=True)
     waiting.start()
     with serving(make_service(), port) as server:
-        assert server.service.wait_connected(1, SOON)
+        assert server.service.actors.wait_connected(1, SOON)
         waiting.join(SOON)
         assert not failure
         assert client.state is LinkState.CONNECTED
@@ -704,7 +706,7 @@ def test_a_client_reconnects_to_a_resumed_learner() -> None:
 def test_the_same_process_may_take_its_own_place_again() -> None:
     with serving(make_service(max_actors=1)) as server, connected(server) as client:
         client.reconnect(SOON)
-        assert eventually(lambda: len(server.service.connected()) == 1)
+        assert eventually(lambda: len(server.service.actors.connected()) == 1)
         server.service.publish(1, weights(1))
         assert client.wait_weights(-1, SOON) is not None
 

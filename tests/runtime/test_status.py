@@ -83,8 +83,8 @@ def test_who_asks_takes_no_place_and_is_not_listed(serve: Callable[..., LearnerS
     server = serve()
     for _ in range(10):
         assert ask_status("127.0.0.1", server.port, Access())["actors"] == []
-    assert server.service.connected() == []
-    assert server.service.next_event() is None
+    assert server.service.actors.connected() == []
+    assert server.service.actors.next_event() is None
 
 
 def test_nobody_there_is_one_line(free_port: int) -> None:

@@ -15,7 +15,8 @@ from .control import ControlStatistics
 from .inbox import Received
 from .limits import NUMBERS_PER_PLACE
 from .packing import WireError
-from .service import MALFORMED, ActorEvent, PIRLLearnerService
+from .register import ActorEvent
+from .service import MALFORMED, PIRLLearnerService
 from .tasks import PER_TASK
 from .wire import (
     Rollout,
@@ -170,11 +171,11 @@ class Gatherer:
             Stopped: If the learner was asked to stop.
         """
         wanted = self._collection.num_actors
-        if not self._service.wait_connected(wanted, timeout=0.0):
+        if not self._service.actors.wait_connected(wanted, timeout=0.0):
             logger.info(
                 "Waiting for %d actor(s); start them with lerobot-pi-rl-actor and the same config", wanted
             )
-        while not self._service.wait_connected(wanted, POLL_S):
+        while not self._service.actors.wait_connected(wanted, POLL_S):
             self._look_around()
 
     def gather(self, version: int, evaluating: bool) -> Gathered:
@@ -195,7 +196,7 @@ class Gatherer:
         iteration = _Iteration(version)
         self._oldest = max(self._oldest, version - self._collection.max_staleness)
         self._newest = version
-        self._service.take_next(version)
+        self._service.actors.take_next(version)
         self._forget_quotas()
         self._take_waiting(iteration)
         while True:
@@ -209,7 +210,7 @@ class Gatherer:
                 break
             self._look_around(iteration)
             self._check_any(iteration)
-        self._service.take_next(version + 1)
+        self._service.actors.take_next(version + 1)
         self._wait_for_statistics("collection", iteration.quotas, STATISTICS_S)
         if evaluating:
             # A synchronous actor evaluates before it collects, another one may have collected long before.
@@ -240,7 +241,7 @@ class Gatherer:
             timeout_s: Longest wait.
         """
         deadline = time.monotonic() + timeout_s
-        while self._service.connected() and time.monotonic() < deadline:
+        while self._service.actors.connected() and time.monotonic() < deadline:
             self._service.decisions.get(POLL_S)
 
     def discard_before(self, version: int) -> None:
@@ -252,7 +253,7 @@ class Gatherer:
 
     def _forget_quotas(self) -> None:
         """Forgets the quotas that cannot come again, and actors that have been gone for as long."""
-        here = {info.actor for info in self._service.connected()}
+        here = {info.actor for info in self._service.actors.connected()}
         self._seen = {quota for quota in self._seen if quota.version >= self._oldest}
         self.newest = {
             actor: newest
@@ -265,7 +266,7 @@ class Gatherer:
 
     def _all_delivered(self, iteration: _Iteration) -> bool:
         """Whether every actor has delivered, or as many as may."""
-        connected = {info.actor for info in self._service.connected()}
+        connected = {info.actor for info in self._service.actors.connected()}
         return self._is_full(iteration) or connected <= iteration.delivered
 
     def _is_full(self, iteration: _Iteration) -> bool:
@@ -273,7 +274,7 @@ class Gatherer:
 
     def _check_any(self, iteration: _Iteration) -> None:
         """Raises when every actor has delivered and nothing of it could be kept."""
-        if self._service.connected() and not iteration.batches and self._all_delivered(iteration):
+        if self._service.actors.connected() and not iteration.batches and self._all_delivered(iteration):
             raise NothingUsable(
                 f"every decision of version {iteration.version} was dropped ({dict(+self.dropped)}); "
                 "the policy or the environment gives numbers that are not finite"
@@ -284,12 +285,12 @@ class Gatherer:
         if self._stop.is_set():
             raise Stopped
         self._read_interactions()
-        while (event := self._service.next_event()) is not None:
+        while (event := self._service.actors.next_event()) is not None:
             self._report(event, iteration)
         idle = time.monotonic() - self._last_arrival
         if idle > self._collection.idle_warning_s:
             self._last_arrival = time.monotonic()
-            connected = {info.actor for info in self._service.connected()}
+            connected = {info.actor for info in self._service.actors.connected()}
             missing = sorted(connected - (iteration.delivered if iteration else set()))
             who = f"actor(s) {missing}" if connected else "an actor to connect"
             logger.warning("Nothing arrived for %.0f s; waiting for %s", idle, who)
@@ -303,7 +304,7 @@ class Gatherer:
             return
         self.actors_left += 1
         delivered = iteration is not None and event.info.actor in iteration.delivered
-        others = [info.actor for info in self._service.connected()]
+        others = [info.actor for info in self._service.actors.connected()]
         logger.warning(
             "Actor %d left %s; going on with %s",
             event.info.actor,
@@ -381,7 +382,7 @@ class Gatherer:
         return decisions.select(torch.nonzero(keep)[:, 0])
 
     def _everybody(self, version: int) -> list[_Quota]:
-        return [_Quota(info.actor, version) for info in self._service.connected()]
+        return [_Quota(info.actor, version) for info in self._service.actors.connected()]
 
     def _wait_for_statistics(self, kind: str, wanted: list[_Quota], timeout_s: float) -> None:
         """Waits for statistics of actors that are there to send them.
@@ -398,7 +399,7 @@ class Gatherer:
                 self._read(message)
 
     def _misses_statistics(self, kind: str, wanted: list[_Quota]) -> bool:
-        here = {info.actor for info in self._service.connected()}
+        here = {info.actor for info in self._service.actors.connected()}
         return any((kind, quota) not in self._statistics for quota in wanted if quota.actor in here)
 
     def _read_interactions(self) -> None:

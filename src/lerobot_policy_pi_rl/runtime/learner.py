@@ -528,7 +528,7 @@ class Learner:
             "checkpoint/failed": self._checkpoints_failed,
             "push/bytes": self._pushed_bytes,
             "push/latency_s": max(map(self._latency, gathered.collections), default=0.0),
-            "actors/connected": len(self._service.connected()),
+            "actors/connected": len(self._service.actors.connected()),
             "actors/joined": traffic.joined,
             "actors/reconnected": traffic.reconnected,
             "actors/replaced": traffic.replaced,
@@ -577,7 +577,9 @@ class Learner:
         self._service.report(
             {
                 "package": package_version(checkpoint.PACKAGE),
-                "state": "training" if self._began and self._service.connected() else "waiting for actors",
+                "state": "training"
+                if self._began and self._service.actors.connected()
+                else "waiting for actors",
                 "started_at": self._started_at,
                 "progress": {
                     **{

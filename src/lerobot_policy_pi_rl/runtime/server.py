@@ -100,7 +100,7 @@ class LearnerServer:
             PortUnavailable: Somebody else has the port, or the host is not this machine's.
         """
         self._check_port()
-        workers = STREAMS_PER_ACTOR * self.service.max_actors + 2
+        workers = STREAMS_PER_ACTOR * self.service.actors.max_actors + 2
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pi-rl-service")
         interceptors = [self.service.gate(self._access), _Lenient()]
         self._server = grpc.server(self._pool, [], interceptors, GRPC_OPTIONS, workers)

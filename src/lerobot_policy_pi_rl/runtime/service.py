@@ -11,14 +11,13 @@ comes with it.
 import contextlib
 import json
 import logging
-import queue
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from lerobot.rl.learner_service import LearnerService
@@ -33,7 +32,6 @@ from .access import Access, Gate
 from .chunks import whole_messages
 from .handshake import (
     HEARTBEAT_METADATA,
-    HEARTBEAT_SECONDS,
     NEXT_VERSION,
     OWN_METADATA,
     STATUS_METADATA,
@@ -41,16 +39,13 @@ from .handshake import (
     settings_differences,
 )
 from .inbox import Handover, Inbox, Received
-from .limits import BURST_SECONDS, NUMBERS_PER_PLACE, Bucket, Limits
+from .limits import NUMBERS_PER_PLACE, Bucket, Limits
 from .packing import WireError
+from .register import Link, Refusal, Register, Stream
 from .wire import MAX_INTERACTION_BYTES, is_of_demonstrations
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED = 1024
-"""Most events that wait, and most sessions and numbers of each kind that are remembered: callers make new ones."""
-ACCOUNT_SECONDS = 600.0
-"""Whoever comes with a number that left a shorter time ago goes on with its limits: reconnecting resets nothing."""
 WARNINGS_PER_S, WARNINGS_AT_ONCE = 1.0, 50
 """Lines about rejected messages and refused calls in the log; further ones are counted only."""
 ENDED = "the learner ended the connection"
@@ -65,32 +60,6 @@ BREAK_SECONDS = 0.2
 
 GONE_SECONDS = 1.0
 """A call that broke this long before its actor's connection did broke alone."""
-
-MISSED_HEARTBEATS = 4
-"""After so many in a row that did not come, an actor's number goes to another process that asks for it."""
-
-
-@dataclass(frozen=True)
-class ActorInfo:
-    """A connected actor.
-
-    Attributes:
-        actor: Its number.
-        peer: Its address, as gRPC names it.
-        joined_at: When it connected, by the learner's monotonic clock.
-    """
-
-    actor: int
-    peer: str
-    joined_at: float
-
-
-@dataclass(frozen=True)
-class ActorEvent:
-    """An actor came or went."""
-
-    kind: Literal["joined", "left"]
-    info: ActorInfo
 
 
 @dataclass(frozen=True)
@@ -122,10 +91,6 @@ class Traffic:
     rejected: dict[str, int]
 
 
-Refusal = tuple[grpc.StatusCode, str, str]
-"""Why a call is refused: code, a few words, what exactly."""
-
-
 @dataclass(frozen=True)
 class _Published:
     """The newest weights; `sequence` counts publications, for versions may repeat after a resume."""
@@ -135,50 +100,14 @@ class _Published:
     payload: bytes
 
 
-Stream = Literal["parameters", "decisions", "interactions", "heartbeat"]
+COUNTED = ("messages", "bytes", "sent", "sent_bytes", "slowed", "unfinished")
+"""What of `Traffic` the service counts itself."""
 
 Put = Callable[[Received, Callable[[], bool]], bool]
 """Takes a message; false when there was no room for it before its sender left."""
 
 
-class _Account:
-    """What counts against the limits of an actor's number, over all its connections."""
-
-    def __init__(self) -> None:
-        self.rejected = 0
-        # How fast it may send with each call.
-        self.buckets: dict[Stream, Bucket] = {}
-        self.seen = time.monotonic()
-
-
-class _Link:
-    """One open parameters stream, which is what makes an actor connected."""
-
-    def __init__(
-        self,
-        info: ActorInfo,
-        session: str,
-        parameters: grpc.ServicerContext,
-        account: _Account,
-        next_version: int,
-    ) -> None:
-        self.info = info
-        self.account = account
-        self.session = session
-        # Version whose iteration takes its first quota.
-        self.next_version = next_version
-        self.open = True
-        # Chunks that it sent: any of them shows that it lives.
-        self.heard = 0
-        self.calls: dict[Stream, grpc.ServicerContext] = {"parameters": parameters}
-
-    def cut(self) -> None:
-        """Ends its calls, also those that wait for a peer who is no longer there."""
-        for call in list(self.calls.values()):
-            call.cancel()
-
-
-class _Progress:
+class _Incoming:
     """What a stream has brought and nobody has taken.
 
     Attributes:
@@ -212,7 +141,7 @@ class _Progress:
 class PIRLLearnerService(LearnerService):
     """LeRobot's learner service for many actors, with versions, settings and limits.
 
-    What `__init__` sets below `_changed` is guarded by its lock: newest weights, links, sessions, counters.
+    What `__init__` sets below `_changed` is guarded by its lock, which is that of the list of actors.
     """
 
     def __init__(self, settings: Mapping[str, Any], max_actors: int, limits: Limits) -> None:
@@ -234,22 +163,11 @@ class PIRLLearnerService(LearnerService):
             interaction_message_queue=self.interactions,
         )
         self._settings = dict(settings)
-        self.max_actors = max_actors
         self._limits = limits
-        self._events: queue.Queue[ActorEvent] = queue.Queue(REMEMBERED)
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)
-        # For signs of life, of which each would otherwise wake every stream of weights.
-        self._heard = threading.Condition(lock)
+        self.actors = Register(max_actors, limits, self.shutdown_event, self._wake, self._warn)
+        self._changed = self.actors.changed
         self._newest: _Published | None = None
-        self._next = 0
         self._report: dict[str, Any] = {}
-        self._links: dict[int, _Link] = {}
-        # By actor; the one that joined last is at the end.
-        self._accounts: dict[int, _Account] = {}
-        # Actor and session of those whose settings agreed, and sessions that were cut off.
-        self._admitted: deque[tuple[int, str]] = deque(maxlen=REMEMBERED)
-        self._cut_off: deque[str] = deque(maxlen=REMEMBERED)
         self._counts: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._warnings = Bucket(WARNINGS_PER_S, WARNINGS_AT_ONCE)
@@ -269,11 +187,6 @@ class PIRLLearnerService(LearnerService):
             self._newest = _Published(sequence, version, payload)
             self._changed.notify_all()
 
-    def take_next(self, version: int) -> None:
-        """Notes which version's iteration takes what an actor sends that connects from now on."""
-        with self._changed:
-            self._next = version
-
     def report(self, values: Mapping[str, Any]) -> None:
         """Takes what the learner says of itself, for whoever asks (`lerobot-pi-rl-status`).
 
@@ -290,32 +203,20 @@ class PIRLLearnerService(LearnerService):
         """
         with self._changed:
             report = dict(self._report)
-            links = [self._links[actor] for actor in sorted(self._links)]
+            connected = self.actors.connected()
             rejected = dict(self._rejected)
-            came = {f"actors_{name}": self._counts[name] for name in ("joined", "reconnected", "replaced")}
+            came = {f"actors_{name}": count for name, count in asdict(self.actors.counts).items()}
         sent = report.pop("sent", {})
         nothing = {"version": None, "sent_at": None, "env_steps_per_s": 0.0}
-        actors = [asdict(link.info) | nothing | sent.get(str(link.info.actor), {}) for link in links]
+        actors = [asdict(info) | nothing | sent.get(str(info.actor), {}) for info in connected]
         waiting = {"decisions": len(self.decisions), "interactions": len(self.interactions)}
-        known = {"actors": actors, "max_actors": self.max_actors, "waiting": waiting, "refused": rejected}
+        known = {
+            "actors": actors,
+            "max_actors": self.actors.max_actors,
+            "waiting": waiting,
+            "refused": rejected,
+        }
         return report | known | came | {"now": time.monotonic()}
-
-    def connected(self) -> list[ActorInfo]:
-        """The connected actors, by number."""
-        with self._changed:
-            return [self._links[actor].info for actor in sorted(self._links)]
-
-    def wait_connected(self, count: int, timeout: float | None = None) -> bool:
-        """Waits until at least `count` actors are connected; false when `timeout` seconds were not enough."""
-        with self._changed:
-            return self._changed.wait_for(lambda: len(self._links) >= count, timeout)
-
-    def next_event(self, timeout: float = 0.0) -> ActorEvent | None:
-        """The next actor that came or went, waiting at most `timeout` seconds."""
-        try:
-            return self._events.get(timeout > 0, timeout if timeout > 0 else None)
-        except queue.Empty:
-            return None
 
     def reject(self, actor: int, reason: str, detail: str = "") -> None:
         """Counts and logs a message that was not taken, here or by whoever decodes it; too many end its sender.
@@ -328,34 +229,18 @@ class PIRLLearnerService(LearnerService):
         self._count_rejected(
             reason, f"Rejected a message of actor {actor}: {f'{reason}: {detail}' if detail else reason}"
         )
-        with self._changed:
-            # It counts, too, when its sender has left since.
-            link, account = self._links.get(actor), self._accounts.get(actor)
-            if account is not None:
-                account.rejected += 1
-            if link is None or link.account.rejected < self._limits.rejected_messages:
-                return
-            self._cut_off.append(link.session)
-        self._disconnect(link)
-        self._count_rejected(
-            "cut off", f"Cut off actor {actor}: {link.account.rejected} of its messages were rejected"
-        )
+        if (rejected := self.actors.note_rejected(actor)) is not None:
+            self._count_rejected(
+                "cut off", f"Cut off actor {actor}: {rejected} of its messages were rejected"
+            )
 
     def traffic(self) -> Traffic:
         """The counters."""
         with self._changed:
-            count = self._counts
             return Traffic(
-                count["messages"],
-                count["bytes"],
-                count["sent"],
-                count["sent_bytes"],
-                count["joined"],
-                count["reconnected"],
-                count["replaced"],
-                count["slowed"],
-                count["unfinished"],
-                dict(self._rejected),
+                **{name: self._counts[name] for name in COUNTED},
+                **asdict(self.actors.counts),
+                rejected=dict(self._rejected),
             )
 
     def end(self, drain_s: float = DRAIN_SECONDS) -> None:
@@ -367,10 +252,8 @@ class PIRLLearnerService(LearnerService):
         self.shutdown_event.set()
         for place in (self.decisions, self.interactions, self.demonstrations):
             place.close()
-        with self._changed:
-            self._changed.notify_all()
-            self._heard.notify_all()
-            self._changed.wait_for(lambda: not self._links, drain_s)
+        self.actors.end()
+        self.actors.wait_empty(drain_s)
 
     # The four calls of LeRobot's service
 
@@ -380,9 +263,8 @@ class PIRLLearnerService(LearnerService):
         differences = settings_differences(self._settings, hello.settings or {})
         if differences:
             self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "settings", "\n".join(differences))
-        refusal = self._admit(hello, context.peer())
-        if refusal is not None:
-            self._refuse(context, *refusal)
+        with self._refusing(context):
+            self.actors.admit(hello, context.peer())
         context.send_initial_metadata(OWN_METADATA)
         return services_pb2.Empty()
 
@@ -394,7 +276,9 @@ class PIRLLearnerService(LearnerService):
         if _shows(context, STATUS_METADATA):
             yield from send_bytes_in_chunks(json.dumps(self.status()).encode(), services_pb2.Parameters)
             return
-        link = self._join(context)
+        hello = self._introduced(context)
+        with self._refusing(context):
+            link = self.actors.join(hello, context)
         # Sent before any weights exist: tells the actor that it is connected.
         context.send_initial_metadata((*OWN_METADATA, (NEXT_VERSION, str(link.next_version))))
         sent = 0
@@ -404,7 +288,7 @@ class PIRLLearnerService(LearnerService):
                 sent = newest.sequence
                 self._count("sent", "sent_bytes", len(newest.payload))
         finally:
-            self._leave(link)
+            self.actors.leave(link)
 
     def SendTransitions(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
         """Takes decisions into their inbox, and has demonstrations kept."""
@@ -429,134 +313,7 @@ class PIRLLearnerService(LearnerService):
         except WireError as error:
             self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "not an actor", str(error))
 
-    def _admit(self, hello: Handshake, peer: str) -> Refusal | None:
-        """Notes an actor that may connect; says why another one may not.
-
-        Its number may belong to a process that is gone, together with its machine or its network, which nobody has
-        heard of: that one is given a few seconds to show that it lives.
-        """
-        while True:
-            with self._changed:
-                refusal, holder = self._occupied(hello), self._links.get(hello.actor)
-                if refusal is None:
-                    self._admitted.append((hello.actor, hello.session))
-            taken = refusal is not None and refusal[0] == grpc.StatusCode.ALREADY_EXISTS
-            if not taken or holder is None or self._lives(holder):
-                return refusal
-            if holder.open:
-                with self._changed:
-                    self._counts["replaced"] += 1
-                silence = MISSED_HEARTBEATS * HEARTBEAT_SECONDS
-                self._warn(
-                    f"Actor {hello.actor} at {holder.info.peer} gave no sign of life for {silence:.0f} s; "
-                    f"{peer} takes its number"
-                )
-            self._disconnect(holder)
-
-    def _lives(self, link: _Link) -> bool:
-        """Whether an actor gives a sign of life soon; while the learner ends, all of them live."""
-        with self._heard:
-            before = link.heard
-
-            def known() -> bool:
-                return link.heard > before or not link.open or self.shutdown_event.is_set()
-
-            # In parts: a pause of this process must not be taken for one of the actor.
-            shown = any(self._heard.wait_for(known, HEARTBEAT_SECONDS) for _ in range(MISSED_HEARTBEATS))
-            return self.shutdown_event.is_set() or (shown and link.open)
-
-    def _note_life(self, link: _Link) -> None:
-        """Notes that an actor has sent something."""
-        with self._heard:
-            link.heard += 1
-            self._heard.notify_all()
-
-    def _occupied(self, hello: Handshake) -> Refusal | None:
-        """Why there is no place for this actor, or None. Needs the lock."""
-        if hello.session in self._cut_off:
-            text = (
-                f"{self._limits.rejected_messages} of its messages were rejected; the learner's log says why"
-            )
-            return grpc.StatusCode.PERMISSION_DENIED, "cut off before", text
-        link = self._links.get(hello.actor)
-        if link is not None and link.session != hello.session:
-            text = f"actor {hello.actor} is already connected from {link.info.peer}; give each its own number"
-            return grpc.StatusCode.ALREADY_EXISTS, "number taken", text
-        if link is None and len(self._links) >= self.max_actors:
-            text = f"all {self.max_actors} places are taken; raise the learner's number of actors"
-            return grpc.StatusCode.PERMISSION_DENIED, "no place", text
-        return None
-
-    def _join(self, context: grpc.ServicerContext) -> _Link:
-        """Registers an actor's parameters stream."""
-        hello = self._introduced(context)
-        info = ActorInfo(hello.actor, context.peer(), time.monotonic())
-        before = None
-        with self._changed:
-            refusal = self._occupied(hello)
-            if refusal is None and (hello.actor, hello.session) not in self._admitted:
-                refusal = (grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "call Ready first")
-            if refusal is None:
-                before = self._links.pop(hello.actor, None)
-                if before is not None:
-                    self._close(before)
-                account = self._open_account(hello.actor)
-                link = _Link(info, hello.session, context, account, self._next)
-                self._links[hello.actor] = link
-                self._tell(ActorEvent("joined", link.info))
-                self._changed.notify_all()
-        if refusal is not None:
-            self._refuse(context, *refusal)
-        if before is not None:
-            # The same process, whose old connection may be one that no longer says anything, not even that it ended.
-            self._disconnect(before)
-        # gRPC calls this however the stream ends, also when the actor's process was killed.
-        if not context.add_callback(lambda: self._leave(link)):
-            self._leave(link)
-        return link
-
-    def _open_account(self, actor: int) -> _Account:
-        """The account of an actor that joins, which goes on if it was here a short time ago. Needs the lock."""
-        account = self._accounts.pop(actor, None)
-        self._counts["joined"] += 1
-        self._counts["reconnected"] += account is not None
-        if account is None or time.monotonic() - account.seen > ACCOUNT_SECONDS:
-            account = _Account()
-        self._accounts[actor] = account
-        if len(self._accounts) > max(REMEMBERED, 2 * self.max_actors):
-            # A connected actor keeps its limits: the account goes that nobody uses.
-            gone = (number for number in self._accounts if number not in self._links and number != actor)
-            del self._accounts[next(gone)]
-        return account
-
-    def _leave(self, link: _Link) -> None:
-        """Takes an actor off the list, once."""
-        with self._changed:
-            if self._links.get(link.info.actor) is link:
-                del self._links[link.info.actor]
-            if link.open:
-                self._close(link)
-        self._wake()
-
-    def _disconnect(self, link: _Link) -> None:
-        """Takes an actor off the list and ends its calls; what has arrived of a message is dropped."""
-        self._leave(link)
-        link.cut()
-
-    def _close(self, link: _Link) -> None:
-        """Marks a link closed and tells everybody who waits. Needs the lock."""
-        link.open = False
-        link.account.seen = time.monotonic()
-        self._tell(ActorEvent("left", link.info))
-        self._changed.notify_all()
-        self._heard.notify_all()
-
-    def _tell(self, event: ActorEvent) -> None:
-        """Queues an event; a learner that does not look loses the later ones."""
-        with contextlib.suppress(queue.Full):
-            self._events.put_nowait(event)
-
-    def _wait_newer(self, link: _Link, sent: int) -> _Published | None:
+    def _wait_newer(self, link: Link, sent: int) -> _Published | None:
         """The newest weights once they are newer than what was sent; None when the stream ends."""
         with self._changed:
             self._changed.wait_for(
@@ -583,7 +340,7 @@ class PIRLLearnerService(LearnerService):
         if self.shutdown_event.is_set():
             context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
         link = self._attach(context, stream)
-        actor, progress, over = link.info.actor, _Progress(), threading.Event()
+        actor, progress, over = link.info.actor, _Incoming(), threading.Event()
         context.add_callback(over.set)
         context.add_callback(self._wake)
 
@@ -627,14 +384,14 @@ class PIRLLearnerService(LearnerService):
         for place in (self.decisions, self.interactions, self.demonstrations):
             place.wake()
 
-    def _note_rest(self, progress: _Progress, context: grpc.ServicerContext) -> None:
+    def _note_rest(self, progress: _Incoming, context: grpc.ServicerContext) -> None:
         """Counts what a stream has brought and nobody has taken, and tells its actor."""
         if missed := progress.untaken + progress.begun:
             with self._changed:
                 self._counts["unfinished"] += missed
             context.abort(grpc.StatusCode.UNAVAILABLE, ENDED)
 
-    def _note_break(self, link: _Link, stream: Stream, context: grpc.ServicerContext) -> None:
+    def _note_break(self, link: Link, stream: Stream, context: grpc.ServicerContext) -> None:
         """Counts a call that broke alone: its actor is still there, and made no other in its place."""
         with self._changed:
             replaced = link.calls.get(stream) is not context
@@ -656,30 +413,14 @@ class PIRLLearnerService(LearnerService):
             self._note_break(link, "heartbeat", context)
         return services_pb2.Empty()
 
-    def _attach(self, context: grpc.ServicerContext, stream: Stream) -> _Link:
+    def _attach(self, context: grpc.ServicerContext, stream: Stream) -> Link:
         """Gives a connected actor one more call; refuses callers that are not connected."""
         hello = self._introduced(context)
-        with self._changed:
-            link = self._links.get(hello.actor)
-            if link is not None and link.session == hello.session:
-                before, link.calls[stream] = link.calls.get(stream), context
-                link.account.buckets.setdefault(stream, self._make_bucket())
-            else:
-                link = None
-        if link is None:
-            self._refuse(
-                context, grpc.StatusCode.FAILED_PRECONDITION, "not admitted", "open StreamParameters first"
-            )
-        if before is not None:
-            before.cancel()
-        return link
-
-    def _make_bucket(self) -> Bucket:
-        rate = self._limits.messages_per_s
-        return Bucket(rate, max(1.0, rate * BURST_SECONDS))
+        with self._refusing(context):
+            return self.actors.attach(hello, stream, context)
 
     def _paced(
-        self, chunks: Iterator[Any], link: _Link, stream: Stream, wanted: Callable[[], bool]
+        self, chunks: Iterator[Any], link: Link, stream: Stream, wanted: Callable[[], bool]
     ) -> Iterator[Any]:
         """The chunks of a stream, no more messages per second than an actor may send; each shows that it lives.
 
@@ -687,7 +428,7 @@ class PIRLLearnerService(LearnerService):
         """
         bucket = link.account.buckets[stream]
         for chunk in chunks:
-            self._note_life(link)
+            self.actors.note_life(link)
             pause = bucket.take() if len(chunk.data) < CHUNK_SIZE else 0.0
             if pause:
                 self._slow(link.info.actor, pause)
@@ -728,6 +469,14 @@ class PIRLLearnerService(LearnerService):
     def gate(self, access: Access) -> Gate:
         """What lets only calls with the access token through to this service."""
         return Gate(access, self._refuse)
+
+    @contextlib.contextmanager
+    def _refusing(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Ends the call where the list of actors refuses it."""
+        try:
+            yield
+        except Refusal as refusal:
+            self._refuse(context, refusal.code, refusal.reason, refusal.text)
 
     def _refuse(
         self, context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, text: str
