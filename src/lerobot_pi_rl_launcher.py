@@ -381,7 +381,8 @@ def _run(name: str, shown: str | None = None) -> None:
         name: The command.
         shown: The one that the user has typed, if another.
     """
-    sys.argv[0] = f"lerobot-pi-rl-{shown or name}"
+    known = shown or name
+    sys.argv[0] = f"lerobot-pi-rl-{known}"
     logging.getLogger("lerobot.utils.import_utils").addFilter(
         lambda record: "torchcodec" not in record.getMessage()
     )
@@ -393,8 +394,8 @@ def _run(name: str, shown: str | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:
-        if is_help(sys.argv):
-            print(HELP.get(shown or name, ""))
+        if is_help(sys.argv) and known in HELP:
+            print(HELP[known])
 
 
 if __name__ == "__main__":

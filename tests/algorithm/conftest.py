@@ -14,7 +14,7 @@ from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
 from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
-from lerobot_policy_pi_rl.flow.sampler import executed_sum
+from lerobot_policy_pi_rl.flow.sampler import Sample, executed_sum
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 STATE_DIM, ACTION_DIM, CHUNK = 4, 2, 3
@@ -86,6 +86,26 @@ def reward_near_the_goal(state: Tensor, chunk: Tensor) -> Tensor:
     return ((chunk.mean(1) - state[:, :ACTION_DIM]).norm(dim=1) < 0.6).float()
 
 
+def one_decision_each(
+    algorithm: PIRLAlgorithm, observation: dict[str, Tensor], sample: Sample, reward: Tensor
+) -> DecisionBatch:
+    """The algorithm's own decisions of N environments, each of which ends by it."""
+    count = len(reward)
+    return build_decisions(
+        observation=observation,
+        chain=sample.chain,
+        step=sample.step,
+        log_prob=sample.log_prob,
+        action=sample.x,
+        executed=torch.full((count,), sample.x.shape[1]),
+        reward=reward,
+        terminated=torch.ones(count, dtype=torch.bool),
+        version=torch.full((count,), algorithm.optimization_step),
+        env=torch.arange(count),
+        index=torch.zeros(count, dtype=torch.int64),
+    )
+
+
 @pytest.fixture
 def collect() -> Collect:
     """Collects one decision of each of N environments with the algorithm's own policy; all end by termination."""
@@ -94,18 +114,8 @@ def collect() -> Collect:
         generator = torch.Generator().manual_seed(seed)
         state = torch.rand(count, STATE_DIM, generator=generator) * 2 - 1
         sample = algorithm.policy.explore({STATE: state}, generator)
-        decisions = build_decisions(
-            observation={STATE: state},
-            chain=sample.chain,
-            step=sample.step,
-            log_prob=sample.log_prob,
-            action=sample.x,
-            reward=reward_near_the_goal(state, sample.x),
-            terminated=torch.ones(count, dtype=torch.bool),
-            version=torch.full((count,), algorithm.optimization_step),
-            env=torch.arange(count),
-            index=torch.zeros(count, dtype=torch.int64),
-        )
+        reward = reward_near_the_goal(state, sample.x)
+        decisions = one_decision_each(algorithm, {STATE: state}, sample, reward)
         return prepare(decisions, lambda observation, task: observation)
 
     return run

@@ -12,7 +12,7 @@ from lerobot_policy_pi_rl.bases.configuration import CompactConfig
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
-from .conftest import build_decisions
+from .conftest import one_decision_each
 
 CAMERA = "observation.images.front"
 PIXELS, CHUNK = 16, 2
@@ -66,18 +66,7 @@ def collect(algorithm: PIRLAlgorithm, generator: Generator, count: int = 512) ->
     """One decision of each of N environments, all of which end by it."""
     pictures, where = scenes(count, generator)
     sample = algorithm.policy.explore(seen(pictures), generator)
-    decisions = build_decisions(
-        observation={CAMERA: pictures},
-        chain=sample.chain,
-        step=sample.step,
-        log_prob=sample.log_prob,
-        action=sample.x,
-        executed=torch.full((count,), CHUNK),
-        reward=hits(sample.x, where),
-        terminated=torch.ones(count, dtype=torch.bool),
-        version=torch.full((count,), algorithm.optimization_step),
-        env=torch.arange(count),
-    )
+    decisions = one_decision_each(algorithm, {CAMERA: pictures}, sample, hits(sample.x, where))
     return prepare(decisions, lambda observation, task: seen(observation[CAMERA]))
 
 
