@@ -35,6 +35,7 @@ def test_it_measures_everything_and_writes_it(tmp_path: Path, capsys: pytest.Cap
     for trainable in TRAINABLE:
         assert f"collection: {trainable}" in rows
         assert f"update: {trainable}, checkpointing, micro-batch 2" in rows
+        assert f"update: {trainable}, checkpointing, offloaded optimizer, micro-batch 1" in rows
     expert = rows["update: expert, micro-batch 1"]
     # There is no such figure on a CPU.
     assert (expert["value"], expert["target"], expert["verdict"]) == (None, "<= 24", "")

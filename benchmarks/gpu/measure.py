@@ -171,18 +171,21 @@ def _memory_of(job: Job, trainable: str, checkpointing: bool) -> Iterator[Row]:
     if not checkpointing:
         some = take(batch, torch.arange(job.scale.envs))
         yield _memory_row(f"collection: {trainable}", job, partial(policy.explore, some), None)
+    setting = f"{trainable}, checkpointing" if checkpointing else trainable
     for rows in (1, job.scale.micro_batch_size):
         wanted = f"<= {CARD_GB}" if (trainable, rows) == ("expert", 1) else None
-        setting = f"{trainable}, checkpointing" if checkpointing else trainable
         name = f"update: {setting}, micro-batch {rows}"
-        yield _memory_row(name, job, updating(policy, job, batch, rows), wanted)
+        yield _memory_row(name, job, updating(policy, job, batch, micro_batch_size=rows), wanted)
+    if checkpointing:
+        work = updating(policy, job, batch, micro_batch_size=1, offload_optimizer=True)
+        yield _memory_row(f"update: {setting}, offloaded optimizer, micro-batch 1", job, work, None)
 
 
-def updating(policy: PIRLPolicy, job: Job, batch: dict[str, Any], rows: int) -> Callable[[], Any]:
+def updating(policy: PIRLPolicy, job: Job, batch: dict[str, Any], **settings: Any) -> Callable[[], Any]:
     """An update of one epoch; the optimizer, whose state it needs as well, is new."""
 
     def work() -> None:
-        algorithm = make_algorithm(policy, job.scale, epochs=1, micro_batch_size=rows)
+        algorithm = make_algorithm(policy, job.scale, epochs=1, **settings)
         algorithm.update(iter([collect(policy, job, batch, 0)]))
 
     return work

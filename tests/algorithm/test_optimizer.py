@@ -1,6 +1,8 @@
 """Adam on float32 copies of weights in bfloat16."""
 
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +10,11 @@ from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from lerobot_policy_pi_rl.algorithm import optimizer as optimizers
+from lerobot_policy_pi_rl.algorithm import pi_rl
 from lerobot_policy_pi_rl.algorithm.optimizer import PreciseAdam
+
+from .conftest import MakeAlgorithm
 
 # Far below the rounding of a weight near 1 in bfloat16, 1/256.
 SMALL = 1e-4
@@ -92,3 +98,60 @@ def test_lerobot_saves_and_loads_the_copies(tmp_path: Path, done: int) -> None:
     ours, theirs = optimizer.state_dict()["state"], again.state_dict()["state"]
     assert all(torch.equal(ours[n][key], theirs[n][key]) for n in ours for key in ours[n])
     assert all(torch.equal(a, b) for a, b in zip(trained, resumed, strict=True))
+
+
+@pytest.fixture
+def offloaded(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[nn.Parameter]], PreciseAdam]:
+    """An optimizer whose copies lie elsewhere; there is one device here, so that they only are other tensors."""
+
+    def make(trained: list[nn.Parameter]) -> PreciseAdam:
+        with monkeypatch.context() as changed:
+            changed.setattr(optimizers, "_is_elsewhere", lambda weight, device: True)
+            return PreciseAdam(trained, lr=1e-2, device="cpu")
+
+    return make
+
+
+def test_offloaded_it_is_adam_to_the_bit(offloaded: Callable[[list[nn.Parameter]], PreciseAdam]) -> None:
+    ours, plain, steps = weights(torch.float32), weights(torch.float32), gradients(5)
+    made = offloaded(ours)
+    follow(made, ours, steps)
+    assert all(weight not in set(made.param_groups[0]["params"]) for weight in ours)
+    # Nothing of a gradient stays with the weights.
+    assert all(weight.grad is None for weight in ours)
+    follow(Adam(plain, lr=1e-2, eps=1e-5, fused=True), plain, steps)
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [True, False], ids=["to the device", "from the device"])
+def test_a_run_may_go_on_with_or_without_offloading(
+    tmp_path: Path,
+    offloaded: Callable[[list[nn.Parameter]], PreciseAdam],
+    dtype: torch.dtype,
+    first: bool,
+) -> None:
+    def make(trained: list[nn.Parameter], elsewhere: bool) -> PreciseAdam:
+        return offloaded(trained) if elsewhere else PreciseAdam(trained, lr=1e-2)
+
+    trained, steps = weights(dtype), gradients(6)
+    before = make(trained, first)
+    follow(before, trained, steps[:3])
+    save_optimizer_state({"policy": before}, tmp_path)
+    resumed = [nn.Parameter(weight.detach().clone()) for weight in trained]
+    after = make(resumed, not first)
+    load_optimizer_state({"policy": after}, tmp_path)
+    follow(before, trained, steps[3:])
+    follow(after, resumed, steps[3:])
+    assert all(torch.equal(a, b) for a, b in zip(trained, resumed, strict=True))
+    # A copy that nobody needs is not carried along.
+    if dtype == torch.float32:
+        assert ("weight" in after.state_dict()["state"][0]) == (not first)
+
+
+def test_the_policy_s_optimizer_is_offloaded_if_it_is_to_be(make_algorithm: MakeAlgorithm) -> None:
+    with patch.object(pi_rl, "PreciseAdam", wraps=PreciseAdam) as made:
+        for offload, device in ((False, None), (True, "cpu")):
+            make_algorithm(offload_optimizer=offload)
+            policy, _ = made.call_args_list[-2:]
+            assert policy.kwargs == {"device": device}

@@ -113,7 +113,8 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def make_optimizers_and_scheduler(self) -> dict[str, PreciseAdam]:
         """Builds the optimizers of the policy and of the critic, if there is one."""
-        self.optimizers = {"policy": PreciseAdam(self._policy_parameters(), self.config.lr)}
+        where = "cpu" if self.config.offload_optimizer else None
+        self.optimizers = {"policy": PreciseAdam(self._policy_parameters(), self.config.lr, device=where)}
         if self.critic is not None:
             self.optimizers["critic"] = PreciseAdam(self.critic.parameters(), self.config.critic_lr)
         return self.optimizers
