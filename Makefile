@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
 GRID ?= single_task
-# Fast tests at a time; a debugger needs JOBS=0. The slow ones run one after another: they start several processes each,
-# and some go on with what the one before has started. (5: none of the kind is among those asked for.)
+# Tests at a time; a debugger needs JOBS=0. Of the slow ones those of a file run one after another: some go on with what
+# the one before has started. (5: none of the kind is among those asked for.)
 JOBS ?= 2
 
 # The first interpreter on this machine that is new enough.
@@ -38,7 +38,7 @@ $(READY): requirements.lock pyproject.toml | $(BIN)/python
 
 test: setup  ## the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS) || [ $$? -eq 5 ]
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=15 $(ARGS) || [ $$? -eq 5 ]
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --durations=15 $(ARGS) || [ $$? -eq 5 ]
 
 check: setup  ## lint, format, types and the import contract
 	$(BIN)/ruff check

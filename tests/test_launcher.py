@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 
@@ -240,9 +241,25 @@ def test_restarts_are_counted_by_actor_and_hour(
     assert supervisor._may_restart(0)
 
 
+@pytest.mark.parametrize("command", [*launcher.HELP, "export"])
+def test_help_says_at_its_end_what_the_command_is_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    def show() -> None:
+        print("usage")
+        raise SystemExit(0)
+
+    monkeypatch.setattr(sys, "argv", ["any", "--help"])
+    monkeypatch.setattr(launcher.importlib, "import_module", lambda name: SimpleNamespace(main=show))
+    with pytest.raises(SystemExit):
+        getattr(launcher, command)()
+    own = launcher.HELP.get(command)
+    assert capsys.readouterr().out == "usage\n" + (f"{own}\n" if own else "")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "check"])
-def test_help_ends_with_what_the_command_is_for(command: str) -> None:
+def test_the_whole_help_of_a_command() -> None:
+    command = "train"
     asked = subprocess.run(
         [sys.executable, "-m", "lerobot_pi_rl_launcher", command, "--help"],
         capture_output=True,

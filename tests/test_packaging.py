@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.markers import default_environment
@@ -90,31 +92,54 @@ def test_command_is_installed_and_importable(command: str) -> None:
     assert callable(entry_point.load())
 
 
+# In an interpreter of its own: which modules each step loads that were not there before, and how many threads run.
+PROBE = f"""
+import json, sys, threading
+
+seen = set()
+
+def added():
+    new = sorted(set(sys.modules) - seen)
+    seen.update(new)
+    return new
+
+import {{first}}
+added()
+import {NAME}
+found = {{{{"package": added()}}}}
+from {NAME}.envs.configuration_metaworld_state import MetaworldStateEnv
+MetaworldStateEnv(task="MT50").create_envs(1)
+found["environments"] = added()
+import {NAME}.runtime.client
+found["threads"] = threading.active_count()
+print(json.dumps(found))
+"""
+
+
+def _probe(first: str) -> dict[str, Any]:
+    """What the probe finds that begins by importing a module."""
+    command = [sys.executable, "-c", PROBE.format(first=first)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _within(modules: Iterable[str], roots: Iterable[str]) -> list[str]:
+    return [name for name in modules if any(name == root or name.startswith(f"{root}.") for root in roots)]
+
+
 @pytest.mark.slow
-def test_import_adds_no_heavy_module_to_lerobots_policies() -> None:
+def test_what_importing_loads() -> None:
     """Every command of LeRobot's loads its policies, and they transformers, where it is installed."""
-    extra = _imports_after("lerobot.policies", NAME)
-    heavy = [
-        name for name in extra if any(name == root or name.startswith(f"{root}.") for root in HEAVY_MODULES)
-    ]
-    assert not heavy
+    found = _probe("lerobot.policies")
+    assert f"{NAME}.configuration_pi_rl" in found["package"]
+    assert not _within(found["package"], HEAVY_MODULES)
+    # Simulators are loaded where environments are made, and gRPC's client starts no thread by being there.
+    assert not _within(found["environments"], ("mujoco", "metaworld"))
+    assert found["threads"] == 1
 
 
 @pytest.mark.slow
 def test_import_adds_only_lerobots_own_modules_to_lerobots_training_command() -> None:
     """`lerobot-train` has loaded all that registering needs, so the plugin costs it no other library."""
-    extra = _imports_after("lerobot.scripts.lerobot_train", NAME)
-    assert not [name for name in extra if name.split(".")[0] not in ("lerobot", NAME)]
-
-
-def _imports_after(first: str, second: str) -> list[str]:
-    """Names of the modules that importing `second` adds once `first` is imported, in a fresh interpreter."""
-    code = f"""
-import sys, json
-import {first}
-before = set(sys.modules)
-import {second}
-print(json.dumps(sorted(set(sys.modules) - before)))
-"""
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return json.loads(result.stdout.splitlines()[-1])
+    added = _probe("lerobot.scripts.lerobot_train")["package"]
+    assert len(_within(added, ("lerobot", NAME))) == len(added)

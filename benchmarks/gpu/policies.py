@@ -24,6 +24,7 @@ CAMERAS = ("observation.images.image", "observation.images.image2")
 STATE_DIM, ACTION_DIM = 8, 7
 # Widths of the small language model; its action expert has half of it.
 SMALL_WIDTH = 32
+SMALL_VOCABULARY = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Size:
 
 SIZES = {
     "real": Size(pixels=224, tokens=48, vocabulary=257_152, is_small=False),
-    "tiny": Size(pixels=32, tokens=4, vocabulary=64, is_small=True),
+    "tiny": Size(pixels=32, tokens=4, vocabulary=SMALL_VOCABULARY, is_small=True),
 }
 
 
@@ -96,14 +97,18 @@ def small_gemma(is_small: bool) -> Iterator[None]:
         vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
         return known["paligemma"](vision_config={"model_type": "siglip_vision_model", **vision})
 
+    def gemma(**settings: Any) -> Any:
+        return known["gemma"](**settings | {"vocab_size": SMALL_VOCABULARY})
+
     def vlm(config: Any) -> Any:
         config.vision_config.projection_dim = SMALL_WIDTH
+        config.text_config.vocab_size = SMALL_VOCABULARY
         return own(config=config)
 
     with patch.multiple(
         modeling_pi0,
         get_gemma_config=variant,
-        CONFIG_MAPPING={"paligemma": paligemma, "gemma": known["gemma"]},
+        CONFIG_MAPPING={"paligemma": paligemma, "gemma": gemma},
         PaliGemmaForConditionalGenerationWithPiGemma=vlm,
     ):
         yield

@@ -59,6 +59,8 @@ DRAW_IN_BFLOAT16 = ("xvla", "molmoact2")
 PACKED = ("eo1", "groot", "molmoact2")
 # What these stock policies make of a prompt depends on those that it is padded with.
 READ_PADDING = ("groot", "molmoact2")
+# Words of a small PaliGemma, whose own 257,152 take a second to draw.
+VOCABULARY = 512
 ROOT = Path(__file__).parents[2]
 CAMERA = "observation.images.top"
 STATE_DIM, ACTION_DIM, CHUNK, PIXELS, CROP = 5, 4, 6, 32, 24
@@ -468,11 +470,15 @@ def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
         vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
         return CONFIG_MAPPING["paligemma"](vision_config={"model_type": "siglip_vision_model", **vision})
 
+    def gemma(**settings: Any) -> Any:
+        return CONFIG_MAPPING["gemma"](**settings | {"vocab_size": VOCABULARY})
+
     def projecting(build: Callable[..., Any]) -> Callable[..., Any]:
-        """Projects images to the language model's width, where pi0 asks for PaliGemma's."""
+        """Knows few words, and projects images to the language model's width, where pi0 asks for PaliGemma's."""
 
         def make(config: Any) -> Any:
             config.vision_config.projection_dim = width
+            config.text_config.vocab_size = VOCABULARY
             return build(config=config)
 
         return make
@@ -488,9 +494,7 @@ def small_gemma(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (modeling_pi0, modeling_pi05):
         monkeypatch.setattr(module, vlm, projecting(getattr(module, vlm)))
         monkeypatch.setattr(module, "get_gemma_config", variant)
-        monkeypatch.setattr(
-            module, "CONFIG_MAPPING", {"paligemma": paligemma, "gemma": CONFIG_MAPPING["gemma"]}
-        )
+        monkeypatch.setattr(module, "CONFIG_MAPPING", {"paligemma": paligemma, "gemma": gemma})
 
 
 @pytest.fixture(scope="session")

@@ -447,8 +447,9 @@ class Run:
     def learner(self, *arguments: str, without: Sequence[str] = ()) -> Command:
         return self._fork("lerobot-pi-rl-learner", *arguments, without=without)
 
-    def actor(self, number: int = 0, *arguments: str) -> Command:
-        return self._fork("lerobot-pi-rl-actor", f"--algorithm.collection.actor_id={number}", *arguments)
+    def actor(self, number: int = 0, *arguments: str, without: Sequence[str] = ()) -> Command:
+        own = f"--algorithm.collection.actor_id={number}"
+        return self._fork("lerobot-pi-rl-actor", own, *arguments, without=without)
 
     def train(self, *arguments: str, without: Sequence[str] = ()) -> Command:
         return self.start("lerobot-pi-rl-train", *arguments, without=without)

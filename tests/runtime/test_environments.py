@@ -1,9 +1,8 @@
 """The chunked vector, with real worker processes."""
 
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
@@ -287,16 +286,18 @@ def test_workers_ignore_ctrl_c() -> None:
 
 
 def test_workers_die_with_their_parent() -> None:
-    code = (
-        "import os, signal\n"
-        "from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv\n"
-        "from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv\n"
-        "vector = ChunkedVectorEnv(MetaworldStateEnv(), 2, 2)\n"
-        "print(*(worker.process.pid for worker in vector._workers), flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    pids = [int(pid) for pid in result.stdout.split()]
+    receive, send = multiprocessing.Pipe(duplex=False)
+
+    def live() -> None:
+        vector = ChunkedVectorEnv(MetaworldStateEnv(), 2, 2)
+        send.send([worker.process.pid for worker in vector._workers])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    parent = multiprocessing.get_context("fork").Process(target=live)
+    parent.start()
+    parent.join(60)
+    assert parent.exitcode == -signal.SIGKILL
+    pids = receive.recv()
     assert len(pids) == 2
     alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     _, left = psutil.wait_procs(alive, timeout=10)

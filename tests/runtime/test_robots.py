@@ -1152,9 +1152,11 @@ def test_a_run_trains_and_learns_from_the_person(
         "--algorithm.critic_warmup=0",
         "--algorithm.demonstration_weight=0.1",
     )
-    command = run.train(without=("--env.episode_length", "--env.reward"))
-    assert command.wait(200) == 0, command.shown
-    assert command.errors() == []
+    for command in [
+        side(without=("--env.episode_length", "--env.reward")) for side in (run.learner, run.actor)
+    ]:
+        assert command.wait(200) == 0, command.shown
+        assert command.errors() == []
     rows = run.rows()
     assert [row["rollout/decisions"] for row in rows] == [8, 8]
     for row in rows:

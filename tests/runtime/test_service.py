@@ -709,8 +709,3 @@ def test_the_same_process_may_take_its_own_place_again() -> None:
         assert eventually(lambda: len(server.service.actors.connected()) == 1)
         server.service.publish(1, weights(1))
         assert client.wait_weights(-1, SOON) is not None
-
-
-def test_importing_the_client_starts_no_thread() -> None:
-    code = "import threading, lerobot_policy_pi_rl.runtime.client; assert threading.active_count() == 1"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=90)

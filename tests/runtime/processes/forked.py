@@ -69,6 +69,9 @@ def _live(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.path[:0] = [
+        place for place in environment.get("PYTHONPATH", "").split(os.pathsep) if place not in sys.path
+    ]
     for file, flags, descriptors in ((os.devnull, os.O_RDONLY, [0]), (console, os.O_WRONLY, [1, 2])):
         opened = os.open(file, flags)
         for descriptor in descriptors:
