@@ -24,6 +24,9 @@ PINS = [Requirement(line) for line in LOCK.splitlines() if line and not line.lst
 
 # Loaded only when a command needs them.
 HEAVY_MODULES = (
+    f"{NAME}.algorithm.pi_rl",
+    f"{NAME}.bases.compact",
+    f"{NAME}.flow",
     f"{NAME}.modeling_pi_rl",
     f"{NAME}.runtime",
     f"{NAME}.scripts",
@@ -31,6 +34,7 @@ HEAVY_MODULES = (
     f"{NAME}.envs.metaworld_camera",
     f"{NAME}.envs.metaworld_state",
     "grpc",
+    "lerobot.rl.algorithms.sac.modeling_sac",
     "matplotlib",
     "metaworld",
     "mujoco",

@@ -204,3 +204,16 @@ def test_against_what_people_use() -> None:
     places = [f"{thousands(f'{steps:.0f}')} steps", f"{minutes:.1f} minutes"]
     heading = "| | held-out success | " + " | ".join(f"success after {place}" for place in places)
     assert [row[1:] for row in shown(BASELINES, heading)] == expected
+
+
+def test_pi0_at_its_real_size() -> None:
+    lines = (ROOT / "benchmarks/results/gpu/real_cpu_float32.txt").read_text().splitlines()
+    measured = [float(line.rsplit(": ", 1)[1].split()[0]) for line in lines[1:6]]
+    off = [line.rsplit(" ", 1)[1] for line in lines[2:5]]
+    page = BENCHMARKS.read_text()
+    (heading,) = [number for number, line in enumerate(page.splitlines()) if "real size on a CPU" in line]
+    table = [line for line in page.splitlines()[heading:] if line.startswith("|")][2:8]
+    values = [line.strip("| ").split(" | ")[1] for line in table]
+    exact, kept, again, plain, speedup = measured
+    rates = [f"{rate:.3f} samples/s" for rate in (kept, again, plain)]
+    assert values == [f"{exact:g}", ", ".join(f"{float(one):g}" for one in off), *rates, f"{speedup:.1f}"]

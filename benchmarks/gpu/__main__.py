@@ -1,14 +1,18 @@
-"""Measures memory and speed of pi0, prints a table and writes it as JSON.
+"""Measures exactness, speed and memory of pi0, prints a table and writes it as JSON.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --size tiny --device cpu
+    python -m benchmarks.gpu --device cpu --dtype float32 --scale few --trained expert --no_compile
 
 Weights are random and observations are noise; nothing is downloaded.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,19 +20,25 @@ from pathlib import Path
 import torch
 
 from benchmarks.run import RESULTS, Row, machine, table
+from lerobot_policy_pi_rl.configuration_pi_rl import TRAINABLE
 
-from .measure import SCALES, Job, collection_speed, memory, update_speed
+from .measure import SCALES, Job, collection_speed, exactness, memory, update_speed
 from .policies import SIZES
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description="Measures memory and speed of pi0 on one GPU."
+        prog="python -m benchmarks.gpu",
+        description="Measures exactness, speed and memory of pi0 on one GPU.",
     )
     parser.add_argument("--size", choices=SIZES, default="real")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--scale", choices=SCALES, help="how much is measured; that of the size if not given")
+    parser.add_argument(
+        "--trained", nargs="+", choices=TRAINABLE, default=TRAINABLE, help="of which memory is measured"
+    )
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
     parser.add_argument(
         "--output", type=Path, help="the JSON file; one in benchmarks/results/gpu if not given"
@@ -36,16 +46,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(job: Job, compiled: bool) -> list[Row]:
-    """All rows, each of which is printed as soon as it is there."""
-    rows = []
-    for part in (update_speed(job), collection_speed(job, compiled), memory(job)):
-        for row in part:
-            print(
-                f"{row.benchmark} {row.name}: {row.value} {row.unit} {row.detail}",
-                file=sys.stderr,
-                flush=True,
-            )
+def measure(job: Job, compiled: bool, trained: Sequence[str]) -> list[Row]:
+    """All rows, each of which is printed as soon as it is there; those so far, if it is interrupted."""
+    rows: list[Row] = []
+    parts = (exactness(job), update_speed(job), collection_speed(job, compiled), memory(job, trained))
+    with contextlib.suppress(KeyboardInterrupt):
+        for row in itertools.chain(*parts):
+            said = f"{row.benchmark} {row.name}: {row.value} {row.unit} {row.detail}"
+            print(said, file=sys.stderr, flush=True)
             rows.append(row)
     return rows
 
@@ -53,7 +61,8 @@ def measure(job: Job, compiled: bool) -> list[Row]:
 def save(rows: list[Row], options: argparse.Namespace) -> Path:
     """Writes the rows and what they were measured with."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    made_with = {"size": options.size, "dtype": options.dtype, "device": device}
+    scale = options.scale or options.size
+    made_with = {"size": options.size, "scale": scale, "dtype": options.dtype, "device": device}
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | made_with,
@@ -71,8 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: there is no GPU; try --size tiny --device cpu", file=sys.stderr)
         return 2
-    job = Job(SIZES[options.size], SCALES[options.size], options.device, options.dtype)
-    rows = measure(job, compiled=not options.no_compile)
+    scale = SCALES[options.scale or options.size]
+    job = Job(SIZES[options.size], scale, options.device, options.dtype)
+    rows = measure(job, not options.no_compile, options.trained)
     file = save(rows, options)
     print(table(rows))
     print(f"\n{len(rows)} figures, also in {file}")

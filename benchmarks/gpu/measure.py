@@ -2,10 +2,11 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
 from lerobot_policy_pi_rl.algorithm.storage import Rollout, prepare
 from lerobot_policy_pi_rl.bases.adapter import take
-from lerobot_policy_pi_rl.configuration_pi_rl import TRAINABLE
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 
 from .policies import Size, make_policy, observations, plain
@@ -37,6 +37,7 @@ class Scale:
         micro_batch_size: Decisions that are scored at a time where speed is measured; memory is measured with 1, too.
         epochs: Passes over a rollout where speed is measured.
         repeats: Measurements, whose best one counts.
+        warm_ups: Updates before them.
     """
 
     envs: int
@@ -45,12 +46,17 @@ class Scale:
     micro_batch_size: int
     epochs: int
     repeats: int
+    warm_ups: int = 1
 
 
 SCALES = {
     "real": Scale(envs=16, decisions=64, minibatch_size=32, micro_batch_size=8, epochs=4, repeats=3),
     "tiny": Scale(envs=2, decisions=8, minibatch_size=4, micro_batch_size=2, epochs=2, repeats=1),
+    # For the real policy on a CPU, where an observation takes the better part of a minute.
+    "few": Scale(envs=1, decisions=2, minibatch_size=2, micro_batch_size=1, epochs=2, repeats=1, warm_ups=0),
 }
+# Where Linux says how much memory a process has taken, and where that is forgotten.
+STATUS, FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ class Cost:
 
     Attributes:
         seconds: Wall time.
-        gigabytes: Largest memory in use on the GPU at a time, weights included (10^9 bytes); None on a CPU.
+        gigabytes: Largest memory in use at a time, weights included (10^9 bytes): on the GPU; without one, all of the
+            process; None where the system does not say.
         result: What the work returned.
     """
 
@@ -96,15 +103,22 @@ class Cost:
 def cost_of(device: str, work: Callable[[], Any]) -> Cost:
     """Measures some work."""
     if device != "cuda":
+        if FORGET.exists():
+            FORGET.write_text("5")
         start = time.perf_counter()
         result = work()
-        return Cost(time.perf_counter() - start, None, result)
+        return Cost(time.perf_counter() - start, _peak_in_main_memory(), result)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     result = work()
     torch.cuda.synchronize()
     return Cost(time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9, result)
+
+
+def _peak_in_main_memory() -> float | None:
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def collect(policy: PIRLPolicy, job: Job, batch: dict[str, Any], version: int) -> Rollout:
@@ -157,9 +171,20 @@ def make_algorithm(policy: PIRLPolicy, scale: Scale, **settings: Any) -> PIRLAlg
     return algorithm
 
 
-def memory(job: Job) -> Iterator[Row]:
+def exactness(job: Job) -> Iterator[Row]:
+    """What the policy computes, against the stock policy and against itself."""
+    policy, batch = job.policy(), observations(job.size, 1, job.device)
+    noise = policy.initial_noise(policy.encode(dict(batch)))
+    chunk = policy.predict_action_chunk(dict(batch), noise=noise.clone())
+    with torch.no_grad():
+        stock = policy.base.policy.predict_action_chunk(dict(batch), noise=noise.clone())
+    off = float((chunk - stock).abs().max())
+    yield Row("exactness", "chunk against the stock policy's", off, "", "<= 0", judge(off, "<= 0"), "")
+
+
+def memory(job: Job, trained: Sequence[str]) -> Iterator[Row]:
     """Peak memory of collection and update, by what is trained."""
-    for trainable in TRAINABLE:
+    for trainable in trained:
         for checkpointing in (False, True):
             # A scope of its own: nothing of the last policy is there any more.
             yield from _memory_of(job, trainable, checkpointing)
@@ -172,7 +197,7 @@ def _memory_of(job: Job, trainable: str, checkpointing: bool) -> Iterator[Row]:
         some = take(batch, torch.arange(job.scale.envs))
         yield _memory_row(f"collection: {trainable}", job, partial(policy.explore, some), None)
     setting = f"{trainable}, checkpointing" if checkpointing else trainable
-    for rows in (1, job.scale.micro_batch_size):
+    for rows in sorted({1, job.scale.micro_batch_size}):
         wanted = f"<= {CARD_GB}" if (trainable, rows) == ("expert", 1) else None
         name = f"update: {setting}, micro-batch {rows}"
         yield _memory_row(name, job, updating(policy, job, batch, micro_batch_size=rows), wanted)
@@ -235,10 +260,9 @@ def _updates(policy: PIRLPolicy, job: Job, batch: dict[str, Any], kept_gb: float
     """Seconds of the fastest update, and the largest distance from 1 of their first ratios."""
     algorithm = make_algorithm(policy, job.scale, context_memory_gb=kept_gb)
     seconds, errors = [], []
-    # The first one warms up.
-    for number in range(job.scale.repeats + 1):
+    for number in range(job.scale.warm_ups + job.scale.repeats):
         rollout = collect(policy, job, batch, version=number)
         cost = cost_of(job.device, partial(algorithm.update, iter([rollout])))
         seconds.append(cost.seconds)
         errors.append(cost.result.extra["ratio_first_error"])
-    return min(seconds[1:]), max(errors)
+    return min(seconds[job.scale.warm_ups :]), max(errors)

@@ -120,18 +120,7 @@ class Learner:
         self._algorithm.optimization_step = self._progress.version
         if self._progress.warm_up_until:
             self._algorithm.warm_up_until = self._progress.warm_up_until
-        spec = wire_spec(cfg, self._player)
-        self._service = PIRLLearnerService(
-            agreed_settings(cfg, self._player),
-            algorithm_cfg.collection.max_actors,
-            Limits(
-                message_bytes=spec.max_message_bytes(),
-                waiting_messages=WAITING_MESSAGES,
-                waiting_bytes=spec.max_message_bytes(),
-                messages_per_s=algorithm_cfg.security.max_messages_per_s,
-                rejected_messages=REJECTED_MESSAGES,
-            ),
-        )
+        self._service = self._make_service(spec)
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop, self._report)
         self._pushed_bytes = 0
@@ -148,6 +137,18 @@ class Learner:
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
         self._stopped_by: str | None = None
+
+    def _make_service(self, spec: WireSpec) -> PIRLLearnerService:
+        """What actors call; none may take up more of the learner than a quota needs."""
+        limits = Limits(
+            message_bytes=spec.max_message_bytes(),
+            waiting_messages=WAITING_MESSAGES,
+            waiting_bytes=spec.max_message_bytes(),
+            messages_per_s=self._config.security.max_messages_per_s,
+            rejected_messages=REJECTED_MESSAGES,
+        )
+        settings = agreed_settings(self._cfg, self._player)
+        return PIRLLearnerService(settings, self._config.collection.max_actors, limits)
 
     def _open_interventions(self, spec: WireSpec) -> InterventionStore:
         """What people do on the robots."""
