@@ -206,6 +206,21 @@ def test_against_what_people_use() -> None:
     assert [row[1:] for row in shown(BASELINES, heading)] == expected
 
 
+def test_speed() -> None:
+    record = json.loads((ROOT / "benchmarks/results/latest.json").read_text())
+    value = {row["name"]: row["value"] for row in record["rows"]}
+    assert {row["verdict"] for row in record["rows"]} <= {"pass", ""}
+    fast = [ratio for name, ratio in value.items() if name.startswith("fast environment over stock, ")]
+    pushes = [value[f"push over {what}, all tensors trained"] for what in ("the policy", "policy and critic")]
+    assert [row[1].split(" (")[0] for row in shown(BENCHMARKS, "| benchmark | value | wanted |")] == [
+        f"{value['training loop over bare environments']:.2f}",
+        f"{value["our actor over a stock one, with MetaWorld's environment"]:.1f}",
+        f"{value['our actor over a stock one, with our fast environment']:.1f}",
+        f"{min(fast):.1f} to {max(fast):.1f}",
+        "; ".join(f"{ratio:.2f}" for ratio in pushes),
+    ]
+
+
 def test_pi0_at_its_real_size() -> None:
     lines = (ROOT / "benchmarks/results/gpu/real_cpu_float32.txt").read_text().splitlines()
     measured = [float(line.rsplit(": ", 1)[1].split()[0]) for line in lines[1:6]]
