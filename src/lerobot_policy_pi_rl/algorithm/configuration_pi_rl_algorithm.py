@@ -127,7 +127,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # the same result with less memory. 0: the whole minibatch.
     micro_batch_size: int = 0
     # Keep Adam's moments, summed gradients and float32 copies of the policy's weights in main memory, and take its
-    # steps there: beside a trained weight in bfloat16 a GPU then holds its gradient's 2 bytes instead of 16. Slower.
+    # steps there: beside a trained weight in bfloat16 a GPU then holds its gradient's 2 bytes instead of 18. Slower.
     offload_optimizer: bool = False
     # Encoded observations of a rollout are kept for all its epochs up to this size, on policy.storage_device, if what
     # encodes them is not trained (a frozen VLM's cache); larger ones are computed again for every minibatch.

@@ -18,9 +18,9 @@ class PreciseAdam(Adam):
     copy adds the steps up, and the weight is the copy, rounded. Weights in float32 are trained as they are, exactly as
     by `Adam`.
 
-    On another device than the weights lie copies, summed gradients and moments, and steps are taken there: of 16 bytes
-    for a weight its own device keeps those of the gradient of one part of a minibatch. The numbers are the same, but
-    for how that device rounds.
+    On another device than the weights lie copies, summed gradients and moments, and steps are taken there: of 18 bytes
+    for a weight in bfloat16 its own device keeps the 2 of the gradient of one part of a minibatch. The numbers are the
+    same, but for how that device rounds.
 
     Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section 3.1.
     """
