@@ -171,6 +171,16 @@ def store(folder: Path, capacity: int = 100, size: int = 10**6) -> InterventionS
     return InterventionStore(folder, spec, prepare)
 
 
+def test_a_message_that_does_not_fit_is_refused_and_not_kept(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    with pytest.raises(WireError, match="action: got"):
+        kept.receive(encode_demonstrations(replace(shown(3), action=torch.zeros(3, 5))))
+    assert len(kept) == 0
+    kept.receive(encode_demonstrations(shown(3)))
+    assert len(kept) == 3
+    assert [file.suffix for file in (tmp_path / FOLDER).iterdir()] == [".safetensors"]
+
+
 def test_batches_hold_chunks_of_what_was_shown(tmp_path: Path) -> None:
     kept = store(tmp_path)
     assert kept(4) is None

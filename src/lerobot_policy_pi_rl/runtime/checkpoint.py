@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -410,6 +410,27 @@ def owning(output_dir: Path) -> Iterator[None]:
         yield
 
 
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file in one step: after a kill or a power cut it is as before or as it should be.
+
+    Args:
+        file: The file; it may exist.
+        write: Writes its content to the path that it is given.
+
+    Raises:
+        OSError: There is no room; nothing has changed.
+    """
+    aside = file.with_name(f"{file.name}.part")
+    try:
+        write(aside)
+        _fsync(aside)
+        aside.replace(file)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    _fsync(file.parent)
+
+
 def remove_unfinished(output_dir: Path) -> list[Path]:
     """Removes what a killed write left behind, and undoes half of a replacement.
 
@@ -509,12 +530,7 @@ def _link(source: str, target: str) -> None:
 
 def _note_best(place: Path, counters: Mapping[str, Any]) -> None:
     """Writes down with which counters a checkpoint became the best one, in one step."""
-    file = place / TRAINING_STATE_DIR / BEST_COUNTERS
-    aside = file.with_name(ASIDE + file.name)
-    write_json(dict(counters), aside)
-    _fsync(aside)
-    aside.replace(file)
-    _fsync(file.parent)
+    replace_file(place / TRAINING_STATE_DIR / BEST_COUNTERS, lambda aside: write_json(dict(counters), aside))
 
 
 def _point_at(place: Path, name: str) -> None:

@@ -4,7 +4,6 @@ import bisect
 import hashlib
 import itertools
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..algorithm.demonstrations import DemonstrationBatch, chunk_rows
 from ..algorithm.pi_rl import Demonstrations
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, replace_file
 from .packing import WireError
 from .wire import WireSpec, decode_demonstrations, encode_demonstrations
 
@@ -97,18 +96,11 @@ class InterventionStore:
             self.trim()
 
     def _write(self, file: Path, batch: DemonstrationBatch) -> None:
-        aside = file.with_suffix(".part")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as part:
-                part.write(encode_demonstrations(batch))
-                part.flush()
-                # Renamed before it is on the disk, a power cut could leave an empty file that no resume can read.
-                os.fsync(part.fileno())
-            aside.replace(file)
+            replace_file(file, lambda aside: aside.write_bytes(encode_demonstrations(batch)))
         except OSError as error:
             logger.error("%d steps of a person are in memory alone: %s", len(batch), error)
-            aside.unlink(missing_ok=True)
 
     def __call__(self, count: int) -> dict[str, Any] | None:
         """A batch of `count` chunks, drawn with replacement; None while nobody has shown anything."""
