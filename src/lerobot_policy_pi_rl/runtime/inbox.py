@@ -20,7 +20,26 @@ class Received:
     payload: bytes
 
 
-class Inbox:
+class _Place:
+    """Where senders wait until their message is taken."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def wake(self) -> None:
+        """Lets waiting senders look again whether they are still wanted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Lets nobody wait from now on; what has been taken can still be read."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Inbox(_Place):
     """A queue of received messages, bounded for each actor; one whose part is full blocks, and no other."""
 
     def __init__(self, messages: int, size: int, actors: int | None = None) -> None:
@@ -31,13 +50,12 @@ class Inbox:
             size: Most bytes of them; one message may always wait.
             actors: Most actors whose messages wait at once, the others block; None for any number.
         """
+        super().__init__()
         self._limits, self._actors = (messages, size), actors
         # Messages and bytes that wait, by actor.
         self._waiting: Counter[int] = Counter()
         self._bytes: Counter[int] = Counter()
         self._items: deque[Received] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
 
     def put(self, item: Received, wanted: Callable[[], bool]) -> bool:
         """Adds a message, waiting for room.
@@ -84,17 +102,6 @@ class Inbox:
         with self._changed:
             return len(self._items)
 
-    def wake(self) -> None:
-        """Lets waiting senders look again whether they are still wanted."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Refuses what comes from now on; what is there can still be taken."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
     def _has_room(self, item: Received) -> bool:
         """Whether an actor's part has room for one more. Needs the lock."""
         messages, size = self._limits
@@ -114,7 +121,7 @@ class Inbox:
         return item
 
 
-class Handover:
+class Handover(_Place):
     """Gives each message to whoever keeps it, one at a time, while its sender waits.
 
     For what must not be lost: its sender hears that it has arrived when it is kept, and not before.
@@ -122,9 +129,8 @@ class Handover:
 
     def __init__(self) -> None:
         """Nobody keeps anything yet: senders wait."""
+        super().__init__()
         self._keep: Callable[[bytes], None] | None = None
-        self._changed = threading.Condition()
-        self._closed = False
 
     @contextmanager
     def to(self, keep: Callable[[bytes], None]) -> Iterator[None]:
@@ -157,14 +163,3 @@ class Handover:
                 return False
             self._keep(item.payload)
             return True
-
-    def wake(self) -> None:
-        """Lets waiting senders look again whether they are still wanted."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Lets nobody wait from now on."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
