@@ -74,7 +74,7 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
     layout = "{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}" if total else "{desc}: {elapsed}"
     with (
         stage.log.open("w") as log,
-        tqdm(desc=stage.title, total=total, bar_format=layout, mininterval=0.5) as bar,
+        tqdm(desc=stage.title, total=total, bar_format=layout, mininterval=0.5, miniters=0) as bar,
         subprocess.Popen(
             [str(BIN / stage.command[0]), *stage.command[1:]],
             stdout=subprocess.PIPE,
@@ -88,8 +88,7 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
         for line in process.stdout:
             log.write(line)
             done = progress(line) if progress else None
-            bar.n = bar.n if done is None else min(done, total or done)
-            bar.refresh()
+            bar.update(0 if done is None else min(done, total or done) - bar.n)
     if process.returncode:
         tail = "\n".join(stage.log.read_text().splitlines()[-15:])
         raise SystemExit(
