@@ -172,7 +172,7 @@ def make_algorithm(policy: PIRLPolicy, scale: Scale, **settings: Any) -> PIRLAlg
 
 
 def exactness(job: Job) -> Iterator[Row]:
-    """What the policy computes, against the stock policy and against itself."""
+    """The policy's chunk against the stock policy's, from the same noise."""
     policy, batch = job.policy(), observations(job.size, 1, job.device)
     noise = policy.initial_noise(policy.encode(dict(batch)))
     chunk = policy.predict_action_chunk(dict(batch), noise=noise.clone())
