@@ -30,6 +30,7 @@ from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.gather import Gathered
 from lerobot_policy_pi_rl.runtime.guard import RUNAWAY_ITERATIONS
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts
+from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.pipeline import Player
 from lerobot_policy_pi_rl.runtime.server import PortUnavailable
 from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
@@ -565,6 +566,12 @@ def test_a_run_is_the_same_again(train: Train) -> None:
     assert [reproducible(row) for row in first] == [reproducible(row) for row in second]
     other = train("--steps=3", "--seed=4", folder="other")
     assert reproducible(first[-1]) != reproducible(other[-1])
+
+
+def test_where_nobody_can_take_over_demonstrations_are_refused(make_cfg: MakeConfig) -> None:
+    learner = Learner(make_cfg(), Event())
+    with pytest.raises(WireError, match="nobody can take over in this environment"):
+        learner._keep_shown(b"whatever it is")
 
 
 def test_a_stopped_run_has_a_checkpoint_and_sends_its_actors_home(
