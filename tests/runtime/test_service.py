@@ -33,7 +33,7 @@ from lerobot_policy_pi_rl.runtime.link import ActorRefused, version_of
 from lerobot_policy_pi_rl.runtime.outbox import Outbox
 from lerobot_policy_pi_rl.runtime.packing import WireError, pack
 from lerobot_policy_pi_rl.runtime.server import LearnerServer, PortUnavailable
-from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService
+from lerobot_policy_pi_rl.runtime.service import PIRLLearnerService, _Incoming
 from lerobot_policy_pi_rl.runtime.wire import (
     MAX_HEADER_BYTES,
     WeightsHeader,
@@ -487,6 +487,17 @@ def test_a_chunk_above_grpcs_limit_ends_its_stream_only() -> None:
             stub.SendTransitions(iter([chunk(bytes(5 * 2**20), 3)]), metadata=metadata)
         assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
         _works(server, client)
+
+
+def test_a_stream_that_ends_within_a_message_broke_if_its_call_is_over() -> None:
+    """gRPC ends it like a complete one when it sees the end before the break."""
+    over = threading.Event()
+    half, whole = [chunk(b"begun", 1)], [chunk(b"begun", 1), chunk(b"and ended", 3)]
+    assert list(_Incoming().of(iter(half), over)) == half
+    over.set()
+    assert list(_Incoming().of(iter(whole), over)) == whole
+    with pytest.raises(grpc.RpcError):
+        list(_Incoming().of(iter(half), over))
 
 
 @pytest.mark.parametrize("stream", ["SendTransitions", "SendInteractions"])
