@@ -17,8 +17,11 @@ from .bases.configuration import TASK_EMBEDDING, CompactConfig, preprocessor_set
 from .configuration_pi_rl import PIRLConfig
 from .errors import check
 
-# A state component that hardly moved in the demonstrations is divided by this share of the feature's largest
-# deviation, not by its own: a quaternion that was constant to 1e-9 must not explode when it moves by 1e-3.
+# Below this deviation, in the data's own units, a state component counts as constant: what it has is rounding.
+CONSTANT_STD = 1e-5
+# A constant component is divided by this share of its feature's largest deviation, so that rounding stays small and a
+# quaternion that was constant to 1e-9 does not explode when it moves by 1e-3. Any other is divided by at least this
+# share of its own magnitude: components of one vector can have different units, such as metres and milliamperes.
 MIN_STD_SHARE = 0.01
 
 
@@ -138,7 +141,10 @@ def make_pi_rl_pre_post_processors(
 
 
 def floor_deviations(stats: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
-    """Bounds the deviation of every component from below by a share of its feature's largest one.
+    """Bounds the deviation of every component of an observation from below.
+
+    The bound is `MIN_STD_SHARE` of the feature's largest deviation for a constant component. For one that varies it is
+    the same share of the component's own root mean square, where that is less.
 
     Args:
         stats: Statistics by feature; those with a `std` vector are bounded.
@@ -153,5 +159,7 @@ def floor_deviations(stats: dict[str, dict[str, Any]] | None) -> dict[str, dict[
         floored[key] = dict(values)
         if key.startswith("observation.") and values.get("std") is not None:
             std = torch.as_tensor(values["std"], dtype=torch.float32)
-            floored[key]["std"] = std.clamp(min=float(std.max()) * MIN_STD_SHARE)
+            mean = torch.as_tensor(values["mean"], dtype=torch.float32)
+            magnitude = torch.where(std > CONSTANT_STD, torch.hypot(mean, std), torch.inf)
+            floored[key]["std"] = torch.maximum(std, MIN_STD_SHARE * magnitude.clamp(max=std.max()))
     return floored

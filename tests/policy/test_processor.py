@@ -84,6 +84,34 @@ def test_a_single_task_policy_needs_no_text(make_config: MakeConfig) -> None:
     assert TASK_EMBEDDING not in pre({"observation.state": torch.zeros(1, 6)})
 
 
+def test_components_of_other_units_do_not_flatten_each_other() -> None:
+    """Positions in metres beside currents in milliamperes: both have unit deviation after normalisation."""
+    mean = torch.tensor([0.5, 0.0, -400.0])
+    std = torch.tensor([0.014, 0.014, 300.0])
+    floored = floor_deviations({"observation.state": {"mean": mean, "std": std}})["observation.state"]
+    assert torch.equal(floored["std"], std)
+
+
+@given(st.lists(st.sampled_from([1e-3, 1.0, 1e3, 1e6]), min_size=4, max_size=4))
+def test_bounds_follow_the_units_of_each_component(units: list[float]) -> None:
+    scale = torch.tensor(units)
+    mean, std = torch.tensor([0.0, 1.0, -2.0, 0.3]), torch.tensor([1.0, 0.05, 0.04, 0.3])
+    before = floor_deviations({"observation.state": {"mean": mean, "std": std}})
+    after = floor_deviations({"observation.state": {"mean": mean * scale, "std": std * scale}})
+    torch.testing.assert_close(after["observation.state"]["std"], before["observation.state"]["std"] * scale)
+
+
+def test_components_that_hardly_vary_stay_small_when_they_move() -> None:
+    """By hand: the largest deviation is .3, of which 1 % is .003."""
+    stats = {
+        # A position; a constant number; rounding around zero; one that varies by a thousandth of its magnitude, .1.
+        "mean": torch.tensor([0.5, 1.0, 6e-7, 0.1]),
+        "std": torch.tensor([0.3, 0.0, 1e-6, 1e-4]),
+    }
+    floored = floor_deviations({"observation.state": stats})["observation.state"]
+    torch.testing.assert_close(floored["std"], torch.tensor([0.3, 0.003, 0.003, 0.001]), rtol=1e-4, atol=0)
+
+
 def test_bounded_deviations_leave_the_original_alone() -> None:
     floored = floor_deviations(STATS)
     torch.testing.assert_close(
