@@ -153,7 +153,7 @@ def run(quick: bool = False) -> list[dict]:
     Args:
         quick: Few rounds.
     """
-    env_cfg = MetaworldStateEnv(task=json.loads(RECIPE.read_text())["env"]["task"])
+    env_cfg = MetaworldStateEnv(task=json.loads(RECIPE.read_text(encoding="utf-8"))["env"]["task"])
     collection = CollectionConfig()
     with contestants(env_cfg, collection) as actors:
         ours, stock, stock_on_fast = actors

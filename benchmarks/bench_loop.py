@@ -112,7 +112,10 @@ class Loop:
         command += [f"--policy.path={policy}", f"--output_dir={output}", "--steps=1000000"]
         command += ["--policy.online_steps=1000000000", "--env_eval_freq=0", "--save_freq=0"]
         command += [f"--policy.actor_learner_config.learner_port={port}"]
-        self._metrics, self._log = output / FILE_NAME, (output.parent / "loop.log").open("w")
+        self._metrics, self._log = (
+            output / FILE_NAME,
+            (output.parent / "loop.log").open("w", encoding="utf-8"),
+        )
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT)
 
     def warm_up(self) -> None:
@@ -155,7 +158,7 @@ class Loop:
         return self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
 
     def _tail(self) -> str:
-        return "\n".join(Path(self._log.name).read_text().splitlines()[-15:])
+        return "\n".join(Path(self._log.name).read_text(encoding="utf-8").splitlines()[-15:])
 
     def _family(self) -> list[psutil.Process]:
         launcher = psutil.Process(self._process.pid)
@@ -221,7 +224,7 @@ def run(quick: bool = False) -> list[dict]:
     Args:
         quick: Few rounds.
     """
-    env_cfg = MetaworldStateEnv(task=json.loads(RECIPE.read_text())["env"]["task"])
+    env_cfg = MetaworldStateEnv(task=json.loads(RECIPE.read_text(encoding="utf-8"))["env"]["task"])
     collection = CollectionConfig()
     chunk = PIRLConfig(push_to_hub=False).n_action_steps
     decisions = EPISODES * env_cfg.episode_length // chunk

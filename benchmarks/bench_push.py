@@ -28,7 +28,9 @@ ROUNDS = 40
 
 def make_algorithm() -> PIRLAlgorithm:
     """The algorithm around a compact policy with the recipe's environment."""
-    features = env_to_policy_features(MetaworldStateEnv(task=json.loads(RECIPE.read_text())["env"]["task"]))
+    features = env_to_policy_features(
+        MetaworldStateEnv(task=json.loads(RECIPE.read_text(encoding="utf-8"))["env"]["task"])
+    )
     outputs = {key: value for key, value in features.items() if value.type is FeatureType.ACTION}
     inputs = {key: value for key, value in features.items() if key not in outputs}
     config = PIRLConfig(device="cpu", push_to_hub=False, input_features=inputs, output_features=outputs)

@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     command = " ".join(["python", *pytest_command([])[1:]])
     report = {"command": command, "with_also": f"-p {PLUGIN}", "versions": versions, **found}
-    options.results.write_text(json.dumps(report, indent=1) + "\n")
+    options.results.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({name: found[name] for name in ("without", "with", "different")}, indent=1))
     return 1 if found["different"] else 0
 

@@ -128,7 +128,7 @@ def save(rows: list[Row], seconds: float, complete: bool) -> Path:
     names = [f"{now:%Y-%m-%d}.json", "latest.json"] if complete else ["partial.json"]
     RESULTS.mkdir(exist_ok=True)
     for name in names:
-        (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n")
+        (RESULTS / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return RESULTS / names[0]
 
 

@@ -112,7 +112,7 @@ def soak(mode: str, seconds: float, every: float, file: Path) -> list[dict[str, 
     with (
         tempfile.TemporaryDirectory() as folder,
         training(Path(folder), MODES[mode]) as run,
-        file.open("w") as lines,
+        file.open("w", encoding="utf-8") as lines,
     ):
         began = time.monotonic()
         while time.monotonic() < began + seconds:

@@ -25,7 +25,7 @@ def main() -> None:
         lines.append(json.dumps({"task": task, "ratio": round(row["value"], 2), "detail": row["detail"]}))
         print(lines[-1], file=sys.stderr, flush=True)
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines) + "\n")
+    RESULT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     slowest, fastest = min(ratios, key=ratios.__getitem__), max(ratios, key=ratios.__getitem__)
     below = sum(ratio < TARGET for ratio in ratios.values())
     print(

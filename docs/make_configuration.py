@@ -163,7 +163,7 @@ def page() -> str:
 
 def run_table() -> str:
     """Rows of LeRobot's fields, with their defaults and the recipe's values."""
-    recipe = json.loads((PAGE.parent.parent / "recipes/metaworld.json").read_text())
+    recipe = json.loads((PAGE.parent.parent / "recipes/metaworld.json").read_text(encoding="utf-8"))
     rows = []
     for name, meaning in RUN_FIELDS.items():
         stated = _look_up(recipe, name)
@@ -286,5 +286,5 @@ def _escape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
+    PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)

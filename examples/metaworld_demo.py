@@ -73,7 +73,7 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     layout = "{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}" if total else "{desc}: {elapsed}"
     with (
-        stage.log.open("w") as log,
+        stage.log.open("w", encoding="utf-8") as log,
         tqdm(desc=stage.title, total=total, bar_format=layout, mininterval=0.5, miniters=0) as bar,
         subprocess.Popen(
             [str(BIN / stage.command[0]), *stage.command[1:]],
@@ -90,7 +90,7 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
             done = progress(line) if progress else None
             bar.update(0 if done is None else min(done, total or done) - bar.n)
     if process.returncode:
-        tail = "\n".join(stage.log.read_text().splitlines()[-15:])
+        tail = "\n".join(stage.log.read_text(encoding="utf-8").splitlines()[-15:])
         raise SystemExit(
             f"{stage.title} failed (exit code {process.returncode}); the end of {stage.log}:\n{tail}"
         )
@@ -104,7 +104,7 @@ def training_step(line: str) -> int | None:
 
 def environment_arguments(recipe: str = "metaworld") -> list[str]:
     """The environment of a recipe, but for the task, as it is named on the command line."""
-    env = json.loads((ROOT / f"recipes/{recipe}.json").read_text())["env"]
+    env = json.loads((ROOT / f"recipes/{recipe}.json").read_text(encoding="utf-8"))["env"]
     return [f"--env.{name}={value}" for name, value in env.items() if name != "task"]
 
 
@@ -174,7 +174,10 @@ def evaluation_command(
 def evaluate(title: str, checkpoint: Path, folder: Path, log: Path) -> float:
     """Success of a checkpoint on the held-out starts."""
     run(Stage(title, evaluation_command(TASK, checkpoint, NUM_EVALUATIONS, folder), log))
-    return float(json.loads((folder / "eval_info.json").read_text())["overall"]["pc_success"]) / 100
+    return (
+        float(json.loads((folder / "eval_info.json").read_text(encoding="utf-8"))["overall"]["pc_success"])
+        / 100
+    )
 
 
 def interval(success: float, count: int) -> tuple[float, float]:
@@ -186,7 +189,7 @@ def interval(success: float, count: int) -> tuple[float, float]:
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
     """The learner's metrics, one row per iteration."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def draw_curve(rows: list[dict[str, float]], summary: Summary, file: Path) -> None:
@@ -239,7 +242,7 @@ def demo(seed: int, output: Path) -> Summary:
     command = demonstrations_command(TASK, NUM_DEMONSTRATIONS, seed, demonstrations)
     run(Stage(f"1/5 {NUM_DEMONSTRATIONS} demonstrations", command, logs / "demonstrations.log"))
     supervised = output / "supervised"
-    steps = json.loads((ROOT / "recipes/metaworld_supervised.json").read_text())["steps"]
+    steps = json.loads((ROOT / "recipes/metaworld_supervised.json").read_text(encoding="utf-8"))["steps"]
     command = supervised_command(demonstrations, supervised, seed)
     run(Stage("2/5 supervised training", command, logs / "supervised.log"), steps, training_step)
     before_checkpoint = supervised / "checkpoints/last/pretrained_model"
@@ -257,7 +260,7 @@ def demo(seed: int, output: Path) -> Summary:
     summary = Summary(
         TASK, seed, NUM_EVALUATIONS, before, after, steps_used, round(minutes, 2), str(checkpoint)
     )
-    (output / "summary.json").write_text(json.dumps(asdict(summary), indent=4) + "\n")
+    (output / "summary.json").write_text(json.dumps(asdict(summary), indent=4) + "\n", encoding="utf-8")
     draw_curve(rows, summary, output / "learning_curve.png")
     return summary
 

@@ -97,7 +97,7 @@ class CurveWriter:
     def __init__(self, file: Path, settings: dict[str, Any]) -> None:
         self._file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"settings": settings}) + "\n")
+        file.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
 
     def add(self, point: Point) -> None:
         """Appends an evaluation."""
@@ -108,7 +108,7 @@ class CurveWriter:
         self._append({"held_out": asdict(held_out)})
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self._file.open("a") as stream:
+        with self._file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
 
 
@@ -118,7 +118,7 @@ def run_file(folder: Path, method: str, task: str, seed: int) -> Path:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def finished(file: Path) -> bool:
@@ -171,7 +171,7 @@ def _clock(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
 def _demo_result(file: Path) -> HeldOut | None:
     """What the demo wrote for this run, beside it or one folder above."""
     for summary in (file.parent / "summary.json", file.parent.parent / "summary.json"):
-        found = json.loads(summary.read_text()) if summary.exists() else {}
+        found = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
         if "pi_rl_success" in found:
             return HeldOut(success=found["pi_rl_success"], n=found["n_eval"])
     return None
@@ -180,7 +180,7 @@ def _demo_result(file: Path) -> HeldOut | None:
 def _grid_result(file: Path) -> HeldOut | None:
     """What the grid's summary, one folder above, says of this curve."""
     summary = file.parent.parent / "summary.json"
-    rows = json.loads(summary.read_text()).get("rows", []) if summary.exists() else []
+    rows = json.loads(summary.read_text(encoding="utf-8")).get("rows", []) if summary.exists() else []
     for row in rows:
         if f"{row['task']}_{row['seed']}_{row['variant']}" == file.stem and row["best"] is not None:
             return HeldOut(

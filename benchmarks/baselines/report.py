@@ -172,7 +172,7 @@ def main() -> None:
     minutes = options.minutes or min(curve.minutes[-1] for curve in ends)
     text = table(curves, steps, minutes, options.level)
     options.results_dir.mkdir(parents=True, exist_ok=True)
-    (options.results_dir / f"{options.task}.md").write_text(text)
+    (options.results_dir / f"{options.task}.md").write_text(text, encoding="utf-8")
     draw(curves, options.task, options.results_dir / f"{options.task}.png")
     print(text)
 

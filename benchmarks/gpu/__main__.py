@@ -70,7 +70,7 @@ def save(rows: list[Row], options: argparse.Namespace) -> Path:
     }
     file = options.output or RESULTS / "gpu" / f"{options.size}_{options.device}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=2) + "\n")
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return file
 
 

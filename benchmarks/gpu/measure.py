@@ -104,7 +104,7 @@ def cost_of(device: str, work: Callable[[], Any]) -> Cost:
     """Measures some work."""
     if device != "cuda":
         if FORGET.exists():
-            FORGET.write_text("5")
+            FORGET.write_text("5", encoding="utf-8")
         start = time.perf_counter()
         result = work()
         return Cost(time.perf_counter() - start, _peak_in_main_memory(), result)
@@ -117,7 +117,7 @@ def cost_of(device: str, work: Callable[[], Any]) -> Cost:
 
 
 def _peak_in_main_memory() -> float | None:
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    lines = STATUS.read_text(encoding="utf-8").splitlines() if STATUS.exists() else []
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM:")), None)
 
 

@@ -90,7 +90,7 @@ class Processes:
         Raises:
             Stopped: If the user stopped it.
         """
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
                 stdin=subprocess.DEVNULL,
@@ -285,13 +285,17 @@ class Runner:
 def _add_seconds(stage: Stage, seconds: float) -> float:
     """Adds up the time of a stage that is stopped and resumed."""
     file = stage.folder / "seconds.txt"
-    total = seconds + (float(file.read_text()) if file.exists() else 0.0)
-    file.write_text(f"{total:.1f}\n")
+    total = seconds + (float(file.read_text(encoding="utf-8")) if file.exists() else 0.0)
+    file.write_text(f"{total:.1f}\n", encoding="utf-8")
     return round(total, 1)
 
 
 def _describe_failure(stage: Stage, code: int) -> str:
-    tail = stage.log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if stage.log.exists() else []
+    tail = (
+        stage.log.read_text(errors="replace", encoding="utf-8").splitlines()[-TAIL_LINES:]
+        if stage.log.exists()
+        else []
+    )
     how = f"exit code {code}" if code else "ended before its budget was used"
     again = "; remove the folder to start it over" if stage.can_resume else ""
     where = os.path.relpath(stage.log, ROOT)

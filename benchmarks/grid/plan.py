@@ -125,7 +125,7 @@ def load(name: str) -> Grid:
     """
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.json")))
         raise GridError(f"there is no grid file {path}; there are: {known}") from None

@@ -109,8 +109,8 @@ def summarise(grid: Grid, output: Path = OUTPUT, results: Path = RESULTS) -> str
         "rows": [asdict(row) for row in rows],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "table.md").write_text(text)
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(text, encoding="utf-8")
     _write_curves(folder / "curves", curves)
     if curves:
         draw(rows, curves, folder / "curves.png")
@@ -120,7 +120,7 @@ def summarise(grid: Grid, output: Path = OUTPUT, results: Path = RESULTS) -> str
 def _complete_in(folder: Path) -> int:
     """How many complete cells a folder of results holds."""
     file = folder / SUMMARY
-    return int(json.loads(file.read_text())["complete"]) if file.exists() else 0
+    return int(json.loads(file.read_text(encoding="utf-8"))["complete"]) if file.exists() else 0
 
 
 def _write_curves(folder: Path, curves: Mapping[Cell, Curve]) -> None:
@@ -130,7 +130,7 @@ def _write_curves(folder: Path, curves: Mapping[Cell, Curve]) -> None:
         old.unlink()
     for cell, curve in curves.items():
         lines = "".join(json.dumps(line) + "\n" for line in curve)
-        (folder / f"{cell.label}.jsonl").write_text(lines)
+        (folder / f"{cell.label}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def row_of(cell: Cell, output: Path = OUTPUT) -> Row | None:
@@ -194,7 +194,7 @@ def _per_task(cell: Cell, evaluations: Mapping[str, Stage]) -> dict[str, dict[st
 
 def read_counters(run: Path) -> dict[str, Any]:
     """Counters of the end of a run; the best version is that of the link, set after the last checkpoint as well."""
-    counters = json.loads((run / "checkpoints/last/training_state/counters.json").read_text())
+    counters = json.loads((run / "checkpoints/last/training_state/counters.json").read_text(encoding="utf-8"))
     return counters | {"best_version": int((run / "checkpoints/best").resolve().name.removesuffix("-best"))}
 
 

@@ -86,12 +86,12 @@ class Stage:
 
     def result(self) -> dict[str, Any]:
         """How it was made."""
-        return json.loads(self.result_file.read_text())
+        return json.loads(self.result_file.read_text(encoding="utf-8"))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks it as complete."""
         aside = self.result_file.with_suffix(".writing")
-        aside.write_text(json.dumps(result, indent=2) + "\n")
+        aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         aside.replace(self.result_file)
 
     @property
@@ -198,14 +198,14 @@ def successes(stage: Stage) -> list[float]:
 
 
 def _evaluation(stage: Stage) -> dict[str, Any]:
-    return json.loads((stage.output / "eval_info.json").read_text())
+    return json.loads((stage.output / "eval_info.json").read_text(encoding="utf-8"))
 
 
 def reached_end(output: Path) -> bool:
     """Whether a run of PI-RL used its budget, or was good enough; one that was stopped from outside did not."""
     last = output / "checkpoints/last"
-    counters = json.loads((last / "training_state/counters.json").read_text())
-    config = json.loads((last / "pretrained_model/train_config.json").read_text())
+    counters = json.loads((last / "training_state/counters.json").read_text(encoding="utf-8"))
+    config = json.loads((last / "pretrained_model/train_config.json").read_text(encoding="utf-8"))
     wanted = config["algorithm"]["stop_success"]
     return (
         counters["env_steps"] >= config["policy"]["online_steps"]

@@ -279,7 +279,7 @@ def _kind(path: str) -> str:
     """Name of the policy in a stock checkpoint that LeRobot has begun to read."""
     folder = Path(path)
     file = folder / CONFIG_NAME if folder.is_dir() else Path(hf_hub_download(path, CONFIG_NAME))
-    return str(json.loads(file.read_text()).get("type"))
+    return str(json.loads(file.read_text(encoding="utf-8")).get("type"))
 
 
 def _check_multi_task_dit(config: Any) -> None:

@@ -400,7 +400,7 @@ def owning(output_dir: Path) -> Iterator[None]:
         InUse: If another learner owns it.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK_FILE).open("a") as lock:
+    with (output_dir / LOCK_FILE).open("a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -100,7 +100,7 @@ def wrap_stock_policy(arguments: Sequence[str]) -> list[str]:
     policy = _policy_section(file)
     path = _value(arguments, POLICY_PATH) or policy.get("path")
     config = _find_config(str(path)) if path else None
-    kind = json.loads(config.read_text()).get("type") if config else None
+    kind = json.loads(config.read_text(encoding="utf-8")).get("type") if config else None
     if kind not in STOCK:
         _refuse_other_policy(arguments, str(path), kind)
         _refuse_two_bases(arguments, _value(arguments, BASE_PATH) or policy.get("base_path"), policy)
@@ -149,7 +149,7 @@ def _policy_section(file: str | None) -> dict[str, Any]:
     if file is None or not Path(file).is_file():
         return {}
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         return {}
     policy = content.get("policy") if isinstance(content, dict) else None
@@ -158,8 +158,8 @@ def _policy_section(file: str | None) -> dict[str, Any]:
 
 def _without_base(file: str, policy: dict[str, Any]) -> str:
     """A copy of a configuration file with another section of the policy, which this process removes when it ends."""
-    content = yaml.safe_load(Path(file).read_text()) | {"policy": {"type": "pi_rl", **policy}}
-    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as copy:
+    content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) | {"policy": {"type": "pi_rl", **policy}}
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False, encoding="utf-8") as copy:
         json.dump(content, copy)
     atexit.register(Path(copy.name).unlink, missing_ok=True)
     return copy.name
@@ -236,7 +236,7 @@ def log_to(file: Path) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
-    to_file, to_console = LogFile(file), ConsoleHandler()
+    to_file, to_console = LogFile(file, encoding="utf-8"), ConsoleHandler()
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     to_console.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(to_file)

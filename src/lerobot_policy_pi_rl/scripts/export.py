@@ -64,7 +64,7 @@ def export(path: Path, output_dir: Path) -> str:
     assert isinstance(base, StockBase)
     stock = base.export()
     # Where it was trained, as the checkpoint says: here may be no GPU, and LeRobot keeps a "cpu" wherever it finds it.
-    stock.config.device = json.loads((path / CONFIG_NAME).read_text())["device"]
+    stock.config.device = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))["device"]
     stock.save_pretrained(output_dir)
     for name in PROCESSORS:
         for file in path.glob(f"{name}*"):
