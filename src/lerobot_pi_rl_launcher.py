@@ -65,6 +65,14 @@ One actor, with the learner's configuration; each needs its own number:
     lerobot-pi-rl-actor --config_path=recipes/metaworld.json --algorithm.collection.actor_id=1
 """
     + _SETTINGS,
+    "supervised": """
+LeRobot's supervised training (lerobot-train) with this package's recipes, from any directory:
+    lerobot-pi-rl-supervised --config_path=recipes/metaworld_supervised.json --dataset.root=...
+With an environment, it validates and keeps the best checkpoint as checkpoints/best:
+    --env.type=metaworld_state --env.task=TASK --env_eval_freq=500 --save_freq=500
+    --patience=N       end after N validations in a row without a new best
+    --max_minutes=M    end at the first validation after M minutes
+""",
     "check": """
 What a run would begin with, without training:
     lerobot-pi-rl-check --config_path=recipes/metaworld.json
@@ -355,6 +363,11 @@ def check() -> None:
 def demos() -> None:
     """`lerobot-pi-rl-demos`."""
     _run("demos")
+
+
+def supervised() -> None:
+    """`lerobot-pi-rl-supervised`."""
+    _run("supervised")
 
 
 def export() -> None:
