@@ -172,11 +172,26 @@ def without(arguments: Sequence[str], name: str) -> list[str]:
 
 
 def with_output_dir(arguments: list[str]) -> list[str]:
-    """Names an output folder where none is named, so that learner and actors share one."""
+    """Names an output folder where none is named, so that learner and actors share one.
+
+    A resumed run goes on where its checkpoint lies, wherever it was when the checkpoint was written.
+    """
+    if option(arguments, "output_dir") is None and (home := resumed_folder(arguments)) is not None:
+        return [*arguments, f"--output_dir={home}"]
     if setting(arguments, "output_dir"):
         return arguments
     now = dt.datetime.now()
     return [*arguments, f"--output_dir=outputs/train/{now:%Y-%m-%d}/{now:%H-%M-%S}_pi_rl"]
+
+
+def resumed_folder(arguments: list[str]) -> Path | None:
+    """Output folder of the run whose checkpoint `--config_path` names, if it is to be resumed."""
+    given = option(arguments, CONFIG_PATH)
+    if given is None or setting(arguments, "resume") not in (True, "true"):
+        return None
+    place = Path(given).absolute()
+    checkpoint = (place.parent if place.is_file() else place).parent
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
 
 
 def with_actors(arguments: list[str]) -> list[str]:

@@ -129,6 +129,20 @@ def test_settings_come_from_the_command_line_first_and_then_from_the_file(tmp_pa
     assert named.startswith("--output_dir=outputs/train/")
 
 
+@pytest.mark.parametrize("resume", [["--resume=true"], []])
+def test_a_resumed_run_goes_on_where_its_checkpoint_lies(tmp_path: Path, resume: list[str]) -> None:
+    """On the command line or, if it was resumed before, in its own file; that names the folder where it was then."""
+    file = tmp_path / "checkpoints/last/pretrained_model/train_config.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"output_dir": "where/it/was", "resume": not resume}))
+    for named in (file, file.parent):
+        arguments = [f"--config_path={named}", *resume]
+        assert launcher.with_output_dir(arguments)[-1] == f"--output_dir={tmp_path}"
+        assert launcher.with_output_dir([*arguments, "--output_dir=new"])[-1] == "--output_dir=new"
+    fresh = [f"--config_path={file}", "--resume=false"]
+    assert launcher.with_output_dir(fresh) == fresh
+
+
 @pytest.mark.parametrize("given", [["--actors=3"], ["--actors", "3"]])
 def test_the_number_of_actors_is_a_setting_of_the_collection(given: list[str]) -> None:
     arguments = launcher.with_actors(["--config_path=run.json", *given, "--seed=1"])

@@ -20,7 +20,7 @@ from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime import checkpoint, pipeline
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError
 from lerobot_policy_pi_rl.runtime.collector import Collector
-from lerobot_policy_pi_rl.runtime.handshake import settings_differences
+from lerobot_policy_pi_rl.runtime.handshake import flat_settings, settings_differences
 from lerobot_policy_pi_rl.runtime.learner import Learner
 from lerobot_policy_pi_rl.runtime.pipeline import (
     PIRLTrainConfig,
@@ -328,6 +328,132 @@ def test_a_cut_checkpoint_is_not_resumed(make_cfg: MakeConfig, saved: Path) -> N
     ) as error:
         make_cfg("--resume=true")
     one_line(error)
+
+
+# A run that was moved
+
+
+@pytest.fixture
+def resume_by_file(monkeypatch: pytest.MonkeyPatch) -> MakeConfig:
+    """Reads a checkpoint's own configuration with LeRobot's parser, as the commands do, and validates it."""
+
+    def make(file: Path, *arguments: str, actor: bool = False) -> PIRLTrainConfig:
+        given = [f"--config_path={file}", "--resume=true", *arguments]
+        monkeypatch.setattr(sys, "argv", ["test", *given])
+        cfg = PIRLTrainConfig.from_pretrained(file, cli_args=given[1:])
+        cfg.is_actor = actor
+        cfg.validate()
+        return cfg
+
+    return make
+
+
+OWN_FILE = "pretrained_model/train_config.json"
+
+
+@pytest.mark.parametrize("actor", [False, True])
+@pytest.mark.parametrize("checkpoint", ["last", "000000"])
+def test_a_run_that_was_moved_goes_on_where_its_checkpoint_lies(
+    resume_by_file: MakeConfig, saved: Path, tmp_path: Path, actor: bool, checkpoint: str
+) -> None:
+    """Its checkpoint's configuration still names the old folder, in which another run may have begun since."""
+    moved = tmp_path / "elsewhere"
+    saved.parents[1].rename(moved)
+    cfg = resume_by_file(moved / "checkpoints" / checkpoint / OWN_FILE, actor=actor)
+    assert cfg.output_dir == moved
+    assert cfg.checkpoint_path == moved / "checkpoints/000000"
+    named = resume_by_file(
+        moved / "checkpoints" / checkpoint / OWN_FILE, f"--output_dir={tmp_path / 'new'}", actor=actor
+    )
+    assert named.output_dir == tmp_path / "new"
+
+
+def test_a_checkpoint_is_found_from_its_own_folder(
+    resume_by_file: MakeConfig, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved / "pretrained_model")
+    cfg = resume_by_file(Path("train_config.json"))
+    assert (cfg.output_dir, cfg.checkpoint_path) == (saved.parents[1], saved)
+
+
+def test_a_run_whose_checkpoints_are_on_another_disk_goes_on_in_its_folder(
+    resume_by_file: MakeConfig, saved: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    saved.parent.rename(disk)
+    saved.parent.symlink_to(disk)
+    assert resume_by_file(saved.parent / "last" / OWN_FILE).output_dir == saved.parents[1]
+
+
+def test_a_checkpoint_in_no_run_needs_to_be_told_where_to_go_on(
+    resume_by_file: MakeConfig, saved: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "backup"
+    saved.rename(alone)
+    with pytest.raises(ConfigError, match=r"output_dir.*say with --output_dir=\.\.\. where") as error:
+        resume_by_file(alone / OWN_FILE)
+    one_line(error)
+    assert resume_by_file(alone / OWN_FILE, f"--output_dir={tmp_path / 'new'}").output_dir == tmp_path / "new"
+    # An actor writes nothing but its log.
+    assert resume_by_file(alone / OWN_FILE, actor=True).output_dir == tmp_path / "run"
+
+
+def test_a_run_is_not_written_over_another_one(
+    resume_by_file: MakeConfig, saved: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"output_dir.*other holds the checkpoints of another run") as error:
+        resume_by_file(saved / OWN_FILE, f"--output_dir={other}")
+    one_line(error)
+
+
+def test_stored_paths_do_not_depend_on_the_working_directory(
+    make_cfg: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/meta").mkdir(parents=True)
+    (tmp_path / "data/meta/info.json").write_text("{}")
+    (tmp_path / "token").write_text("a" * 32)
+    cfg = make_cfg(
+        "--dataset.repo_id=me/data",
+        "--dataset.root=data",
+        "--algorithm.security.token_file=token",
+        "--algorithm.security.certificate=of/the/robot.pem",
+        "--algorithm.security.key=~/of/each/machine.pem",
+    )
+    stored = cfg.to_dict()
+    assert stored["dataset"]["root"] == str(tmp_path / "data")
+    assert stored["algorithm"]["security"]["token_file"] == str(tmp_path / "token")
+    # One that is not there is told of as it was written.
+    assert stored["algorithm"]["security"]["certificate"] == "of/the/robot.pem"
+    assert stored["algorithm"]["security"]["key"] == "~/of/each/machine.pem"
+
+
+def test_a_data_set_that_was_moved_is_one_line_with_the_option(make_cfg: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.root.*name the folder .* with --dataset.root=") as error:
+        make_cfg("--dataset.repo_id=me/data", f"--dataset.root={tmp_path / 'gone'}")
+    one_line(error)
+
+
+def test_every_setting_that_names_a_file_is_known() -> None:
+    """Of a run on a robot, which has the most of them; a new one is to be stored absolute, too, or named here."""
+    stated = {
+        "policy": {"type": "pi_rl", "device": "cpu"},
+        "algorithm": {"type": "pi_rl"},
+        "dataset": {"repo_id": "me/data"},
+        "env": {
+            "type": "gym_manipulator",
+            "robot": {"type": "so101_follower", "port": "/dev/ttyACM0"},
+            "teleop": {"type": "so101_leader", "port": "/dev/ttyACM1"},
+            "processor": {"reward_classifier": {}},
+        },
+    }
+    settings = flat_settings(draccus.encode(draccus.decode(PIRLTrainConfig, stated)))
+    ends = ("path", "dir", "root", "file", "certificate", "key", "authority")
+    found = {name for name in settings if name.endswith(ends)}
+    # Where the run itself is, which is looked for anew.
+    assert found == {*pipeline.STORED_PATHS, "output_dir", "checkpoint_path"}
 
 
 # A policy that was trained before

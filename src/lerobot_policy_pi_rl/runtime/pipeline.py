@@ -51,6 +51,20 @@ BEGINNINGS = ("type", "path", "base_path", "pretrained_path")
 # Settings of a policy that are one value, though they have names in them.
 WHOLE_SETTINGS = ("input_features", "output_features", "normalization_mapping")
 
+# Settings that name a file or a folder. A run stores them absolute, so that any working directory can resume it.
+STORED_PATHS = (
+    "algorithm.security.authority",
+    "algorithm.security.certificate",
+    "algorithm.security.key",
+    "algorithm.security.token_file",
+    "dataset.root",
+    "env.processor.reward_classifier.pretrained_path",
+    "env.robot.calibration_dir",
+    "env.teleop.calibration_dir",
+    "policy.base_path",
+    "policy.pretrained_path",
+)
+
 # Settings of an environment that do not change what it does.
 COSMETIC_ENV_SETTINGS = ("render_mode", "max_parallel_tasks", "disable_env_checker")
 
@@ -97,6 +111,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             self.resume = self._has_checkpoint()
         if self.resume:
             self._resume_policy()
+            self._resume_folder()
         self._validate_as_lerobot_does()
         if not isinstance(self.policy, PIRLConfig):
             kind = self.policy and self.policy.type
@@ -107,6 +122,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                 + " by --policy.type=pi_rl --policy.base_path=...",
             )
         self.algorithm.policy_config = self.policy
+        self._make_paths_absolute()
         if self.is_actor and self.algorithm.collection.device is not None:
             self._check_device(self.algorithm.collection.device)
             self.policy.place_on(self.algorithm.collection.device)
@@ -141,8 +157,8 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         if root is not None and not (Path(root) / INFO_PATH).is_file():
             raise config_error(
                 "dataset.root",
-                f"{root} is not a LeRobotDataset: {INFO_PATH} is missing; name the folder that holds it, or leave "
-                "dataset.root out to download dataset.repo_id",
+                f"{root} is not a LeRobotDataset: {INFO_PATH} is missing; name the folder that holds it with "
+                "--dataset.root=..., or leave dataset.root out to download dataset.repo_id",
             )
         length = getattr(env, "episode_length", None)
         if algorithm.advantage == "group" and length is not None:
@@ -260,6 +276,53 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             self.policy = PreTrainedConfig.from_pretrained(aside, cli_overrides=overrides)
         self.policy.pretrained_path = folder
 
+    def _resume_folder(self) -> None:
+        """Goes on in the run's folder that holds the checkpoint, unless `--output_dir` says otherwise.
+
+        The folder in the checkpoint's own configuration is where the run was when it was saved. It may have been moved
+        or copied since, and the name may be relative to another working directory.
+
+        Raises:
+            ConfigError: If the checkpoint lies in no run's folder and none is named, or the named one has another run.
+        """
+        named = named_checkpoint()
+        if named is None:
+            return
+        home = run_folder(named)
+        if parser.parse_arg("output_dir") is None:
+            check(
+                self.is_actor or home is not None,
+                "output_dir",
+                f"is missing; the checkpoint {named} does not lie in a run's folder (<run>/{CHECKPOINTS_DIR}): say "
+                "with --output_dir=... where the run is to go on",
+            )
+            self.output_dir = home or self.output_dir
+            return
+        output_dir = Path(self.output_dir or "")
+        other = (output_dir / CHECKPOINTS_DIR).exists() and (
+            home is None or home.resolve() != output_dir.resolve()
+        )
+        check(
+            self.is_actor or not other,
+            "output_dir",
+            f"{output_dir} holds the checkpoints of another run than {named}; leave --output_dir out to go on where "
+            "the checkpoint lies, or name a new folder",
+        )
+
+    def _make_paths_absolute(self) -> None:
+        """Makes stored paths independent of the working directory.
+
+        Names on the Hub and what does not exist stay as they are, and so does `~`, which each machine has of its own.
+        """
+        for name in STORED_PATHS:
+            *parents, last = name.split(".")
+            owner: Any = self
+            for parent in parents:
+                owner = getattr(owner, parent, None)
+            path = getattr(owner, last, None)
+            if path is not None and Path(path).exists():
+                setattr(owner, last, type(path)(Path(path).absolute()))
+
     def _has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from."""
         try:
@@ -275,15 +338,35 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             ConfigError: If neither is named.
             CheckpointError: If there is none.
         """
-        config_path = Path(parser.parse_arg("config_path") or "")
-        folder = config_path.parent if config_path.is_file() else config_path
-        if folder.name == PRETRAINED_MODEL_DIR:
-            return folder.resolve().parent
+        if (named := named_checkpoint()) is not None:
+            return named.resolve()
         if self.output_dir is None:
             raise config_error(
                 "resume", "needs the --output_dir of the run, or --config_path of one of its checkpoints"
             )
         return find_last(Path(self.output_dir))
+
+
+def named_checkpoint() -> Path | None:
+    """The checkpoint whose configuration `--config_path` names, by the file or its folder; None if it names none."""
+    given = parser.parse_arg("config_path")
+    if given is None:
+        return None
+    place = Path(given).absolute()
+    folder = place.parent if place.is_file() else place
+    return folder.parent if folder.name == PRETRAINED_MODEL_DIR else None
+
+
+def run_folder(checkpoint_dir: Path) -> Path | None:
+    """The output folder of the run that a checkpoint belongs to; None if it lies in none.
+
+    Args:
+        checkpoint_dir: Absolute; `last` and other links are followed only where that is needed.
+    """
+    for place in (checkpoint_dir, checkpoint_dir.resolve()):
+        if place.parent.name == CHECKPOINTS_DIR:
+            return place.parent.parent
+    return None
 
 
 def stated_policy(checkpoint_dir: Path) -> dict[str, Any]:

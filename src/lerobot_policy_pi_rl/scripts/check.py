@@ -28,7 +28,7 @@ NO_SIGNAL = 2
 def examine(cfg: PIRLTrainConfig) -> Advice:
     """Measures with a parsed configuration, prints what was found, and writes it to an output folder that is named."""
     torch.set_num_threads(1)
-    output_dir = cfg.output_dir
+    writes = cfg.output_dir is not None
     # Like an actor, it is welcome in the folder of a run.
     cfg.is_actor = True
     cfg.validate()
@@ -40,9 +40,10 @@ def examine(cfg: PIRLTrainConfig) -> Advice:
     findings = _measure(cfg)
     advice = advise(findings)
     print("\n".join([*table(findings), "", *sentences(advice)]), flush=True)
-    if output_dir is not None:
+    if writes:
+        assert cfg.output_dir is not None
         policy = str(parts(cfg)[0].pretrained_path)
-        write(Path(output_dir) / FILE_NAME, {"policy": policy}, findings, advice)
+        write(Path(cfg.output_dir) / FILE_NAME, {"policy": policy}, findings, advice)
     return advice
 
 
