@@ -16,6 +16,7 @@ from lerobot_policy_pi_rl.algorithm.advantages import (
     has_successor,
     next_values,
     normalise,
+    says_nothing,
     time_order,
     usable_rows,
 )
@@ -166,10 +167,59 @@ def _one_episode(reward: Tensor) -> DecisionBatch:
 
 
 def test_normalised_advantages() -> None:
-    advantage = normalise(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    raw = torch.tensor([1.0, 2.0, 3.0, 6.0, 1.0, 2.0, 3.0, 6.0])
+    advantage = normalise(raw, raw)
     assert advantage.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert advantage.std().item() == pytest.approx(1.0, abs=1e-6)
-    assert normalise(torch.full((5,), 3.0)).tolist() == [0.0] * 5
+    assert normalise(torch.full((9,), 3.0), torch.zeros(9)).tolist() == [0.0] * 9
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_a_handful_of_advantages_is_not_normalised(count: int) -> None:
+    """A deviation of one number is not a number, one of two says nothing: only the returns' scale is divided by."""
+    raw = torch.arange(1.0, count + 1)
+    assert normalise(raw, raw, 4.0).tolist() == (raw / 4).tolist()
+
+
+def test_advantages_that_are_next_to_nothing_beside_the_returns_are_not_blown_up() -> None:
+    """Deviations 1e-4 and 1: divided by a hundredth of the returns', they stay a hundredth."""
+    unit = torch.tensor([-1.0, 1.0] * 8)
+    advantage = normalise(1e-4 * unit, unit)
+    torch.testing.assert_close(advantage, 1e-2 * unit / unit.std(), rtol=1e-5, atol=0)
+
+
+NO, YES = False, True
+
+
+@pytest.mark.parametrize(
+    ("reward", "executed", "terminated", "silent"),
+    [
+        # No success, whether episodes failed by the task's rules or not.
+        ([0.0, 0.0, 0.0], [5, 5, 5], [NO, NO, NO], True),
+        ([0.0, 0.0, 0.0], [5, 5, 2], [NO, NO, YES], True),
+        # A cost of every step, the last chunk being cut by the time limit.
+        ([-0.5, -0.5, -0.2], [5, 5, 2], [NO, NO, NO], True),
+        # The same cost, and one episode that ended by success, or a bonus for staying alive and a fall.
+        ([-0.5, -0.5, -0.2], [5, 5, 2], [NO, NO, YES], False),
+        # All episodes are one decision: all worth the same, or their length is what differs.
+        ([1.0, 1.0, 1.0], [5, 3, 2], [YES, YES, YES], True),
+        ([-0.5, -0.3, -0.2], [5, 3, 2], [YES, YES, YES], False),
+        # One success, one shaped reward.
+        ([0.0, 0.0, 1.0], [5, 5, 5], [NO, NO, YES], False),
+        ([0.1, 0.1, 0.11], [5, 5, 5], [NO, NO, NO], False),
+        # Broken numbers are not silence, and nothing is.
+        ([0.0, float("nan"), 0.0], [5, 5, 5], [NO, NO, NO], False),
+        ([0.0, float("inf"), 0.0], [5, 5, 5], [NO, NO, NO], False),
+        ([], [], [], True),
+    ],
+)
+def test_rewards_that_tell_no_decision_from_another(
+    reward: list[float], executed: list[int], terminated: list[bool], silent: bool
+) -> None:
+    found = says_nothing(
+        torch.tensor(reward), torch.tensor(executed), torch.tensor(terminated, dtype=torch.bool)
+    )
+    assert found is silent
 
 
 # Groups of episodes from the same start

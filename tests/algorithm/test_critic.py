@@ -5,7 +5,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
-from lerobot_policy_pi_rl.algorithm.critic import SeparateCritic
+from lerobot_policy_pi_rl.algorithm.critic import Critic, SeparateCritic
 from lerobot_policy_pi_rl.errors import ConfigError
 
 STATE, TOP, WRIST = "observation.state", "observation.images.top", "observation.images.wrist"
@@ -66,3 +66,61 @@ def test_an_observation_that_lacks_a_picture_is_one_line(
     del seen[TOP]
     with pytest.raises(ConfigError, match=r"algorithm.critic_features.*images.top.*choose another"):
         critic.read(seen)
+
+
+# The scale of returns
+
+
+def test_returns_of_a_sparse_reward_are_left_as_they_are() -> None:
+    """Mean 1/2 and deviation 1/2: the root of their mean square is below 1."""
+    critic = Critic(3, [16])
+    weights = {name: value.clone() for name, value in critic.named_parameters()}
+    for _ in range(5):
+        critic.follow(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert (critic.offset.item(), critic.scale.item()) == (0.0, 1.0)
+    assert all(torch.equal(value, weights[name]) for name, value in critic.named_parameters())
+
+
+def test_larger_returns_are_centred_and_divided_by_their_running_deviation() -> None:
+    """Mean 30 and deviation 10, ten times 130 and 10: the variance is .9 * (100 + .1 * 100^2) + .1 * 100 = 1000."""
+    critic = Critic(3, [16])
+    critic.follow(torch.tensor([20.0, 40.0]))
+    assert (critic.offset.item(), critic.scale.item()) == (30.0, 10.0)
+    critic.follow(torch.tensor([20.0, 40.0]))
+    assert critic.scale.item() == pytest.approx(10.0)
+    for _ in range(8):
+        critic.follow(torch.tensor([20.0, 40.0]))
+    critic.follow(torch.tensor([120.0, 140.0]))
+    assert critic.offset.item() == pytest.approx(40.0)
+    assert critic.scale.item() == pytest.approx(1000.0**0.5)
+
+
+def test_nearly_equal_large_returns_are_not_blown_up() -> None:
+    critic = Critic(3, [16])
+    critic.follow(torch.tensor([-100.001, -99.999]))
+    assert (critic.offset.item(), critic.scale.item()) == (-100.0, 1.0)
+
+
+def test_values_stay_what_they_are_while_the_scale_changes() -> None:
+    torch.manual_seed(0)
+    critic, features = Critic(3, [16]), torch.randn(64, 3)
+    critic.follow(torch.zeros(1))
+    for target in (torch.tensor([-400.0, 900.0]), torch.tensor([0.0, 0.1]), torch.tensor([5.0, 7.0])):
+        before = critic.value(features)
+        critic.follow(target)
+        torch.testing.assert_close(critic.value(features), before, rtol=1e-4, atol=1e-3)
+
+
+def test_a_cold_critic_begins_at_the_mean_return() -> None:
+    torch.manual_seed(0)
+    critic = Critic(3, [16])
+    critic.follow(torch.tensor([-510.0, -490.0]))
+    assert critic.value(torch.randn(64, 3)).sub(-500).abs().max() < 10
+
+
+@pytest.mark.parametrize("target", [[], [1.0, float("nan")], [float("inf"), 2.0]])
+def test_returns_that_are_missing_or_broken_change_no_scale(target: list[float]) -> None:
+    critic = Critic(3, [16])
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    critic.follow(torch.tensor(target))
+    assert all(torch.equal(value, before[name]) for name, value in critic.state_dict().items())

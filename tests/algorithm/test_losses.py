@@ -100,3 +100,32 @@ def test_explained_variance() -> None:
     assert explained_variance(-target, target).item() == pytest.approx(-3.0)
     # Residuals 0, .5, 1, 1.5 have a quarter of the target's variance.
     assert explained_variance(target / 2, target).item() == pytest.approx(0.75)
+
+
+def test_the_variance_of_one_return_is_nothing_to_explain() -> None:
+    assert explained_variance(torch.ones(1), torch.zeros(1)).item() == 0.0
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("far", [100.0, -200.0, float("inf")])
+def test_a_log_ratio_out_of_all_bounds_leaves_the_gradients_of_the_others_alone(
+    far: float, advantage: float, dual_clip: float | None
+) -> None:
+    """With A = 1 and ratios 1 and .9 the gradients are -1/3 and -.9/3; without the bound they would be lost."""
+    log_ratio = torch.tensor([0.0, math.log(0.9), far], requires_grad=True)
+    loss = policy_loss(
+        log_ratio, torch.tensor([1.0, 1.0, advantage]), 0.2, dual_clip, torch.ones(3), log_ratio_bound=5.0
+    ).loss
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert log_ratio.grad.tolist() == pytest.approx([-1 / 3, -0.9 / 3, 0.0])
+
+
+def test_a_log_ratio_within_the_bound_is_left_alone() -> None:
+    log_ratio = torch.tensor([-4.9, 0.1, 4.9], requires_grad=True)
+    advantage = torch.tensor([-1.0, 1.0, -1.0])
+    found = [policy_loss(log_ratio, advantage, 0.2, log_ratio_bound=bound).loss for bound in (5.0, None)]
+    gradients = [torch.autograd.grad(loss, log_ratio)[0] for loss in found]
+    assert found[0] == found[1]
+    assert torch.equal(*gradients)

@@ -1,4 +1,4 @@
-"""Adam on float32 copies of weights in bfloat16."""
+"""AdamW on float32 copies of weights in bfloat16."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from torch import Tensor, nn
-from torch.optim import Adam
+from torch.optim import AdamW
 
 from lerobot_policy_pi_rl.algorithm import optimizer as optimizers
 from lerobot_policy_pi_rl.algorithm import pi_rl
@@ -30,7 +30,7 @@ def gradients(count: int) -> list[list[Tensor]]:
     return [[torch.randn(7, generator=generator), torch.randn(3, generator=generator)] for _ in range(count)]
 
 
-def follow(optimizer: Adam, trained: list[nn.Parameter], steps: list[list[Tensor]]) -> None:
+def follow(optimizer: AdamW, trained: list[nn.Parameter], steps: list[list[Tensor]]) -> None:
     for step in steps:
         optimizer.zero_grad()
         for weight, gradient in zip(trained, step, strict=True):
@@ -42,7 +42,7 @@ def test_in_float32_it_is_adam_to_the_bit() -> None:
     ours, plain = weights(torch.float32), weights(torch.float32)
     optimizer = PreciseAdam(ours, lr=1e-2)
     follow(optimizer, ours, gradients(5))
-    follow(Adam(plain, lr=1e-2, eps=1e-5, fused=True), plain, gradients(5))
+    follow(AdamW(plain, lr=1e-2, fused=True, weight_decay=0.0), plain, gradients(5))
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert set(optimizer.state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
 
@@ -52,8 +52,8 @@ def test_small_steps_add_up_in_bfloat16() -> None:
     exact = [nn.Parameter(weight.detach().float()) for weight in exact]
     downhill = [[torch.ones(7), torch.ones(3)]] * 100
     follow(PreciseAdam(ours, lr=SMALL), ours, downhill)
-    follow(Adam(plain, lr=SMALL, eps=1e-5, fused=True), plain, downhill)
-    follow(Adam(exact, lr=SMALL, eps=1e-5, fused=True), exact, downhill)
+    follow(AdamW(plain, lr=SMALL, fused=True, weight_decay=0.0), plain, downhill)
+    follow(AdamW(exact, lr=SMALL, fused=True, weight_decay=0.0), exact, downhill)
     for start, a, b, c in zip(weights(torch.bfloat16), ours, plain, exact, strict=True):
         # Nothing has happened without the copies: that is what they are for.
         assert torch.equal(b, start)
@@ -119,7 +119,7 @@ def test_offloaded_it_is_adam_to_the_bit(offloaded: Callable[[list[nn.Parameter]
     assert all(weight not in set(made.param_groups[0]["params"]) for weight in ours)
     # Nothing of a gradient stays with the weights.
     assert all(weight.grad is None for weight in ours)
-    follow(Adam(plain, lr=1e-2, eps=1e-5, fused=True), plain, steps)
+    follow(AdamW(plain, lr=1e-2, fused=True, weight_decay=0.0), plain, steps)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
@@ -154,4 +154,42 @@ def test_the_policy_s_optimizer_is_offloaded_if_it_is_to_be(make_algorithm: Make
         for offload, device in ((False, None), (True, "cpu")):
             make_algorithm(offload_optimizer=offload)
             policy, _ = made.call_args_list[-2:]
-            assert policy.kwargs == {"device": device}
+            assert policy.kwargs["device"] == device
+
+
+# Adam's constants
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decay_and_constants_are_those_of_adamw_to_the_bit(dtype: torch.dtype) -> None:
+    """In bfloat16 on the copies: a decay of 1e-4 of a weight near 1 would be rounded away there."""
+    ours = weights(dtype)
+    plain = [nn.Parameter(weight.detach().float()) for weight in ours]
+    settings = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.01}
+    # Gradients that bfloat16 can hold, so that both see the same ones.
+    steps = [[gradient.to(torch.bfloat16).float() for gradient in step] for step in gradients(20)]
+    follow(PreciseAdam(ours, **settings), ours, steps)
+    follow(AdamW(plain, **settings, fused=True), plain, steps)
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(ours, plain, strict=True))
+
+
+def test_both_optimizers_have_the_constants_of_the_settings(make_algorithm: MakeAlgorithm) -> None:
+    constants = {"betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1}
+    algorithm = make_algorithm(adam_betas=(0.8, 0.9), adam_eps=1e-3, weight_decay=0.1)
+    default = make_algorithm()
+    for name, optimizer in algorithm.optimizers.items():
+        assert {key: optimizer.defaults[key] for key in constants} == constants
+        plain = default.optimizers[name].defaults
+        assert (plain["betas"], plain["eps"], plain["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.0)
+
+
+def test_a_checkpoint_s_constants_give_way_to_those_of_the_settings(
+    make_algorithm: MakeAlgorithm, tmp_path: Path
+) -> None:
+    saved, resumed = make_algorithm(adam_eps=1e-5), make_algorithm(weight_decay=0.1)
+    save_optimizer_state(saved.optimizers, tmp_path)
+    load_optimizer_state(resumed.optimizers, tmp_path)
+    resumed.set_rates(1e-4)
+    for optimizer in resumed.optimizers.values():
+        (group,) = optimizer.param_groups
+        assert (group["eps"], group["weight_decay"]) == (1e-8, 0.1)

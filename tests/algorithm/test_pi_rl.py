@@ -1,6 +1,7 @@
 """The algorithm: one update of the policy and the critic, its guards, and what it stores and pushes."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,8 @@ def test_actors_can_have_the_improved_policy_before_the_critic_is_trained(
     [(policy, critic)] = seen
     assert same(policy, policy_of(algorithm))
     assert not same(policy, before[0])
-    assert same(critic, before[1])
+    weights = [name for name, _ in algorithm.critic.named_parameters()]
+    assert all(torch.equal(critic[name], before[1][name]) for name in weights)
     assert not same(critic, critic_of(algorithm))
     assert same(critic_of(algorithm), critic_of(other))
 
@@ -366,6 +368,166 @@ def test_divergence_stays_near_its_target_over_many_iterations(
         algorithm.update(iter([rollout]))
         measured.append(float(approximate_kl(log_ratio(algorithm, rollout))))
     assert max(measured[4:]) < 0.02 * 5
+
+
+def test_the_divergence_is_measured_after_the_last_step(
+    make_algorithm: MakeAlgorithm, collect: Collect, log_ratio: LogRatio
+) -> None:
+    """Before the only step of one epoch it is 0, whatever the step does."""
+    algorithm = make_algorithm(epochs=1, minibatch_size=256, lr=1e-3)
+    rollout = collect(algorithm, count=256)
+    found = algorithm.update(iter([rollout])).extra
+    assert found["approx_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert found["last_epoch_kl"] == pytest.approx(
+        float(approximate_kl(log_ratio(algorithm, rollout))), rel=1e-4
+    )
+    assert found["last_epoch_kl"] > 1e-4
+
+
+@pytest.mark.parametrize(("target_kl", "factor"), [(1e-6, 1 / 1.5), (100.0, 1.5)])
+def test_one_step_an_iteration_is_enough_for_the_schedule(
+    make_algorithm: MakeAlgorithm, collect: Collect, target_kl: float, factor: float
+) -> None:
+    algorithm = make_algorithm(epochs=1, minibatch_size=256, target_kl=target_kl, lr=1e-4)
+    iterate(algorithm, collect)
+    assert algorithm.lr == pytest.approx(1e-4 * factor)
+
+
+def test_the_divergence_costs_a_bounded_number_of_rows(
+    make_algorithm: MakeAlgorithm, collect: Collect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = make_algorithm(micro_batch_size=100)
+    material = algorithm.evaluate(collect(algorithm, count=1000))
+    scored, actual = [], algorithm.policy.score
+    monkeypatch.setattr(
+        algorithm.policy,
+        "score",
+        lambda context, *rest: scored.append(len(rest[0])) or actual(context, *rest),
+    )
+    algorithm.divergence(material)
+    assert scored == [86, 85, 85]
+
+
+def test_the_whole_first_minibatch_is_checked(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    """One decision of 48 is off, wherever it lies in the micro-batches of 16."""
+    for row in range(0, 48, 5):
+        algorithm = make_algorithm(micro_batch_size=16, minibatch_size=48)
+        rollout = collect(algorithm, count=48)
+        rollout.decisions.log_prob[row] += 0.005
+        with pytest.raises(RatioError):
+            algorithm.update(iter([rollout]))
+
+
+# Rollouts that say nothing
+
+
+def silence(rollout: Rollout, reward: float = 0.0) -> Rollout:
+    """The rollout with the same reward for all decisions, none of which ended its episode."""
+    decisions, count = rollout.decisions, len(rollout.decisions)
+    return replace(
+        rollout,
+        decisions=replace(
+            decisions,
+            reward=torch.full((count,), reward),
+            terminated=torch.zeros(count, dtype=torch.bool),
+            truncated=torch.ones(count, dtype=torch.bool),
+            next_row=torch.arange(count),
+            next_observation=decisions.observation,
+        ),
+        next_observations=rollout.observations,
+    )
+
+
+@pytest.mark.parametrize("reward", [0.0, -0.3, 50.0])
+def test_rollouts_without_any_difference_in_reward_move_nothing(
+    make_algorithm: MakeAlgorithm, collect: Collect, caplog: pytest.LogCaptureFixture, reward: float
+) -> None:
+    algorithm = make_algorithm(lr_schedule="adaptive", kl_coef=0.1, entropy_coef=0.1)
+    policy, critic, lr = policy_of(algorithm), critic_of(algorithm), algorithm.lr
+    for number in range(25):
+        found = algorithm.update(iter([silence(collect(algorithm, count=64, seed=number), reward)]))
+        assert (found.extra["signal"], found.extra["epochs"]) == (0.0, 0)
+        assert "value_loss" in found.losses
+    assert same(policy, policy_of(algorithm))
+    assert algorithm.lr == lr
+    assert not same(critic, critic_of(algorithm))
+    assert len([one for one in caplog.records if "tell no decision from another" in one.message]) == 1
+    assert iterate(algorithm, collect).extra["signal"] == 1.0
+    assert not same(policy, policy_of(algorithm))
+
+
+def test_demonstrations_teach_where_rewards_say_nothing_and_do_not_raise_the_learning_rate(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    batch = {"observation.state": torch.zeros(64, 4), "action": torch.full((64, 3, 2), 0.5)}
+    moved = {}
+    for shown in (None, batch):
+        algorithm = make_algorithm(demonstration_weight=0.1, target_kl=100.0, lr=1e-4)
+        algorithm.demonstrations = lambda count, shown=shown: shown
+        before = policy_of(algorithm)
+        # A first rollout with a signal, so that Adam has a momentum.
+        algorithm.update(iter([collect(algorithm, count=64)]))
+        before, lr = policy_of(algorithm), algorithm.lr
+        stats = algorithm.update(iter([silence(collect(algorithm, count=64, seed=1))]))
+        assert ("supervised_loss" in stats.losses) == (shown is not None)
+        assert algorithm.lr == lr
+        moved[shown is not None] = not same(before, policy_of(algorithm))
+    assert moved == {False: False, True: True}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_an_iteration_of_a_handful_of_decisions_is_an_iteration(
+    make_algorithm: MakeAlgorithm, collect: Collect, count: int
+) -> None:
+    algorithm = make_algorithm()
+    before = policy_of(algorithm)
+    rollout = collect(algorithm, count=count)
+    rewarded = replace(rollout, decisions=replace(rollout.decisions, reward=torch.arange(1.0, count + 1)))
+    stats = algorithm.update(iter([rewarded]))
+    assert stats.extra["skipped_steps"] == 0
+    assert all(math.isfinite(value) for value in stats.to_log_dict().values())
+    # One decision, like any that agree, says nothing about what would have been better.
+    assert same(before, policy_of(algorithm)) == (count == 1)
+
+
+# Rewards on another scale
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (30.0, 0.0), (30.0, -500.0), (0.01, 0.0)])
+def test_the_critic_explains_returns_of_any_scale(
+    make_algorithm: MakeAlgorithm, collect: Collect, scale: float, offset: float
+) -> None:
+    """A reward of 0 to 1, which the state tells; with the value clip and the Huber loss of the defaults."""
+    algorithm = make_algorithm(critic_warmup=100, epochs=6)
+    rollout = collect(algorithm, count=512)
+    told = rollout.decisions.observation["observation.state"][:, 0].clamp(min=0) * scale + offset
+    rollout = replace(rollout, decisions=replace(rollout.decisions, reward=told))
+    explained = [algorithm.update(iter([rollout])).extra["explained_variance"] for _ in range(12)]
+    assert explained[-1] > 0.7
+
+
+def test_the_scale_of_the_returns_is_part_of_the_state(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    algorithm, fresh = make_algorithm(), make_algorithm()
+    rollout = collect(algorithm)
+    large = replace(rollout, decisions=replace(rollout.decisions, reward=100 * rollout.decisions.reward))
+    algorithm.update(iter([large]))
+    assert algorithm.critic.scale > 10
+    fresh.load_state_dict(copy.deepcopy(algorithm.state_dict()))
+    assert same(critic_of(algorithm), critic_of(fresh))
+
+
+def test_a_checkpoint_from_before_there_was_a_scale_loads(make_algorithm: MakeAlgorithm) -> None:
+    algorithm, fresh = make_algorithm(), make_algorithm()
+    buffers = {f"critic.{name}" for name, _ in algorithm.critic.named_buffers()}
+    old = {name: value for name, value in algorithm.state_dict().items() if name not in buffers}
+    assert len(old) < len(algorithm.state_dict())
+    fresh.load_state_dict(copy.deepcopy(old))
+    # Its critic is not cold: a first scale may not change its values.
+    assert not fresh.critic.is_cold
+    algorithm.critic.rollouts.fill_(1)
+    assert same(critic_of(algorithm), critic_of(fresh))
 
 
 # Terms of the objective
@@ -518,6 +680,11 @@ def test_a_resumed_algorithm_goes_on_as_if_it_had_never_stopped(
         ({"dual_clip": 1.0}, r"algorithm.dual_clip.*above 1 or null"),
         ({"lr": 1.0}, r"algorithm.lr.*between lr_min=1e-06 and lr_max=0.001, got 1.0"),
         ({"lr_factor": 1.0}, r"algorithm.lr_factor.*above 1"),
+        ({"adam_eps": 0.0}, r"algorithm.adam_eps.*above 0"),
+        ({"adam_betas": (0.9, 1.0)}, r"algorithm.adam_betas.*at least 0 and below 1, got \[0.9, 1.0\]"),
+        ({"adam_betas": (0.9,)}, r"algorithm.adam_betas.*must be two numbers"),
+        ({"weight_decay": -0.1}, r"algorithm.weight_decay.*0 or above"),
+        ({"log_ratio_bound": 0.0}, r"algorithm.log_ratio_bound.*above 0 or null"),
         (
             {"lr_schedule": "cosine"},
             r"algorithm.lr_schedule.*'cosine' is unknown; choose one of .*'adaptive'",

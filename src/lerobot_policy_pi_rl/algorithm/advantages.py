@@ -188,6 +188,45 @@ def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
     return GroupTargets(advantage[episode], informative[episode])
 
 
-def normalise(advantage: Tensor) -> Tensor:
-    """Zero mean and unit deviation over the whole rollout, `[N]`."""
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+# Fewer rows than this have no deviation worth dividing by.
+FEWEST_NORMALISED = 8
+# Advantages are divided by at least this share of the returns' deviation: below it they are rounding, not a difference.
+LEAST_DEVIATION = 0.01
+
+
+def normalise(advantage: Tensor, value_target: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """Zero mean and unit deviation over the whole rollout, `[N]`.
+
+    Args:
+        advantage: Of the decisions that are trained on, `[N]`.
+        value_target: Their returns, `[N]`.
+        scale: Scale of returns, by which the advantages of a handful of rows are divided instead.
+    """
+    if len(advantage) < FEWEST_NORMALISED:
+        return advantage / scale
+    deviation = torch.maximum(advantage.std(), LEAST_DEVIATION * value_target.std())
+    return (advantage - advantage.mean()) / (deviation + 1e-8 * scale)
+
+
+def says_nothing(reward: Tensor, executed: Tensor, terminated: Tensor) -> bool:
+    """Whether the rewards of a rollout tell no decision from another: a constant value explains all of them.
+
+    That is so if no decision was rewarded, if every executed step was worth the same and no episode terminated, and if
+    every decision ended its episode with the same reward. What is left in the advantages then is the critic's own
+    error. Where only some episodes terminated, a constant reward other than 0 says how long each of them lasted.
+
+    Args:
+        reward: Of each decision, `[N]`.
+        executed: Steps that each of them executed, `[N]`.
+        terminated: Whether it ended its episode by the task's own rules, `[N]` bool.
+    """
+    if not len(reward):
+        return True
+    worth = reward if bool(terminated.all()) else reward / executed.clamp(min=1)
+    if not bool(torch.isfinite(worth).all()):
+        # The guards against such numbers come later.
+        return False
+    low, high = worth.min(), worth.max()
+    alike = bool(high - low <= 1e-6 * torch.maximum(high.abs(), low.abs()))
+    ends_differ = bool(terminated.any()) and not bool(terminated.all())
+    return alike and not (ends_differ and bool(high.abs() > 0))

@@ -139,6 +139,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     importance_cap: float = 5.0
     # Lower bound of the objective for negative advantages, as a multiple of the advantage (dual clip); null is off.
     dual_clip: float | None = None
+    # Largest absolute log-ratio of a decision in the objective; null is off. A decision beyond it has no gradient.
+    log_ratio_bound: float | None = 5.0
     # How the log-probability of a decision is reduced: `sum` (exact), `mean_steps` (over the recorded denoising
     # steps, as the reference implementation does) or `mean` (over every executed action component as well).
     log_prob_reduction: str = "sum"
@@ -162,6 +164,12 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     critic_lr: float = 1e-3
     # Largest norm of the policy's and of the critic's gradient.
     grad_clip_norm: float = 1.0
+    # Adam's decay rates of the mean gradient and of its mean square; of the policy and of the critic.
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    # Added to the root of Adam's mean square.
+    adam_eps: float = 1e-8
+    # Decoupled weight decay (AdamW) of the policy and of the critic, as a multiple of the learning rate.
+    weight_decay: float = 0.0
     # `adaptive`: divide or multiply lr by lr_factor when the measured KL leaves [target_kl / 2, target_kl * 2].
     lr_schedule: str = "adaptive"
     # Factor by which the adaptive schedule changes the learning rate after an iteration.
@@ -170,7 +178,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     lr_min: float = 1e-6
     # Largest learning rate that the adaptive schedule sets.
     lr_max: float = 1e-3
-    # Wanted divergence between the policies before and after an iteration, in nats per decision.
+    # Wanted divergence between the policies before and after an iteration, in nats per decision; measured after the
+    # last gradient step of each epoch.
     target_kl: float = 0.2
     # The remaining epochs of an iteration are skipped once its divergence passes this multiple of target_kl.
     kl_stop: float = 3.0
@@ -186,9 +195,10 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     critic_hidden_dims: list[int] = field(default_factory=lambda: [256, 256])
     # Iterations at the start in which only the critic learns.
     critic_warmup: int = 2
-    # Range within which the value may move in one iteration (value clip); null is off.
+    # Range within which the value may move in one iteration (value clip), in units of the returns' scale; null is off.
+    # The scale is 1 for returns of at most about 1, and the running deviation of larger ones.
     value_clip: float | None = 0.2
-    # Residual at which the value loss turns from quadratic to linear (Huber).
+    # Residual at which the value loss turns from quadratic to linear (Huber), in the same units.
     huber_delta: float = 1.0
 
     # Training ends early once the validation success (every env_eval_freq iterations) reaches this; null is never.
@@ -245,6 +255,16 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
             f"must be above 1 or null, got {self.dual_clip}",
         )
         check(
+            self.log_ratio_bound is None or self.log_ratio_bound > 0,
+            "algorithm.log_ratio_bound",
+            f"must be above 0 or null, got {self.log_ratio_bound}",
+        )
+        check(
+            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
+            "algorithm.adam_betas",
+            f"must be two numbers, each at least 0 and below 1, got {list(self.adam_betas)}",
+        )
+        check(
             self.stop_patience is None or self.stop_patience >= 1,
             "algorithm.stop_patience",
             f"must be at least 1 or null, got {self.stop_patience}",
@@ -278,6 +298,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
             "lr",
             "critic_lr",
             "grad_clip_norm",
+            "adam_eps",
             "target_kl",
             "kl_stop",
             "huber_delta",
@@ -287,6 +308,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         for name in (
             "kl_coef",
             "critic_coef",
+            "weight_decay",
             "demonstration_weight",
             "micro_batch_size",
             "context_memory_gb",

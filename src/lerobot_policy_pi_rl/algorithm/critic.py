@@ -17,13 +17,25 @@ SEPARATE = "separate"
 """The source of critic features that is none of the base's: the observation itself."""
 IMAGE_DIM = 128
 STATE_CLIP = 8.0
+# Weight of a rollout in the running moments of the returns.
+RETURN_RATE = 0.1
 
 
 class Critic(nn.Module):
-    """A multi-layer perceptron on features of the observation, `[B, F] -> [B]`."""
+    """A multi-layer perceptron on features of the observation, `[B, F] -> [B]`.
+
+    Its output is in units of the returns: `value = offset + scale * output`. Returns of at most about 1, as those of a
+    sparse reward, are left as they are (offset 0, scale 1). Larger ones are centred and divided by their running
+    deviation, so that the steps of the critic, its value clip and its Huber loss mean the same for every reward.
+    """
 
     # Most rows that are valued at once.
     rows_at_once = 4096
+    offset: Tensor
+    scale: Tensor
+    mean: Tensor
+    variance: Tensor
+    rollouts: Tensor
 
     def __init__(self, features: int, hidden_dims: list[int]) -> None:
         """Builds the layers; the last one starts near zero, so that a cold critic predicts no reward.
@@ -41,10 +53,18 @@ class Critic(nn.Module):
         self.head = nn.Linear(widths[-1], 1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
+        for name, start in (
+            ("offset", 0.0),
+            ("scale", 1.0),
+            ("mean", 0.0),
+            ("variance", 0.0),
+            ("rollouts", 0.0),
+        ):
+            self.register_buffer(name, torch.tensor(start))
 
     def forward(self, features: Tensor) -> Tensor:
         """Value of each row."""
-        return self.head(self.body(features)).squeeze(-1)
+        return self.offset + self.scale * self.head(self.body(features)).squeeze(-1)
 
     @torch.no_grad()
     def value(self, features: Tensor) -> Tensor:
@@ -54,6 +74,38 @@ class Critic(nn.Module):
             if len(features)
             else features[:, 0]
         )
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether it knows no scale of returns yet."""
+        return not bool(self.rollouts > 0)
+
+    @torch.no_grad()
+    def follow(self, target: Tensor) -> None:
+        """Follows the scale of the returns; every value stays what it is (PopArt, arXiv 1602.07714).
+
+        Only the first scale of all changes the values: those of a cold critic become the mean return.
+
+        Args:
+            target: Returns of a rollout that the critic is to fit, `[N]`.
+        """
+        if not len(target) or not bool(torch.isfinite(target).all()):
+            return
+        was_cold = self.is_cold
+        self.rollouts += 1
+        rate = (1 / self.rollouts).clamp(min=RETURN_RATE)
+        change = target.mean() - self.mean
+        self.mean += rate * change
+        own = target.var(unbiased=False)
+        self.variance.copy_((1 - rate) * (self.variance + rate * change**2) + rate * own)
+        large = self.mean**2 + self.variance > 1
+        offset = torch.where(large, self.mean, torch.zeros_like(self.mean))
+        scale = torch.where(large, self.variance.sqrt().clamp(min=1), torch.ones_like(self.scale))
+        if not was_cold:
+            self.head.weight *= self.scale / scale
+            self.head.bias.copy_((self.scale * self.head.bias + (self.offset - offset)) / scale)
+        self.offset.copy_(offset)
+        self.scale.copy_(scale)
 
 
 class SeparateCritic(Critic):

@@ -25,6 +25,7 @@ def policy_loss(
     clip_ratio: float,
     dual_clip: float | None = None,
     weight: Tensor | None = None,
+    log_ratio_bound: float | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate objective (PPO, arXiv 1707.06347, eq. 7), optionally with a dual clip.
 
@@ -34,16 +35,22 @@ def policy_loss(
     The dual clip (arXiv 1912.09729, eq. 5) bounds the objective of a decision with a negative advantage by
     `dual_clip * advantage`, so that a huge ratio cannot dominate the step.
 
+    The log-ratio is held within its bound before anything else is made of it: the exponential of a larger one would
+    outweigh all other decisions, and from 89 on it is infinite in float32, which spoils the gradient of all of them.
+
     Args:
         log_ratio: `log p_new - log p_proximal` per decision, `[B]`.
         advantage: `[B]`.
         clip_ratio: Half-width of the clip range.
         dual_clip: Factor above 1, or None.
         weight: `p_proximal / p_behaviour`, `[B]`; None where both are the same policy.
+        log_ratio_bound: Largest absolute log-ratio, or None.
 
     Returns:
         The loss and its diagnostics.
     """
+    if log_ratio_bound is not None:
+        log_ratio = log_ratio.clamp(-log_ratio_bound, log_ratio_bound)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     objective = torch.minimum(ratio * advantage, clipped * advantage)
@@ -87,4 +94,6 @@ def value_loss(
 
 def explained_variance(value: Tensor, target: Tensor) -> Tensor:
     """Share of the return's variance that the value explains: 1 is perfect, 0 no better than the mean."""
+    if len(target) < 2:
+        return target.new_zeros(())
     return 1 - (target - value).var() / target.var().clamp(min=1e-8)

@@ -68,6 +68,7 @@ class Material:
         critic: For the critic, if there is one.
         trained: Rows that are trained on, `[U]` int64 on the CPU.
         over_cap: How many were left out because the policy has moved too far since they were collected.
+        has_signal: Whether the rewards tell decisions apart; if not, the policy does not learn from them.
     """
 
     contexts: Contexts
@@ -75,6 +76,7 @@ class Material:
     critic: CriticBatch | None
     trained: Tensor
     over_cap: int
+    has_signal: bool
 
 
 class Averages:

@@ -1,22 +1,22 @@
-"""Adam that loses no small step in weights of few bits, and that can keep what it needs off the GPU."""
+"""AdamW that loses no small step in weights of few bits, and that can keep what it needs off the GPU."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import AdamW
 
 # In a state dict: the float32 copy of a weight, beside its moments.
 COPY = "weight"
 
 
-class PreciseAdam(Adam):
-    """Adam on float32 copies of the weights that have fewer bits, or that lie on another device.
+class PreciseAdam(AdamW):
+    """AdamW on float32 copies of the weights that have fewer bits, or that lie on another device.
 
     A weight in bfloat16 has 8 significant bits: a step below about 1/500 of it would be rounded away, each time. The
     copy adds the steps up, and the weight is the copy, rounded. Weights in float32 are trained as they are, exactly as
-    by `Adam`.
+    by `AdamW`, which without weight decay is Adam. The decay acts on the copy.
 
     On another device than the weights lie copies, summed gradients and moments, and steps are taken there: of 18 bytes
     for a weight in bfloat16 its own device keeps the 2 of the gradient of one part of a minibatch. The numbers are the
@@ -29,7 +29,9 @@ class PreciseAdam(Adam):
         self,
         parameters: Iterable[nn.Parameter],
         lr: float,
-        eps: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
         """Copies what needs a copy.
@@ -37,12 +39,14 @@ class PreciseAdam(Adam):
         Args:
             parameters: What is trained; must not be changed by anybody else.
             lr: Learning rate.
+            betas: Decay rates of the first and the second moment.
             eps: Added to the root of the second moment.
+            weight_decay: Share of a weight, times `lr`, that each step takes off it.
             device: Where steps are taken; None: where each weight is.
         """
         self._weights = list(parameters)
         self._trained = [_trained(weight, torch.device(device or weight.device)) for weight in self._weights]
-        super().__init__(self._trained, lr=lr, eps=eps, fused=True)
+        super().__init__(self._trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @property
     def _pairs(self) -> list[tuple[int, nn.Parameter, nn.Parameter]]:

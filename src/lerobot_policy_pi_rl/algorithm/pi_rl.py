@@ -1,6 +1,7 @@
 """The `pi_rl` algorithm: PPO on the log-probabilities of denoising steps."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from ..flow.density import kl_divergence
 from ..flow.sampler import Score, executed_sum
 from ..flow.transition import Gaussian
 from ..modeling_pi_rl import PIRLPolicy
-from .advantages import advantages, group_advantages, normalise
+from .advantages import Targets, advantages, group_advantages, normalise, says_nothing
 from .configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from .contexts import Contexts
 from .critic import SEPARATE, Critic, SeparateCritic
@@ -28,6 +29,13 @@ from .storage import Observations, Rollout, minibatches
 
 # Rows of a rollout that are read at once where nothing is trained, unless the micro-batch is smaller.
 ROWS_AT_ONCE = 1024
+
+# Most decisions on which the divergence of an epoch is measured.
+KL_ROWS = 256
+# Rollouts without a signal, one after the other, after which that is said: one alone is normal, above all at the start.
+SILENT_ROLLOUTS = 5
+
+logger = logging.getLogger(__name__)
 
 # A batch of demonstrations as the base's supervised loss reads it, or None as long as there are none; how many rows is
 # the argument.
@@ -60,6 +68,8 @@ class PIRLAlgorithm(RLAlgorithm):
         self.reference = self._freeze_copy(policy) if config.kl_coef > 0 else None
         self.optimizers: dict[str, PreciseAdam] = {}
         self.seed = 0
+        # Rollouts in a row without a signal.
+        self._silent = 0
         # Version up to which the critic learns alone.
         self.warm_up_until = config.critic_warmup
         # Called in every update as soon as the policy is improved; the critic is trained after that.
@@ -114,10 +124,25 @@ class PIRLAlgorithm(RLAlgorithm):
     def make_optimizers_and_scheduler(self) -> dict[str, PreciseAdam]:
         """Builds the optimizers of the policy and of the critic, if there is one."""
         where = "cpu" if self.config.offload_optimizer else None
-        self.optimizers = {"policy": PreciseAdam(self._policy_parameters(), self.config.lr, device=where)}
+        self.optimizers = {
+            "policy": PreciseAdam(
+                self._policy_parameters(), self.config.lr, device=where, **self._adam_settings
+            )
+        }
         if self.critic is not None:
-            self.optimizers["critic"] = PreciseAdam(self.critic.parameters(), self.config.critic_lr)
+            self.optimizers["critic"] = PreciseAdam(
+                self.critic.parameters(), self.config.critic_lr, **self._adam_settings
+            )
         return self.optimizers
+
+    @property
+    def _adam_settings(self) -> dict[str, Any]:
+        config = self.config
+        return {
+            "betas": tuple(config.adam_betas),
+            "eps": config.adam_eps,
+            "weight_decay": config.weight_decay,
+        }
 
     def get_optimizers(self) -> dict[str, PreciseAdam]:
         """The optimizers, by name."""
@@ -155,7 +180,9 @@ class PIRLAlgorithm(RLAlgorithm):
             owner, _, rest = name.partition(".")
             parts[owner][rest] = value
         if self.critic is not None:
-            self.critic.load_state_dict(parts["critic"])
+            # Older checkpoints have no scale of the returns, but a critic that is not cold.
+            without = {**dict(self.critic.named_buffers()), "rollouts": torch.ones(())}
+            self.critic.load_state_dict({**without, **parts["critic"]})
         if self.reference is not None:
             self.reference.load_state_dict(parts["reference"])
 
@@ -167,10 +194,15 @@ class PIRLAlgorithm(RLAlgorithm):
     def set_rates(self, lr: float) -> None:
         """Sets the learning rates after a checkpoint was loaded, whose optimizers bring those they were saved with.
 
+        The optimizers' other constants, too, are those of the settings.
+
         Args:
             lr: That of the policy, which is held within its range; the critic's is the one of the settings.
         """
         self._set_lr(lr)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group.update(self._adam_settings)
         if self.critic is not None:
             for group in self.optimizers["critic"].param_groups:
                 group["lr"] = self.config.critic_lr
@@ -202,6 +234,9 @@ class PIRLAlgorithm(RLAlgorithm):
         rollout = next(batch_iterator)
         self.policy.eval()
         material = self.evaluate(rollout)
+        self._tell_of_silence(material)
+        if self.critic is not None and material.critic is not None:
+            self.critic.follow(material.critic.target[material.trained.to(self.device)])
         averages, extra = Averages(), self._statistics(material, rollout)
         extra["ratio_first_error"] = self._first_ratio_error(material, rollout)
         extra |= self._improve_policy(material, averages)
@@ -214,28 +249,32 @@ class PIRLAlgorithm(RLAlgorithm):
         """Checks the ratio on the minibatch that the policy sees first."""
         batches = minibatches(material.trained, self.config.minibatch_size, self._generator(0))
         rows = next(batches, None)
-        if rows is None:
-            return 0.0
-        # As many as are scored at a time: more of them would not fit.
-        rows = self._micro_batches(rows)[0]
-        return self.check_ratio(material, rows, rollout.decisions.version[rows])
+        return 0.0 if rows is None else self.check_ratio(material, rows, rollout.decisions.version[rows])
+
+    def _tell_of_silence(self, material: Material) -> None:
+        self._silent = 0 if material.has_signal or material.over_cap else self._silent + 1
+        if self._silent == SILENT_ROLLOUTS:
+            logger.warning(
+                "The rewards of the last %d rollouts tell no decision from another (no success, or always the same): "
+                "the policy stays as it is until they do (ppo/signal); only the critic is trained",
+                SILENT_ROLLOUTS,
+            )
 
     def _improve_policy(self, material: Material, averages: Averages) -> dict[str, float]:
         """The policy's epochs, none while the critic warms up or where there is nothing to train on."""
         config, generator = self.config, self._generator(0)
         skipped, epochs, last_kl = 0, 0, 0.0
-        while (
-            epochs < config.epochs and not self._warming_up and len(material.trained) and not self.stopping()
-        ):
-            last_epoch = Averages()
+        trains = not self._warming_up and len(material.trained) > 0
+        trains = trains and (material.has_signal or config.demonstration_weight > 0)
+        while trains and epochs < config.epochs and not self.stopping():
             for rows in self._minibatches(material, generator):
-                skipped += self._policy_step(material, rows, averages, last_epoch)
-            epochs, last_kl = epochs + 1, last_epoch.mean("approx_kl")
-            if last_kl > config.kl_stop * config.target_kl:
+                skipped += self._policy_step(material, rows, averages)
+            epochs, last_kl = epochs + 1, self.divergence(material)
+            if not last_kl <= config.kl_stop * config.target_kl:
                 break
         if epochs and not self.stopping():
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
-            self._adapt_lr(math.inf if skipped else last_kl)
+            self._adapt_lr(math.inf if skipped else last_kl, may_rise=material.has_signal)
         found: dict[str, float] = {"epochs": epochs, "skipped_steps": skipped}
         return found | {"last_epoch_kl": last_kl} if epochs else found
 
@@ -243,7 +282,7 @@ class PIRLAlgorithm(RLAlgorithm):
         """The critic's epochs, unless it has taken the policy's; returns how many steps were skipped."""
         if self.critic is None or material.critic is None:
             return 0
-        if self.trains_base_for_critic and not self._warming_up:
+        if self.trains_base_for_critic and not self._warming_up and material.has_signal:
             return 0
         skipped, generator = 0, self._generator(1)
         for _ in range(self.config.epochs):
@@ -269,7 +308,7 @@ class PIRLAlgorithm(RLAlgorithm):
     def _generator(self, purpose: int) -> torch.Generator:
         """Source of an iteration's minibatches, the same in a resumed run."""
         generator = torch.Generator()
-        generator.manual_seed((self.seed * 1_000_003 + self.optimization_step) * 2 + purpose)
+        generator.manual_seed((self.seed * 1_000_003 + self.optimization_step) * 3 + purpose)
         return generator
 
     @torch.no_grad()
@@ -285,9 +324,13 @@ class PIRLAlgorithm(RLAlgorithm):
             advantage, critic = groups.advantage.to(self.device), None
             candidates = groups.informative.nonzero()[:, 0]
             trained = candidates[near[candidates]]
+            has_signal = len(trained) > 0
         else:
             candidates = rollout.usable
             trained = candidates[near[candidates]]
+            has_signal = not says_nothing(
+                decisions.reward[trained], decisions.executed[trained], decisions.terminated[trained]
+            )
             advantage, critic = self._valued(rollout, features, self.critic, trained)
         chain, step = decisions.chain.to(self.device), decisions.step.to(self.device)
         batch = Batch(
@@ -299,7 +342,7 @@ class PIRLAlgorithm(RLAlgorithm):
             advantage=advantage,
             reference=self._reference_steps(contexts, rollout.observations, chain, step),
         )
-        return Material(contexts, batch, critic, trained, len(candidates) - len(trained))
+        return Material(contexts, batch, critic, trained, len(candidates) - len(trained), has_signal)
 
     def _proximal(self, decisions: DecisionBatch, contexts: Contexts) -> tuple[Tensor, Tensor]:
         """Reduced log-probabilities under the current weights, and their ratio to those at collection, `[N]` each.
@@ -354,15 +397,22 @@ class PIRLAlgorithm(RLAlgorithm):
         self, rollout: Rollout, features: Tensor, critic: Critic, trained: Tensor
     ) -> tuple[Tensor, CriticBatch]:
         """Advantages `[N]` by a critic, normalised over what is trained on, and what the critic is to fit."""
-        config, value = self.config, critic.value(features)
-        following = rollout.next_observations
+        config, following = self.config, rollout.next_observations
         next_features = self._features(following) if len(following) else None
-        next_value = critic.value(features[:0] if next_features is None else next_features)
-        targets = advantages(rollout.decisions, value, next_value, config.gamma, config.gae_lambda)
+        next_features = features[:0] if next_features is None else next_features
+
+        def estimate() -> tuple[Tensor, Targets]:
+            value, after = critic.value(features), critic.value(next_features)
+            return value, advantages(rollout.decisions, value, after, config.gamma, config.gae_lambda)
+
+        value, targets = estimate()
         rows = trained.to(self.device)
+        if critic.is_cold:
+            critic.follow(targets.value_target[rows])
+            value, targets = estimate()
         advantage = torch.zeros_like(value)
         if len(rows):
-            advantage[rows] = normalise(targets.advantage[rows])
+            advantage[rows] = normalise(targets.advantage[rows], targets.value_target[rows], critic.scale)
         return advantage, CriticBatch(features, value, targets.value_target)
 
     def reduce(self, per_step: Tensor, scored: Tensor) -> Tensor:
@@ -393,9 +443,7 @@ class PIRLAlgorithm(RLAlgorithm):
         current = (version == self.optimization_step).to(self.device)
         if not bool(current.any()):
             return 0.0
-        part = material.batch.rows(rows)
-        log_ratio = self._log_ratio(part, self._score(material.contexts.rows(rows), part))[current]
-        error = float((log_ratio.exp() - 1).abs().max())
+        error = float((self._log_ratios(material, rows)[current].exp() - 1).abs().max())
         if not error <= self.ratio_tolerance:
             raise RatioError(
                 f"the first minibatch's probability ratio is off by {error:.2e} "
@@ -403,6 +451,28 @@ class PIRLAlgorithm(RLAlgorithm):
                 "actor and learner do not compute the same density; check that both run the same version and config"
             )
         return error
+
+    def _log_ratios(self, material: Material, rows: Tensor) -> Tensor:
+        """Log-ratios of many rows under the current weights, as many at a time as fit into memory, `[R]`."""
+        parts = [
+            self._log_ratio(part, self._score(material.contexts.rows(micro), part))
+            for micro in self._micro_batches(rows)
+            for part in [material.batch.rows(micro)]
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def divergence(self, material: Material) -> float:
+        """How far the present policy is from that before the update, in nats per decision (k3 estimator).
+
+        Measured on some of the rows that are trained on, the same ones throughout an iteration. It is that of whole
+        decisions, however their log-probability is reduced: a mean of twenty terms would make a step look four hundred
+        times smaller than it is, and the learning rate would follow.
+        """
+        chosen = torch.randperm(len(material.trained), generator=self._generator(2))[:KL_ROWS]
+        rows = material.trained[chosen]
+        terms = self._terms(material.batch.scored[rows.to(self.device)])
+        return float(approximate_kl(self._log_ratios(material, rows) * terms))
 
     def _score(self, context: Context, part: Batch) -> Score:
         return self.policy.score(context, part.chain, part.step)
@@ -430,14 +500,18 @@ class PIRLAlgorithm(RLAlgorithm):
             stds.append(steps.std)
         return Gaussian(torch.cat(means), torch.cat(stds))
 
-    def _policy_step(self, material: Material, rows: Tensor, averages: Averages, last_epoch: Averages) -> int:
-        """One gradient step, in as many parts as fit into memory at a time. Returns how many steps were skipped."""
-        names = ["policy", "critic"] if self.trains_base_for_critic else ["policy"]
+    def _policy_step(self, material: Material, rows: Tensor, averages: Averages) -> int:
+        """One gradient step, in as many parts as fit into memory at a time. Returns how many steps were skipped.
+
+        Where the rewards say nothing, it is one on demonstrations alone, and none without any.
+        """
+        shares = self.trains_base_for_critic and material.has_signal
+        names = ["policy", "critic"] if shares else ["policy"]
         for name in names:
             self.optimizers[name].zero_grad(set_to_none=True)
-        for micro in self._micro_batches(rows):
+        for micro in self._micro_batches(rows) if material.has_signal else ():
             part, context = material.batch.rows(micro), material.contexts.rows(micro)
-            loss = self._policy_loss(context, part, averages, last_epoch)
+            loss = self._policy_loss(context, part, averages)
             if self.trains_base_for_critic:
                 loss = loss + self.config.critic_coef * self._shared_value_loss(
                     material, micro, context, averages
@@ -449,6 +523,8 @@ class PIRLAlgorithm(RLAlgorithm):
         if supervised is not None:
             (self.config.demonstration_weight * supervised).backward()
             averages.add(supervised_loss=supervised)
+        elif not material.has_signal:
+            return 0
         return sum(self._step(name, averages) for name in names)
 
     def _micro_batches(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -456,26 +532,29 @@ class PIRLAlgorithm(RLAlgorithm):
         size = self.config.micro_batch_size or len(rows)
         return rows.tensor_split(-(-len(rows) // size))
 
-    def _policy_loss(self, context: Context, part: Batch, averages: Averages, last_epoch: Averages) -> Tensor:
+    def _policy_loss(self, context: Context, part: Batch, averages: Averages) -> Tensor:
         config, score = self.config, self._score(context, part)
         log_ratio = self._log_ratio(part, score)
-        result = policy_loss(log_ratio, part.advantage, config.clip_ratio, config.dual_clip, part.weight)
+        result = policy_loss(
+            log_ratio,
+            part.advantage,
+            config.clip_ratio,
+            config.dual_clip,
+            part.weight,
+            config.log_ratio_bound,
+        )
         entropy = executed_sum(score.entropy, part.scored).mean()
         loss = result.loss - config.entropy_coef * entropy
         if part.reference is not None:
             kl = self._reference_kl(part, score)
             loss = loss + config.kl_coef * kl
             averages.add(reference_kl=kl)
-        # Of whole decisions, however their log-probability is reduced: a mean of twenty terms would make a step look
-        # four hundred times smaller than it is, and the learning rate would follow.
-        approx_kl = approximate_kl((log_ratio * self._terms(part.scored)).detach())
         averages.add(
             policy_loss=result.loss,
-            approx_kl=approx_kl,
+            approx_kl=approximate_kl((log_ratio * self._terms(part.scored)).detach()),
             clip_fraction=result.clip_fraction,
             entropy=entropy,
         )
-        last_epoch.add(approx_kl=approx_kl)
         return loss
 
     def _reference_kl(self, part: Batch, score: Score) -> Tensor:
@@ -501,7 +580,15 @@ class PIRLAlgorithm(RLAlgorithm):
         return self._value_loss(self.critic(features), material.critic.rows(rows.to(self.device)), averages)
 
     def _value_loss(self, value: Tensor, part: CriticBatch, averages: Averages) -> Tensor:
-        loss = value_loss(value, part.target, part.value, self.config.value_clip, self.config.huber_delta)
+        assert self.critic is not None
+        scale = self.critic.scale
+        loss = value_loss(
+            value / scale,
+            part.target / scale,
+            part.value / scale,
+            self.config.value_clip,
+            self.config.huber_delta,
+        )
         averages.add(value_loss=loss)
         return loss
 
@@ -524,14 +611,19 @@ class PIRLAlgorithm(RLAlgorithm):
         optimizer.step()
         return 0
 
-    def _adapt_lr(self, kl: float) -> None:
-        """Keeps the divergence of an iteration near its target by moving the learning rate (as rsl_rl does)."""
+    def _adapt_lr(self, kl: float, may_rise: bool = True) -> None:
+        """Keeps the divergence of an iteration near its target by moving the learning rate (as rsl_rl does).
+
+        Args:
+            kl: Measured after the last step.
+            may_rise: Whether these were steps towards what rewards say: a small divergence of others says nothing.
+        """
         config = self.config
         if config.lr_schedule != "adaptive":
             return
         if not kl <= config.target_kl * 2:
             self._set_lr(self.lr / config.lr_factor)
-        elif kl < config.target_kl / 2:
+        elif may_rise and kl < config.target_kl / 2:
             self._set_lr(self.lr * config.lr_factor)
 
     def _policy_parameters(self) -> list[nn.Parameter]:
@@ -542,6 +634,7 @@ class PIRLAlgorithm(RLAlgorithm):
         older = {
             "importance_weight": float(material.batch.weight[trained].mean()) if len(trained) else 1.0,
             "over_cap": material.over_cap,
+            "signal": float(material.has_signal),
         }
         if material.critic is None:
             return older | {"filtered": 1 - (len(trained) + material.over_cap) / count}
