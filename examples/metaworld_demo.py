@@ -24,6 +24,8 @@ TASK = "peg-insert-side-v3"
 REPO_ID = "pi_rl/demo"
 NUM_DEMONSTRATIONS = 8
 NUM_EVALUATIONS = 100
+# Validations in a row without a new best after which supervised training ends.
+PATIENCE = 3
 # Starts of the reported evaluations: neither trained on nor used to choose a checkpoint.
 EVALUATION_SEED = 100_000
 # Quantile of the normal distribution for a two-sided 95 % interval.
@@ -128,14 +130,19 @@ def dataset_arguments(demonstrations: Path) -> list[str]:
     return [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={demonstrations}"]
 
 
-def supervised_command(demonstrations: Path, output: Path, seed: int) -> list[str]:
-    """LeRobot's own training."""
+def supervised_command(
+    task: str, demonstrations: Path, output: Path, seed: int, recipe: str = "metaworld"
+) -> list[str]:
+    """LeRobot's own training, until validation stops rising."""
     return [
-        "lerobot-train",
+        "lerobot-pi-rl-supervised",
         "--config_path=recipes/metaworld_supervised.json",
         *dataset_arguments(demonstrations),
+        *environment_arguments(recipe),
+        f"--env.task={task}",
         f"--output_dir={output}",
         f"--seed={seed}",
+        f"--patience={PATIENCE}",
     ]
 
 
@@ -243,9 +250,9 @@ def demo(seed: int, output: Path) -> Summary:
     run(Stage(f"1/5 {NUM_DEMONSTRATIONS} demonstrations", command, logs / "demonstrations.log"))
     supervised = output / "supervised"
     steps = json.loads((ROOT / "recipes/metaworld_supervised.json").read_text(encoding="utf-8"))["steps"]
-    command = supervised_command(demonstrations, supervised, seed)
+    command = supervised_command(TASK, demonstrations, supervised, seed)
     run(Stage("2/5 supervised training", command, logs / "supervised.log"), steps, training_step)
-    before_checkpoint = supervised / "checkpoints/last/pretrained_model"
+    before_checkpoint = supervised / "checkpoints/best/pretrained_model"
     before = evaluate(
         "3/5 evaluation", before_checkpoint, output / "eval_supervised", logs / "eval_supervised.log"
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,10 @@ class Commands:
             evaluate(output, [RATES[output.parent.name]])
         elif command[0] == "lerobot-pi-rl-train":
             self.learn(output, self.budget)
+        elif command[0] == "lerobot-pi-rl-supervised":
+            (output / "checkpoints/000500").mkdir(parents=True)
+            for link in ("best", "last"):
+                (output / "checkpoints" / link).symlink_to("000500")
         else:
             output.mkdir()
         return 0
@@ -203,6 +208,85 @@ def test_co_training_gets_the_demonstrations_of_its_cell(tmp_path: Path) -> None
     assert given <= set(co.train.command)
 
 
+def test_the_start_is_the_best_checkpoint_of_a_converged_training_or_that_of_0_1_0(tmp_path: Path) -> None:
+    now, before = (
+        stages.stages(plan.parse(changed(start=start)).cells[0], tmp_path)
+        for start in ("converged", "steps_200")
+    )
+    assert "--patience=3" in now.supervised.command
+    assert "--env.task=reach-v3" in now.supervised.command
+    assert not any(a.startswith(("--patience=", "--env.")) for a in before.supervised.command)
+    assert before.supervised.command[-3:] == ("--steps=200", "--save_freq=200", "--env_eval_freq=0")
+    for made, folder, link in ((now, "converged", "best"), (before, "supervised", "last")):
+        assert made.supervised.folder.name == folder
+        assert made.before.checkpoint == made.supervised.output / f"checkpoints/{link}/pretrained_model"
+        (start,) = (a for a in made.train.command if a.startswith("--policy.path="))
+        assert start.endswith(f"{folder}/output/checkpoints/{link}/pretrained_model")
+
+
+CONTROLS = changed(
+    tasks={"reach-v3": {"demonstrations": 1}},
+    seeds=[0],
+    variants={
+        "default": {"train": ["--policy.online_steps=7"]},
+        "imitation": {"method": "self_imitation", "train": ["--policy.online_steps=5"]},
+        "more": {"method": "supervised"},
+    },
+)
+
+
+def test_controls_begin_where_pi_rl_begins(tmp_path: Path) -> None:
+    default, imitation, more = (stages.stages(cell, tmp_path) for cell in plan.parse(CONTROLS).cells)
+    assert default.supervised == imitation.supervised == more.supervised
+    starts = [
+        {a for a in made.train.command if a.startswith("--policy.path=")}
+        for made in (default, imitation, more)
+    ]
+    assert starts[0] == starts[1] == starts[2] != set()
+    assert imitation.train.command[:3] == ("python", "-m", "benchmarks.self_imitation")
+    assert "--policy.online_steps=5" in imitation.train.command
+    assert more.train.command[0] == "lerobot-pi-rl-supervised"
+    data = {a for a in more.supervised.command if a.startswith("--dataset")}
+    assert data < set(more.train.command)
+    assert data < set(imitation.train.command)
+    assert not data & set(default.train.command)
+
+
+def test_supervised_training_alone_gets_the_minutes_of_pi_rl(
+    run: Run, commands: Commands, tmp_path: Path
+) -> None:
+    cell = plan.parse(CONTROLS).cells[2]
+    made = stages.stages(cell, tmp_path / "stages")
+    assert made.train.minutes_of is not None
+    # PI-RL without the default variant's overrides is made first.
+    assert run([cell]) == []
+    assert commands.names() == [
+        "lerobot-pi-rl-demos",
+        "lerobot-pi-rl-supervised",
+        "lerobot-eval",
+        "lerobot-pi-rl-train",
+        "lerobot-pi-rl-supervised",
+        "lerobot-eval",
+    ]
+    made.train.minutes_of.finish({"seconds": 150.0})
+    assert made.train.full_command[-2:] == ("--max_minutes=2.50", "--steps=7500")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (changed(start="fresh"), "start: 'fresh' is none of converged, steps_200"),
+        (
+            changed(variants={"x": {"method": "luck"}}),
+            "variants.x.method: 'luck' is none of pi_rl, self_imitation, supervised",
+        ),
+    ],
+)
+def test_an_unknown_start_or_method_is_refused(content: Any, text: str) -> None:
+    with pytest.raises(plan.GridError, match=re.escape(text)):
+        plan.parse(content)
+
+
 def test_a_task_may_have_its_own_seeds() -> None:
     tasks = {
         "reach-v3": {"demonstrations": [3, 1, 2], "seeds": [7, 0, 9]},
@@ -298,7 +382,7 @@ def test_commands_name_no_absolute_path() -> None:
 def test_variants_share_what_they_have_in_common(run: Run, commands: Commands) -> None:
     cells = plan.select(plan.parse(CONTENT).cells, ["seed=0,task=reach-v3"])
     assert run(cells) == []
-    once = ["lerobot-pi-rl-demos", "lerobot-train", "lerobot-eval"]
+    once = ["lerobot-pi-rl-demos", "lerobot-pi-rl-supervised", "lerobot-eval"]
     twice = ["lerobot-pi-rl-train", "lerobot-eval", "lerobot-eval"]
     assert commands.names() == once + 2 * twice
     ports = [c for call in commands.calls for c in call if c.startswith(stages.PORT)]
@@ -363,11 +447,11 @@ def test_a_failure_shows_its_log_and_stops_no_other_cell(
     run: Run, commands: Commands, said: list[str], jobs: int
 ) -> None:
     cells = plan.select(plan.parse(CONTENT).cells, ["seed=0"])
-    commands.fails = lambda command: "lerobot-train" in command and "push-v3" in command
+    commands.fails = lambda command: "lerobot-pi-rl-supervised" in command and "push-v3" in command
     assert [cell.task for cell in run(cells, jobs=jobs)] == ["push-v3", "push-v3"]
     assert commands.names().count("lerobot-pi-rl-train") == 2
     # Both variants of the task need the stage, and one try is enough.
-    assert sum("lerobot-train" in c[0] and "push-v3" in " ".join(c) for c in commands.calls) == 1
+    assert sum("lerobot-pi-rl-supervised" in c[0] and "push-v3" in " ".join(c) for c in commands.calls) == 1
     assert sum("out of luck" in line and "exit code 3" in line for line in said) == 1
     commands.fails = lambda command: False
     assert run(cells, jobs=jobs) == []
@@ -399,13 +483,13 @@ def test_a_stage_that_another_runner_holds_is_waited_for_and_not_made_twice(
         first.output.mkdir(parents=True)
         first.finish({"command": "", "seconds": 1.0, "source": "x-y"})
     thread.join(20)
-    assert commands.names()[0] == "lerobot-train"
+    assert commands.names()[0] == "lerobot-pi-rl-supervised"
 
 
 def test_only_the_supervised_policy_can_be_asked_for(run: Run, commands: Commands, tmp_path: Path) -> None:
     cells = plan.parse(CONTENT).cells[:1]
     assert run(cells, supervised_only=True) == []
-    assert commands.names() == ["lerobot-pi-rl-demos", "lerobot-train", "lerobot-eval"]
+    assert commands.names() == ["lerobot-pi-rl-demos", "lerobot-pi-rl-supervised", "lerobot-eval"]
     row = report.row_of(cells[0], tmp_path / "stages")
     assert row is not None
     assert (row.supervised, row.best) == (0.3, None)
@@ -580,7 +664,7 @@ def trained(tmp_path: Path) -> Path:
 
 
 CONFIGS = {
-    "lerobot-train": TrainPipelineConfig,
+    "lerobot-pi-rl-supervised": TrainPipelineConfig,
     "lerobot-eval": EvalPipelineConfig,
     "lerobot-pi-rl-train": PIRLTrainConfig,
 }
@@ -593,7 +677,9 @@ def parsed(command: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
         return cfg
 
     read.__annotations__["cfg"] = CONFIGS[command[0]]
-    monkeypatch.setattr(sys, "argv", list(command))
+    # Of this package's own command; LeRobot's parser does not know them.
+    own = ("--patience=", "--max_minutes=")
+    monkeypatch.setattr(sys, "argv", [argument for argument in command if not argument.startswith(own)])
     for name in ("_config_path_args", "_config_yaml_overrides"):
         monkeypatch.setattr(parser, name, {})
     cfg = parser.wrap()(read)()

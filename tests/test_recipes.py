@@ -18,7 +18,7 @@ def test_a_recipe_is_read_and_its_numbers_fit_together(recipe: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
     # What LeRobot reads before draccus, which does not know it.
     started_from = values["policy"].pop("path")
-    assert started_from.endswith("checkpoints/last/pretrained_model")
+    assert started_from.endswith("checkpoints/best/pretrained_model")
     cfg = draccus.decode(PIRLTrainConfig, {**values, "policy": {"type": "pi_rl", **values["policy"]}})
     assert isinstance(cfg.algorithm, PIRLAlgorithmConfig)
     assert cfg.env is not None

@@ -214,6 +214,8 @@ class Runner:
         """Completes a cell; whether it could."""
         try:
             for stage in stages(cell, self._output).all(self._supervised_only):
+                if stage.minutes_of is not None:
+                    self._complete(cell, stage.minutes_of)
                 self._complete(cell, stage)
         except Stopped:
             return False
@@ -255,7 +257,7 @@ class Runner:
             stage.finish(same.result())
             return
         stage.folder.mkdir(parents=True, exist_ok=True)
-        command = list(stage.command)
+        command = list(stage.full_command)
         if stage.learns:
             command.append(f"{PORT}={self._free_port()}")
         if resumed:
@@ -268,7 +270,7 @@ class Runner:
             seconds = _add_seconds(stage, time.monotonic() - began)
         if code or (stage.learns and not reached_end(stage.output)):
             raise StageFailed(_describe_failure(stage, code))
-        stage.finish({"command": " ".join(stage.command), "seconds": seconds, **made})
+        stage.finish({"command": " ".join(stage.full_command), "seconds": seconds, **made})
 
     def _free_port(self) -> int:
         """A port for a learner, another one for each."""

@@ -13,6 +13,11 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent.parent / "grids"
 RECIPES = FOLDER.parent.parent / "recipes"
 RECIPE = "metaworld"
+# How a cell's supervised policy is trained: until validation stops rising, or by the 200 steps of version 0.1.0.
+STARTS = ("converged", "steps_200")
+# What a cell does with it: PI-RL, or one of the controls. Self-imitation keeps its own successes and trains on them;
+# supervised training goes on, on the same demonstrations, for the minutes that PI-RL takes.
+PI_RL, SELF_IMITATION, SUPERVISED = METHODS = ("pi_rl", "self_imitation", "supervised")
 # MetaWorld's demonstrations know this many blocks of starts.
 NUM_SEEDS = 50
 # What the runner sets itself, in every command.
@@ -69,6 +74,8 @@ class Cell:
         num_evaluations: Held-out starts per task.
         recipe: Name of the file in `recipes` that PI-RL runs with; its environment is that of all stages.
         overrides: Of the task and the variant.
+        start: One of `STARTS`.
+        method: One of `METHODS`.
     """
 
     task: str
@@ -78,6 +85,8 @@ class Cell:
     num_evaluations: int
     recipe: str
     overrides: Overrides
+    start: str = STARTS[0]
+    method: str = PI_RL
 
     def __str__(self) -> str:
         """How the cell is called in what is printed."""
@@ -144,7 +153,10 @@ def parse(content: Any) -> Grid:
         GridError: If something is missing, unknown, empty or of another kind.
     """
     grid = _record(
-        "the grid", content, required=("name", "tasks", "seeds"), optional=("variants", "num_evaluations")
+        "the grid",
+        content,
+        required=("name", "tasks", "seeds"),
+        optional=("variants", "num_evaluations", "start"),
     )
     name = grid["name"]
     _check(isinstance(name, str) and slug([name]) == name, f"name: {name!r} is no name for a folder")
@@ -153,9 +165,15 @@ def parse(content: Any) -> Grid:
     _check(
         _whole(count) and count >= 1, f"num_evaluations: must be a whole number of at least 1, got {count!r}"
     )
+    start = _one_of("start", grid.get("start", STARTS[0]), STARTS)
     tasks = _named("tasks", grid["tasks"])
     variants = _named("variants", grid.get("variants", {"default": {}}))
     stages = [f.name for f in fields(Overrides)]
+    methods = {
+        name: _one_of(f"variants.{name}.method", entry.get("method", PI_RL), METHODS)
+        for name, entry in variants.items()
+        if isinstance(entry, dict)
+    }
     seeds: dict[str, list[int]] = {}
     for task, entry in tasks.items():
         _record(
@@ -175,7 +193,9 @@ def parse(content: Any) -> Grid:
             num_evaluations=count,
             recipe=tasks[task].get("recipe", RECIPE),
             overrides=_overrides(f"tasks.{task}.overrides", tasks[task].get("overrides", {}), stages)
-            + _overrides(f"variants.{variant}", variants[variant], stages),
+            + _overrides(f"variants.{variant}", variants[variant], stages, more=("method",)),
+            start=start,
+            method=methods[variant],
         )
         for place, variant, task in itertools.product(range(max(map(len, seeds.values()))), variants, tasks)
         if place < len(seeds[task])
@@ -260,12 +280,20 @@ def _named(name: str, value: Any) -> Mapping[str, Any]:
     return value
 
 
-def _overrides(name: str, value: Any, stages: list[str]) -> Overrides:
-    for stage, arguments in _record(name, value, optional=stages).items():
+def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    _check(value in known, f"{name}: {value!r} is none of {', '.join(known)}")
+    return str(value)
+
+
+def _overrides(name: str, value: Any, stages: list[str], more: Sequence[str] = ()) -> Overrides:
+    """The arguments of the stages; `more` are keys that are read elsewhere."""
+    record = _record(name, value, optional=[*stages, *more])
+    given = {stage: arguments for stage, arguments in record.items() if stage in stages}
+    for stage, arguments in given.items():
         _check(isinstance(arguments, list), f"{name}.{stage}: must be a list of arguments, got {arguments!r}")
         for argument in arguments:
             found = re.match(r"--([\w.]+)=", argument) if isinstance(argument, str) else None
             _check(found is not None, f"{name}.{stage}: {argument!r} is not of the form --name=value")
             assert found is not None
             _check(found[1] not in OWNED, f"{name}.{stage}: --{found[1]} is set by the runner")
-    return Overrides(**{stage: tuple(arguments) for stage, arguments in value.items()})
+    return Overrides(**{stage: tuple(arguments) for stage, arguments in given.items()})

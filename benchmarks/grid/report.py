@@ -1,7 +1,6 @@
 """Sums up what a grid has so far: rows as JSON, raw curves, a table and a picture."""
 
 import json
-import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -167,7 +166,7 @@ def row_of(cell: Cell, output: Path = OUTPUT) -> Row | None:
         best_iteration=run.get("best_version"),
         rl_minutes=round(made.train.result()["seconds"] / 60, 2) if complete else None,
         supervised_minutes=round(made.supervised.result()["seconds"] / 60, 2),
-        commands=[shlex.join(stage.command) for stage in used],
+        commands=[stage.result()["command"] for stage in used],
         made_with={k: v for k, v in results[-1].items() if k not in ("command", "seconds")}
         | {"source": sorted({result["source"] for result in results})},
     )
@@ -198,8 +197,8 @@ def read_counters(run: Path) -> dict[str, Any]:
     return counters | {"best_version": int((run / "checkpoints/best").resolve().name.removesuffix("-best"))}
 
 
-def decision_rate(run: Path) -> float:
-    """Decisions per second of a run, collecting and learning together.
+def decision_rate(run: Path) -> float | None:
+    """Decisions per second of a run, collecting and learning together; None of a control.
 
     Left out are iterations that wait for a validation, start-up, checkpoints, and pauses between resumes.
     """
@@ -207,6 +206,8 @@ def decision_rate(run: Path) -> float:
     # The iteration after a version is the one that waits for its validation.
     validated = {line["step"] + 1 for line in lines if "eval/success" in line}
     counted = [line for line in lines if "rollout/decisions" in line and line["step"] not in validated]
+    if not counted:
+        return None
     parts = ("speed/wait_seconds", "speed/update_seconds", "speed/critic_seconds")
     seconds = sum(line[part] for line in counted for part in parts)
     return round(sum(line["rollout/decisions"] for line in counted) / max(seconds, 1e-9), 1)
@@ -219,7 +220,9 @@ def curve_of(run: Path) -> Curve:
     seconds = 0.0
     for line in read_metrics(run / "metrics.jsonl"):
         seconds = line.get("progress/seconds", seconds)
-        place = {"step": line["step"], "env_steps": line["progress/env_steps"], "seconds": round(seconds, 1)}
+        # Supervised training has no environment steps.
+        env_steps = line.get("progress/env_steps", 0)
+        place = {"step": line["step"], "env_steps": env_steps, "seconds": round(seconds, 1)}
         if "eval/success" in line:
             curve.append(place | {"eval/success": line["eval/success"]})
             continue

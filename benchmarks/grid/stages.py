@@ -4,10 +4,11 @@ The folders are named after what decides their content, so that cells and grids 
 
     outputs/grid/<task>/<count>_demonstrations/seed_<seed>/
         demonstrations/                 result.json, log.txt, output/
-        supervised/                     as above, and
+        converged/                      supervised training, as above, and
             evaluation_<count>/
             pi_rl/                      as above, and
                 evaluation_best_<count>/, evaluation_last_<count>/
+            self_imitation/, supervised/    the controls, like pi_rl/
 
 A folder that belongs to overrides has their names behind its own. Another environment than that of
 `recipes/metaworld.json` has a folder below the seed's.
@@ -16,7 +17,7 @@ A folder that belongs to overrides has their names behind its own. Another envir
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ from examples.metaworld_demo import (
     supervised_command,
 )
 
-from .plan import RECIPE, Cell, slug
+from .plan import PI_RL, RECIPE, SELF_IMITATION, STARTS, Cell, slug
 
 OUTPUT = ROOT / "outputs/grid"
 PORT = "--policy.actor_learner_config.learner_port"
+# What the supervised training of version 0.1.0 was.
+STEPS_200 = ("--steps=200", "--save_freq=200", "--env_eval_freq=0")
+# Gradient steps a minute of supervised training, over which a control's learning rate decays; its minutes end it.
+STEPS_PER_MINUTE = 3000
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Stage:
         learns: It is PI-RL: it needs a port, and goes on from its last checkpoint.
         checkpoint: What an evaluation evaluates.
         twin: An evaluation before this one, whose checkpoint may turn out to be the same.
+        minutes_of: The stage whose wall time this one gets, too.
     """
 
     title: str
@@ -55,6 +61,19 @@ class Stage:
     learns: bool = False
     checkpoint: Path | None = None
     twin: "Stage | None" = None
+    minutes_of: "Stage | None" = None
+
+    @property
+    def full_command(self) -> tuple[str, ...]:
+        """The command, with the minutes that another stage has taken where it gets as many."""
+        if self.minutes_of is None:
+            return self.command
+        minutes = self.minutes_of.result()["seconds"] / 60
+        return (
+            *self.command,
+            f"--max_minutes={minutes:.2f}",
+            f"--steps={max(1, round(minutes * STEPS_PER_MINUTE))}",
+        )
 
     @property
     def repeats(self) -> "Stage | None":
@@ -121,6 +140,11 @@ class Stages:
         return first if supervised_only else [*first, self.train, self.best, self.last]
 
 
+def control_of(cell: Cell) -> Cell:
+    """The cell that a control is compared with: PI-RL from the same start, without overrides of its own."""
+    return replace(cell, method=PI_RL, overrides=replace(cell.overrides, train=()))
+
+
 def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
     """The stages of a cell.
 
@@ -133,9 +157,12 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
     place = place / _name("", more.demonstrations) if more.demonstrations else place
     environment = environment_arguments(cell.recipe)
     place = place / slug(environment) if environment != environment_arguments() else place
-    demonstrations, supervised = place / "demonstrations", place / _name("supervised", more.supervised)
+    converged = cell.start == STARTS[0]
+    demonstrations = place / "demonstrations"
+    supervised = place / _name(cell.start if converged else "supervised", more.supervised)
     # What evaluates otherwise, trains and validates in another environment or policy as well.
-    train = supervised / _name("pi_rl" if cell.recipe == RECIPE else f"pi_rl_{cell.recipe}", more.train)
+    name = cell.method if cell.recipe == RECIPE else f"{cell.method}_{cell.recipe}"
+    train = supervised / _name(name, more.train)
 
     def evaluation(name: str, title: str, made_by: Path, link: str, twin: Stage | None = None) -> Stage:
         folder = made_by / _name(f"{name}_{cell.num_evaluations}", more.evaluation)
@@ -145,11 +172,13 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
         )
         return Stage(title, folder, (*command, *more.evaluation), checkpoint=checkpoint, twin=twin)
 
-    data, start = (
-        _relative(demonstrations / "output"),
-        supervised / "output/checkpoints/last/pretrained_model",
-    )
+    data, link = _relative(demonstrations / "output"), "best" if converged else "last"
+    start = _relative(supervised / "output/checkpoints" / link / "pretrained_model")
     best = evaluation("evaluation_best", "evaluation of the best", train, "best")
+    learning = supervised_command(cell.task, data, _relative(supervised / "output"), cell.seed, cell.recipe)
+    if not converged:
+        learning = [argument for argument in learning if not argument.startswith(("--patience=", "--env."))]
+        learning += STEPS_200
     return Stages(
         demonstrations=Stage(
             f"{cell.demonstrations} demonstrations",
@@ -159,26 +188,31 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
                 *more.demonstrations,
             ),
         ),
-        supervised=Stage(
-            "supervised training",
-            supervised,
-            (*supervised_command(data, _relative(supervised / "output"), cell.seed), *more.supervised),
-        ),
-        before=evaluation("evaluation", "evaluation before", supervised, "last"),
-        train=Stage(
-            "PI-RL",
-            train,
-            (
-                *improvement_command(
-                    cell.task, _relative(start), _relative(train / "output"), cell.seed, cell.recipe
-                ),
-                *(dataset_arguments(data) if _trains_on_demonstrations(more.train) else ()),
-                *more.train,
-            ),
-            learns=True,
-        ),
+        supervised=Stage("supervised training", supervised, (*learning, *more.supervised)),
+        before=evaluation("evaluation", "evaluation before", supervised, link),
+        train=_train_stage(cell, train, data, start, output),
         best=best,
         last=evaluation("evaluation_last", "evaluation of the last", train, "last", best),
+    )
+
+
+def _train_stage(cell: Cell, folder: Path, data: Path, start: Path, output: Path) -> Stage:
+    """PI-RL, or a control in its place."""
+    place, more = _relative(folder / "output"), cell.overrides
+    improvement = improvement_command(cell.task, start, place, cell.seed, cell.recipe)
+    if cell.method == PI_RL:
+        dataset = dataset_arguments(data) if _trains_on_demonstrations(more.train) else []
+        return Stage("PI-RL", folder, (*improvement, *dataset, *more.train), learns=True)
+    if cell.method == SELF_IMITATION:
+        command = ("python", "-m", "benchmarks.self_imitation", *improvement[1:], *dataset_arguments(data))
+        return Stage("self-imitation", folder, (*command, *more.train))
+    supervised = supervised_command(cell.task, data, place, cell.seed, cell.recipe)
+    command = (*(a for a in supervised if not a.startswith("--patience=")), f"--policy.path={start}")
+    return Stage(
+        "supervised training alone",
+        folder,
+        (*command, *more.train),
+        minutes_of=stages(control_of(cell), output).train,
     )
 
 

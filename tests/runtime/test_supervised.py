@@ -104,6 +104,12 @@ def test_training_ends_when_validation_stops_rising(
         run(validation, tmp_path, rates)
     assert len(validation.successes) == ended_after
     assert (tmp_path / "checkpoints/best").resolve().name == best
+    lines = [
+        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert [(line["step"], line["eval/success"]) for line in lines] == [
+        (500 * number, pytest.approx(rate)) for number, rate in enumerate(rates[:ended_after], 1)
+    ]
 
 
 def test_training_ends_after_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

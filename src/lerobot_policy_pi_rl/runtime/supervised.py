@@ -1,5 +1,6 @@
 """Supervised training by LeRobot, with two additions: small data sets in memory, and an end when it stops helping."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from .seeds import VALIDATION_SEED
 # A data set of this size or less is held in memory: LeRobot decodes 500 frames a second, a policy reads 50,000.
 MEMORY_BYTES = 2**30
 BEST = "best"
+# Under the output folder: one line for each validation, with the names of docs/metrics.md.
+METRICS = "metrics.jsonl"
 
 
 class InMemoryDataset:
@@ -90,15 +93,18 @@ class Validation:
         best = max(self.successes)
         if self.successes[-1] == best and self.successes.index(best) == len(self.successes) - 1:
             _link(output_dir / CHECKPOINTS_DIR / BEST, step)
-        minutes = (time.monotonic() - self._began) / 60
+        seconds = time.monotonic() - self._began
+        line = {"step": int(step), "progress/seconds": round(seconds, 1), "eval/success": self.successes[-1]}
+        with (output_dir / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         logging.info(
             "Validation at step %s: success %.3f, best %.3f, %.1f minutes",
             step,
             self.successes[-1],
             best,
-            minutes,
+            seconds / 60,
         )
-        self._end_if_done(minutes)
+        self._end_if_done(seconds / 60)
         return found
 
     def _end_if_done(self, minutes: float) -> None:
