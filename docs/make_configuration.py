@@ -19,6 +19,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.envs.configuration_metaworld_camera import MetaworldCameraEnv
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.runtime.settings import UNREAD
 
 PACKAGE = "lerobot_policy_pi_rl"
 PAGE = Path(__file__).parent / "configuration.md"
@@ -49,7 +50,7 @@ SECTIONS = (
         "`--policy.type=pi_rl`. With `--policy.path=` these come from the checkpoint, and what is given beside it "
         "overrides them. LeRobot's own policy fields are there as well; the ones to know are `policy.device` (`cpu` in "
         "the recipes from state, `cuda` in those of the VLAs) and `policy.push_to_hub` (true by default in LeRobot, "
-        "false in all recipes).",
+        "false here).",
     ),
     Section(
         "Explorer",
@@ -124,8 +125,9 @@ What PI-RL reads of LeRobot's training configuration, and what it means here. Th
 
 # Field -> what it means for a PI-RL run. Defaults and the recipe's values are looked up.
 RUN_FIELDS = {
-    "policy.path": "Checkpoint to start from: a `pretrained_model` folder, usually of `lerobot-train`. Without it (and "
-    "with `policy.type=pi_rl`) the policy starts at random, which sparse rewards rarely forgive.",
+    "policy.path": "Checkpoint to start from: a `pretrained_model` folder, usually of supervised training, or a name "
+    "on the hub; `pi_rl` or a stock policy. Without it, `policy.base_path` or `policy.base.type=compact` (random "
+    "weights, which sparse rewards rarely forgive) must be given.",
     "policy.online_steps": "Environment steps after which training ends.",
     "steps": "Iterations after which training ends, if `policy.online_steps` did not end it before. One iteration "
     "is `num_envs` x `decisions` decisions of every actor, and one version of the weights.",
@@ -149,16 +151,23 @@ RUN_FIELDS = {
     "policy.actor_learner_config.learner_port": "Its port.",
 }
 
-NOT_READ = """
-Not read: `dataset`, `batch_size`, `num_workers`, `log_freq`, `optimizer`, `scheduler`, `mixer`, `online_ratio`,
-`policy.concurrency`, `policy.actor_learner_config.policy_parameters_push_frequency` (every version is pushed) and
-`.queue_get_timeout`: they serve LeRobot's own learner and supervised training.
-"""
+
+def unread() -> str:
+    """What a run refuses: fields that the parser takes, with what to do instead."""
+    names: dict[str, list[str]] = {}
+    for name, reason in UNREAD.items():
+        names.setdefault(reason, []).append(f"`{name}`")
+    rows = "".join(f"| {', '.join(alike)} | {_escape(reason)} |\n" for reason, alike in names.items())
+    return (
+        "\n## What has no effect\n\nLeRobot's parser takes these as well. A run does not read them, and refuses one "
+        "that is set to another value than\nits default, on the command line or in a configuration file.\n\n"
+        f"| field | why, or what to use instead |\n|---|---|\n{rows}"
+    )
 
 
 def page() -> str:
     """The whole page."""
-    return HEAD + run_table() + NOT_READ + "".join(table(section) for section in SECTIONS)
+    return HEAD + run_table() + "".join(table(section) for section in SECTIONS) + unread()
 
 
 def run_table() -> str:

@@ -112,6 +112,9 @@ class PIRLConfig(PreTrainedConfig):
     # and export go on there; training refuses it (`PIRLTrainConfig`). Not annotated, as above.
     missing_device = ""
 
+    # Push the policy to the hub as `repo_id` after supervised training. LeRobot's default is true, and asks for a name.
+    push_to_hub: bool = False
+
     # The flow policy that acts. Null means that of `base_path` or, without one, the compact base with its defaults.
     base: BaseConfig | None = None
     # Checkpoint of a stock LeRobot policy to start from, a folder or a name on the hub: its configuration, its weights
@@ -204,6 +207,12 @@ class PIRLConfig(PreTrainedConfig):
         check_base(self)
 
     def _check_stock_options(self) -> None:
+        check(
+            self.stock is not None or self.trainable in ("expert", "all"),
+            "policy.trainable",
+            f"{self.trainable!r} is for bases that are policies of LeRobot's, such as pi0; the compact base is always "
+            "trained whole, leave it out",
+        )
         for name in ("gradient_checkpointing", "compile"):
             check(
                 self.stock is not None or not getattr(self, name),

@@ -21,7 +21,7 @@ from lerobot_policy_pi_rl.configuration_pi_rl import PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig, check_features, make_player
-from lerobot_policy_pi_rl.scripts.console import wrap_stock_policy
+from lerobot_policy_pi_rl.scripts.arguments import with_policy
 
 from .conftest import BASES, CAMERA, PIXELS, explorer, features, own_chunk, stock_chunk
 from .window import WindowConfig
@@ -110,7 +110,7 @@ def test_a_base_from_a_folder_is_neither_warned_of_nor_looked_up(
     base = save_stock(name)
     asked.clear()
     explored = [f"--policy.explorer.kind={explorer(name).kind}"]
-    assert wrap_stock_policy([f"--policy.path={base}"])[-1] == f"--policy.base_path={base}"
+    assert with_policy([f"--policy.path={base}"])[-1] == f"--policy.base_path={base}"
     player = make_player(parse(base, *explored))
     assert isinstance(player.policy, PIRLPolicy)
     assert asked == []

@@ -16,6 +16,7 @@ from lerobot.utils.constants import OBS_STATE
 from lerobot_policy_pi_rl.configuration_pi_rl import ExplorerConfig, PIRLConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.modeling_pi_rl import PIRLPolicy
+from lerobot_policy_pi_rl.scripts.arguments import completed
 from lerobot_policy_pi_rl.scripts.console import run_command
 from lerobot_policy_pi_rl.scripts.learner import learn
 
@@ -88,7 +89,7 @@ def test_the_extra_is_named_before_there_is_a_configuration(
     given = f"--policy.base.type={name}" if where == "command line" else f"--config_path={tmp_path}/run.json"
     monkeypatch.setattr(sys, "argv", ["lerobot-pi-rl-learner", given])
     with pytest.raises(SystemExit) as left:
-        draccus.decode(PreTrainedConfig, policy) if where == "decoder" else run_command(learn)
+        draccus.decode(PreTrainedConfig, policy) if where == "decoder" else run_command(learn, completed)
     said = left.value.code if isinstance(left.value.code, str) else capsys.readouterr().err.strip()
     assert re.fullmatch(f"error: {fix(EXTRAS[name])}", said)
 

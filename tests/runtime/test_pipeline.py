@@ -266,16 +266,16 @@ def test_settings_of_the_policy_can_be_changed_in_the_file(
         "base": None,
         "online_steps": 5,
         "num_inference_steps": 3,
-        "optimizer_lr": 0.5,
+        "lora_alpha": 8,
         "explorer": {"noise_level": 0.25},
     }
     file = tmp_path / f"recipe{suffix}"
     # JSON is YAML, too.
     file.write_text(json.dumps({"policy": policy}))
-    cfg = make_cfg("--resume=true", f"--config_path={file}", "--policy.optimizer_lr=0.1")
+    cfg = make_cfg("--resume=true", f"--config_path={file}", "--policy.lora_alpha=4")
     found, saved_policy = parts(cfg)[0], PreTrainedConfig.from_pretrained(saved / "pretrained_model")
     assert isinstance(saved_policy, PIRLConfig)
-    assert (found.online_steps, found.optimizer_lr) == (5, 0.1)
+    assert (found.online_steps, found.lora_alpha) == (5, 4)
     assert found.explorer.noise_level == 0.25
     assert found.explorer.noise_correlation == saved_policy.explorer.noise_correlation
     assert (found.base, found.base_path) == (saved_policy.base, None)
@@ -290,7 +290,7 @@ def test_the_file_of_the_checkpoint_says_nothing_new(make_cfg: MakeConfig, saved
     cfg = make_cfg(
         "--resume=true", f"--config_path={saved.parent / 'last/pretrained_model/train_config.json'}"
     )
-    assert pipeline.stated_policy(saved) == {}
+    assert pipeline.stated_policy() == {}
     assert checkpoint.changed_settings(saved, cfg) == {}
 
 
@@ -572,7 +572,8 @@ def test_what_matters_is_compared(make_cfg: MakeConfig, argument: str, name: str
 
 
 @pytest.mark.parametrize(
-    "argument", ["--algorithm.lr=1e-5", "--algorithm.collection.num_workers=1", "--env.max_parallel_tasks=3"]
+    "argument",
+    ["--algorithm.lr=1e-5", "--algorithm.collection.num_workers=1", "--env.disable_env_checker=false"],
 )
 def test_what_one_side_decides_alone_is_not_compared(make_cfg: MakeConfig, argument: str) -> None:
     assert settings_differences(settings(make_cfg()), settings(make_cfg(argument))) == []

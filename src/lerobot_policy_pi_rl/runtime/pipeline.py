@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,8 +14,9 @@ from typing import Any
 
 import draccus
 import torch
-import yaml
+from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.errors import HfHubHTTPError
 
 # Robots, cameras and teleoperators as LeRobot's own commands know them, so that `env.robot.type` is found.
 from lerobot.cameras import opencv  # noqa: F401
@@ -44,10 +46,13 @@ from .checkpoint import CheckpointError, find_last, verify
 from .observations import ObservationPath, offered_features
 from .packages import missing_simulator
 from .robots import SIMULATION, is_robot
+from .settings import given_names, is_of_checkpoint, read_configuration, refuse_unread
 from .wire import WireSpec
 
 # Settings of a policy that say where it begins, which a resumed run does not ask.
 BEGINNINGS = ("type", "path", "base_path", "pretrained_path")
+# Of a checkpoint, these say what was asked of the training that made it.
+PUSH_DEFAULTS = {"push_to_hub": False, "repo_id": None, "private": None, "tags": None, "license": None}
 # Settings of a policy that are one value, though they have names in them.
 WHOLE_SETTINGS = ("input_features", "output_features", "normalization_mapping")
 
@@ -113,14 +118,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             self._resume_policy()
             self._resume_folder()
         self._validate_as_lerobot_does()
-        if not isinstance(self.policy, PIRLConfig):
-            kind = self.policy and self.policy.type
-            raise config_error(
-                "policy.type",
-                f"is {kind!r}; this command trains 'pi_rl': begin with "
-                + ("it" if kind in STOCK else f"one of {sorted(STOCK)}")
-                + " by --policy.type=pi_rl --policy.base_path=...",
-            )
+        assert isinstance(self.policy, PIRLConfig)
         self.algorithm.policy_config = self.policy
         self._make_paths_absolute()
         if self.is_actor and self.algorithm.collection.device is not None:
@@ -259,21 +257,49 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             )
 
     def _resolve_pretrained_from_cli(self) -> None:
-        """Takes the policy from `--policy.path`; that of a resumed run comes from its checkpoint."""
+        """Takes the policy from `--policy.path`; that of a resumed run comes from its checkpoint.
+
+        LeRobot's checks ask for it, so that what has no effect is refused before them.
+        """
         if not self.resume:
-            check_checkpoint(parser.get_path_arg("policy"))
-            super()._resolve_pretrained_from_cli()
+            self._begin_policy()
+        if not isinstance(self.policy, PIRLConfig):
+            kind = self.policy and self.policy.type
+            raise config_error(
+                "policy.type",
+                f"is {kind!r}; this command trains 'pi_rl': begin with "
+                + ("it" if kind in STOCK else f"one of {sorted(STOCK)}")
+                + " by --policy.type=pi_rl --policy.base_path=...",
+            )
+        refuse_unread(self, given_names(sys.argv[1:], parser.parse_arg("config_path")))
+
+    def _begin_policy(self) -> None:
+        """Takes the policy from the checkpoint that a run begins with, if any."""
+        path = parser.get_path_arg("policy")
+        check_checkpoint(path)
+        if path is None:
+            return
+        stated = stated_policy()
+        revision = parser.parse_arg("policy.pretrained_revision") or stated.get("pretrained_revision")
+        file = Path(path) / CONFIG_NAME
+        if not file.is_file():
+            try:
+                file = Path(hf_hub_download(path, CONFIG_NAME, revision=revision))
+            except (OSError, ValueError, HfHubHTTPError) as error:
+                raise config_error(
+                    "policy.path",
+                    f"{path!r} is no folder with a {CONFIG_NAME}, and the hub does not give it "
+                    f"({' '.join(str(error).split())[:200]})",
+                ) from None
+        self.policy = self._read_policy(file, stated)
+        self.policy.pretrained_path = Path(path)
 
     def _resume_policy(self) -> None:
         """Takes the policy from the checkpoint to resume from."""
         self.checkpoint_path = self.find_checkpoint()
         verify(self.checkpoint_path)
         folder = self.checkpoint_path / PRETRAINED_MODEL_DIR
-        overrides = parser.get_cli_overrides("policy") or []
-        with tempfile.TemporaryDirectory() as aside:
-            changed = with_stated(load_json(folder / CONFIG_NAME), stated_policy(self.checkpoint_path))
-            write_json(changed, Path(aside) / CONFIG_NAME)
-            self.policy = PreTrainedConfig.from_pretrained(aside, cli_overrides=overrides)
+        self.policy = self._read_policy(folder / CONFIG_NAME, stated_policy())
         self.policy.pretrained_path = folder
 
     def _resume_folder(self) -> None:
@@ -323,6 +349,18 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             if path is not None and Path(path).exists():
                 setattr(owner, last, type(path)(Path(path).absolute()))
 
+    @staticmethod
+    def _read_policy(file: Path, stated: Mapping[str, Any]) -> PreTrainedConfig:
+        """Reads the configuration of a checkpoint's policy, with what the file of the run and the command line change.
+
+        LeRobot would lose lists and nulls of that file.
+        """
+        given = parser.get_cli_overrides("policy") or []
+        overrides = [one for one in given if one.removeprefix("--").partition("=")[0] not in BEGINNINGS]
+        with tempfile.TemporaryDirectory() as aside:
+            write_json(with_stated({**load_json(file), **PUSH_DEFAULTS}, stated), Path(aside) / CONFIG_NAME)
+            return PreTrainedConfig.from_pretrained(aside, cli_overrides=overrides)
+
     def _has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from."""
         try:
@@ -369,18 +407,11 @@ def run_folder(checkpoint_dir: Path) -> Path | None:
     return None
 
 
-def stated_policy(checkpoint_dir: Path) -> dict[str, Any]:
-    """What a configuration file says of the policy of a resumed run, beside where to begin.
-
-    Args:
-        checkpoint_dir: The checkpoint; its own configuration says nothing new.
-    """
-    file = Path(parser.parse_arg("config_path") or "")
-    if not file.is_file() or file.resolve().is_relative_to(checkpoint_dir.resolve()):
-        return {}
-    # JSON is YAML, too, but for numbers such as 1e-4.
-    content = load_json(file) if file.suffix == ".json" else yaml.safe_load(file.read_text(encoding="utf-8"))
-    stated = content.get("policy") or {}
+def stated_policy() -> dict[str, Any]:
+    """What a configuration file says of the policy, beside where to begin; that of a checkpoint says nothing new."""
+    path = parser.parse_arg("config_path")
+    content = None if is_of_checkpoint(path) else read_configuration(path)
+    stated = (content or {}).get("policy") or {}
     return {name: value for name, value in stated.items() if name not in BEGINNINGS}
 
 

@@ -6,6 +6,7 @@ import torch
 from lerobot.configs import parser
 
 from ..runtime.pipeline import PIRLTrainConfig, parts
+from .arguments import completed
 from .console import leave_on_signals, log_to, run_command, stop_on_signals
 
 
@@ -28,7 +29,7 @@ def act(cfg: PIRLTrainConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_command(act)
+    run_command(act, completed)
 
 
 if __name__ == "__main__":

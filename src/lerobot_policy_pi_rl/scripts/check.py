@@ -17,6 +17,7 @@ from ..runtime.collector import make_eval_groups, make_groups
 from ..runtime.findings import Advice, Findings, advise, wilson
 from ..runtime.pipeline import PIRLTrainConfig, make_player, parts
 from ..runtime.robots import is_robot
+from .arguments import completed
 from .console import run_command
 
 FILE_NAME = "check.json"
@@ -131,7 +132,7 @@ def main() -> None:
     """
     found: list[Advice] = []
     try:
-        run_command(lambda: found.append(examine()))
+        run_command(lambda: found.append(examine()), completed)
     except SystemExit as error:
         # The parser's own code for a misspelled argument would read as a verdict.
         raise SystemExit(1 if error.code == NO_SIGNAL else error.code) from None

@@ -6,6 +6,7 @@ import torch
 from lerobot.configs import parser
 
 from ..runtime.pipeline import PIRLTrainConfig
+from .arguments import completed
 from .console import leave_on_signals, log_to, run_command, stop_on_signals
 
 
@@ -27,7 +28,7 @@ def learn(cfg: PIRLTrainConfig) -> None:
 
 def main() -> None:
     """Entry point."""
-    run_command(learn)
+    run_command(learn, completed)
 
 
 if __name__ == "__main__":

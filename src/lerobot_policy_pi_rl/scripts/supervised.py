@@ -11,6 +11,7 @@ from lerobot.scripts import lerobot_train
 
 from ..errors import config_error
 from ..runtime.supervised import Converged, additions
+from .arguments import with_path
 from .console import run_command
 
 
@@ -60,7 +61,7 @@ def train() -> None:
 
 def main() -> None:
     """Entry point."""
-    run_command(train)
+    run_command(train, with_path)
 
 
 if __name__ == "__main__":
