@@ -1,12 +1,14 @@
 """Learner and actor in this process, over loopback: what a run does, and what it writes."""
 
 import errno
+import itertools
 import math
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,24 +17,27 @@ import numpy as np
 import pytest
 import torch
 from lerobot.rl.algorithms.configs import TrainingStats
+from lerobot.utils.io_utils import load_json
 from safetensors.torch import load_file
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm, RatioError
 from lerobot_policy_pi_rl.runtime import actor as actor_module
-from lerobot_policy_pi_rl.runtime import checkpoint
+from lerobot_policy_pi_rl.runtime import checkpoint, snapshot
 from lerobot_policy_pi_rl.runtime import learner as learner_module
 from lerobot_policy_pi_rl.runtime.actor import Actor, Pace
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, InUse
 from lerobot_policy_pi_rl.runtime.client import LearnerClient
 from lerobot_policy_pi_rl.runtime.collector import Collected, Collector, Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
-from lerobot_policy_pi_rl.runtime.gather import Gathered
+from lerobot_policy_pi_rl.runtime.gather import Gathered, NothingUsable
 from lerobot_policy_pi_rl.runtime.guard import RUNAWAY_ITERATIONS
 from lerobot_policy_pi_rl.runtime.learner import Learner, Rollouts
 from lerobot_policy_pi_rl.runtime.packing import WireError
 from lerobot_policy_pi_rl.runtime.pipeline import Player
+from lerobot_policy_pi_rl.runtime.progress import Progress
 from lerobot_policy_pi_rl.runtime.server import PortUnavailable
+from lerobot_policy_pi_rl.runtime.snapshot import NotFinite
 from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
 from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
@@ -284,10 +289,10 @@ def test_what_a_collapsed_policy_collected_ahead_is_not_learned_from(
 ) -> None:
     roll_back = Learner._roll_back
 
-    def roll_back_late(learner: Learner, gathered: Gathered) -> None:
+    def roll_back_late(learner: Learner, gathered: Gathered, before: Progress) -> None:
         """When the actor, which may be a quota ahead, has sent the next one of the same version."""
         assert eventually(lambda: bool(len(learner._service.decisions) or learner._gatherer._waiting))
-        roll_back(learner, gathered)
+        roll_back(learner, gathered, before)
 
     monkeypatch.setattr(Learner, "_roll_back", roll_back_late)
     validations([0.9, 0.9, 0.9, 0.2, 0.8])
@@ -435,6 +440,191 @@ def test_a_resumed_run_is_the_run(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+# How a run ends
+
+
+TENSORS = (
+    "pretrained_model/model.safetensors",
+    "algorithm/model.safetensors",
+    "training_state/rng_state.safetensors",
+    "training_state/policy/optimizer_state.safetensors",
+    "training_state/critic/optimizer_state.safetensors",
+)
+
+
+def same_state(one: Path, two: Path) -> bool:
+    """Whether two checkpoints have the same weights, optimizers, random state and counters but for the clock's."""
+    counters = [load_json(place / "training_state/counters.json") for place in (one, two)]
+    for found in counters:
+        found.pop("seconds")
+    rates = [load_json(place / "training_state/policy/optimizer_param_groups.json") for place in (one, two)]
+    pairs = [(load_file(one / name), load_file(two / name)) for name in TENSORS]
+    return (
+        counters[0] == counters[1]
+        and rates[0] == rates[1]
+        and all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+    )
+
+
+@pytest.fixture
+def in_update(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has something happen in the update of a version, when the policy or the critic has taken its first steps."""
+
+    def plan(
+        version: int, happens: Callable[[PIRLAlgorithm], None], part: str = "policy", after: int = 1
+    ) -> None:
+        name = {"policy": "_policy_step", "critic": "_critic_step"}[part]
+        step, taken = getattr(PIRLAlgorithm, name), itertools.count(1)
+
+        def spy(algorithm: PIRLAlgorithm, *arguments: Any) -> int:
+            skipped = step(algorithm, *arguments)
+            if algorithm.optimization_step == version and next(taken) == after:
+                happens(algorithm)
+            return skipped
+
+        monkeypatch.setattr(PIRLAlgorithm, name, spy)
+
+    return plan
+
+
+def ask_to_stop(algorithm: PIRLAlgorithm) -> None:
+    algorithm.stopping._stop.set()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_an_update_that_is_stopped_is_not_counted(
+    train: Train, in_update: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str
+) -> None:
+    """Neither as learned from nor in the weights: what is saved is what the iteration before had made, to the bit."""
+    train("--steps=2", "--save_freq=3", folder="before")
+    monkeypatch.setattr(learner_module, "FINISH_UPDATE_S", 0.0)
+    in_update(2, ask_to_stop, part)
+    rows = train("--steps=4", "--save_freq=3", folder="stopped")
+    assert [row["step"] for row in iterations(rows)] == [1, 2]
+    before, stopped = (tmp_path / folder / "checkpoints/last" for folder in ("before", "stopped"))
+    assert stopped.readlink() == Path("000002")
+    assert same_state(before, stopped)
+
+
+@pytest.mark.parametrize(("patience_s", "saved"), [(0.0, "000002"), (60.0, "000003")])
+def test_a_run_that_was_stopped_in_an_update_is_resumed_to_the_bit(
+    train: Train,
+    in_update: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    patience_s: float,
+    saved: str,
+) -> None:
+    """Whether the update was taken back or had the time to end: that version is a milestone, like each here."""
+    settings = ("--steps=5", "--save_freq=1")
+    whole = train(*settings, folder="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module, "FINISH_UPDATE_S", patience_s)
+        in_update(2, ask_to_stop)
+        train(*settings, folder="parts")
+    last = tmp_path / "parts/checkpoints/last"
+    assert last.readlink() == Path(saved)
+    monkeypatch.undo()
+    parts = train(*settings, "--resume=true", folder="parts")
+    assert list(map(reproducible, parts)) == list(map(reproducible, whole))
+    assert same_state(last, tmp_path / "whole/checkpoints/last")
+
+
+def test_without_memory_for_a_copy_half_an_update_is_not_saved(
+    train: Train,
+    in_update: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(snapshot, "SMALL", 0)
+    monkeypatch.setattr(snapshot, "free_memory", lambda: 1000.0)
+    monkeypatch.setattr(learner_module, "FINISH_UPDATE_S", 0.0)
+    in_update(3, ask_to_stop)
+    train("--steps=5", "--save_freq=2")
+    assert (tmp_path / "run/checkpoints/last").readlink() == Path("000002")
+    assert "there was no memory for a copy of what it began from; a resume begins at version 2" in caplog.text
+
+
+def break_a_weight(algorithm: PIRLAlgorithm) -> None:
+    with torch.no_grad():
+        next(algorithm.policy.parameters()).view(-1)[0] = torch.inf
+
+
+def run_out_of_memory(algorithm: PIRLAlgorithm) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def refuse_a_setting(algorithm: PIRLAlgorithm) -> None:
+    """As `config_error` does in a command."""
+    raise SystemExit("error: it cannot work")
+
+
+@pytest.mark.parametrize(
+    ("happens", "error", "said"),
+    [
+        (break_a_weight, NotFinite, r"the update made policy\.\S+ not finite; lower algorithm.lr and"),
+        (run_out_of_memory, torch.OutOfMemoryError, "CUDA out of memory"),
+        (refuse_a_setting, SystemExit, "it cannot work"),
+    ],
+)
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_an_error_in_an_update_saves_what_was_learned_before(
+    train: Train,
+    in_update: Callable[..., None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    happens: Callable[[PIRLAlgorithm], None],
+    error: type[BaseException],
+    said: str,
+    part: str,
+) -> None:
+    train("--steps=2", folder="before")
+    in_update(2, happens, part)
+    with pytest.raises(error, match=said):
+        train("--steps=4", folder="broken")
+    before, broken = (tmp_path / folder / "checkpoints/last" for folder in ("before", "broken"))
+    assert broken.readlink() == Path("000002")
+    assert same_state(before, broken)
+    assert "ends with an error; version 2 is saved, and --resume=true goes on from it" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["_log", "_watch", "_publish_next", "_consider_best"])
+def test_an_error_between_two_updates_saves_what_was_learned(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    step = getattr(Learner, name)
+
+    def fail(learner: Learner, *arguments: Any, **named: Any) -> Any:
+        if learner._progress.version == 3:
+            raise RuntimeError("it broke")
+        return step(learner, *arguments, **named)
+
+    monkeypatch.setattr(Learner, name, fail)
+    with pytest.raises(RuntimeError, match="it broke"):
+        train("--steps=5", "--algorithm.collection.max_staleness=1")
+    last = tmp_path / "run/checkpoints/last"
+    # What an update publishes early is a part of it.
+    assert last.readlink() == Path("000002" if name == "_publish_next" else "000003")
+    assert load_json(last / "training_state/counters.json")["version"] == int(last.readlink().name)
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(learner: Learner, *arguments: Any, **named: Any) -> None:
+        break_a_weight(learner._algorithm)
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(Learner, "_log", fail)
+    with pytest.raises(RuntimeError, match="it broke"):
+        train("--steps=5")
+    assert (tmp_path / "run/checkpoints/last").readlink() == Path("000000")
+    assert re.search(
+        r"version 1 is not saved \(it has policy\.\S+ not finite; .*resume begins at version 0", caplog.text
+    )
+
+
 @pytest.fixture
 def killed(train: Train, validations: Callable[[list[float]], None], tmp_path: Path) -> Path:
     """Folder of a run that was killed after version 3 was found to be the best one; `last` is version 2."""
@@ -526,8 +716,8 @@ def test_a_changed_rate_of_the_critic_outlives_a_roll_back(
     found: list[float] = []
     roll_back = Learner._roll_back
 
-    def spy(learner: Learner, gathered: Gathered) -> None:
-        roll_back(learner, gathered)
+    def spy(learner: Learner, gathered: Gathered, before: Progress) -> None:
+        roll_back(learner, gathered, before)
         found.append(learner._algorithm.optimizers["critic"].param_groups[0]["lr"])
 
     monkeypatch.setattr(Learner, "_roll_back", spy)
@@ -712,6 +902,24 @@ def test_a_policy_that_does_not_score_what_it_sampled_ends_the_run(
     monkeypatch.setattr(PIRLAlgorithm, "reduce", off)
     with pytest.raises(RatioError, match="ratio is off by"):
         train("--steps=2")
+
+
+def test_a_run_of_which_nothing_is_usable_names_the_actor_and_saves(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    collect = Collector.collect
+
+    def ruin(self: Collector, version: int, part: int = 0) -> Collected:
+        found = collect(self, version, part)
+        if version < 3:
+            return found
+        rewards = torch.full_like(found.decisions.reward, torch.nan)
+        return replace(found, decisions=replace(found.decisions, reward=rewards))
+
+    monkeypatch.setattr(Collector, "collect", ruin)
+    with pytest.raises(NothingUsable, match=r"every decision of version 3 from actor\(s\) \[0\] was dropped"):
+        train("--steps=5")
+    assert (tmp_path / "run/checkpoints/last").readlink() == Path("000003")
 
 
 def test_rollouts_are_read_once() -> None:

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +93,28 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics:
         metrics.write(1, {"a/nan": math.nan, "a/inf": -math.inf, "a/big": 10**20})
     assert json.loads(metrics.path.read_text()) == {"step": 1, "a/nan": None, "a/inf": None, "a/big": 10**20}
+
+
+def test_a_tracker_that_fails_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told of once, and gets what comes when it works again."""
+
+    class Unreachable:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            if step in (2, 3, 5):
+                raise ConnectionError("no route\nto host")
+            self.steps.append(step)
+
+    tracker = Unreachable()
+    with MetricsWriter(tmp_path, tracker, total_steps=9, stream=io.StringIO()) as metrics:
+        for step in range(1, 7):
+            metrics.write(step, {"loss/value": 0.5})
+    assert tracker.steps == [1, 4, 6]
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    said = "The tracker does not take metrics from version {} on (ConnectionError: no route to host)".format
+    assert [record.message[: len(said(2))] for record in caplog.records] == [said(2), said(5)]
 
 
 def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> None:

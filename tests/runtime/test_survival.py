@@ -31,6 +31,7 @@ from line_processes import (
     die_in_update,
     jump_in_time,
     notice_silence,
+    overflow_in_update,
     save_slowly,
     slow_down,
     tell_quotas,
@@ -140,6 +141,19 @@ def test_a_run_that_is_killed_at_every_worst_moment_is_the_run_that_was_not(make
         one, two = (load_file(each.checkpoint() / file) for each in (whole, run))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one), file
+
+
+def test_an_error_loses_nothing_that_was_learned(make_line_run: MakeRun) -> None:
+    """The run is resumed where it broke, with the actor that has waited for it; no checkpoint was due there."""
+    run = make_line_run("--steps=6", "--save_freq=0")
+    learner, actor = run.learner(faults=[at(overflow_in_update, 3)]), run.actor()
+    error = learner.failure()
+    assert re.search(r"error: the update made policy\.\S+ not finite; lower algorithm\.lr ", error)
+    assert "ends with an error; version 3 is saved, and --resume=true goes on from it" in run.log("learner")
+    assert saved(run) == 3
+    finish(run.learner("--resume=true"), actor)
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6]
+    assert run.rows()[-1]["progress/decisions"] == 6 * QUOTA
 
 
 # The network

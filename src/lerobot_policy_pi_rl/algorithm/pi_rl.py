@@ -46,6 +46,10 @@ class RatioError(RuntimeError):
     """The policy that scores is not the policy that sampled."""
 
 
+class UpdateStopped(Exception):
+    """The run was asked to stop, and an update was left in the middle: what it has changed is to be taken back."""
+
+
 class PIRLAlgorithm(RLAlgorithm):
     """PPO over decisions, whose log-probability is that of their recorded denoising steps.
 
@@ -74,7 +78,7 @@ class PIRLAlgorithm(RLAlgorithm):
         self.warm_up_until = config.critic_warmup
         # Called in every update as soon as the policy is improved; the critic is trained after that.
         self.policy_ready: Callable[[], None] = lambda: None
-        # Whether the update is to end with the gradient step that it is at: the run is asked to stop.
+        # Whether the update is to be left with the gradient step that it is at.
         self.stopping: Callable[[], bool] = lambda: False
         # Where demonstrations come from, if `demonstration_weight` asks for them.
         self.demonstrations: Demonstrations | None = None
@@ -219,8 +223,7 @@ class PIRLAlgorithm(RLAlgorithm):
         First the policy takes all its epochs, then the critic: neither reads what the other does in the meantime,
         because advantages and value targets are computed once, before. Actors can act with the improved policy
         (`policy_ready`) while the critic is trained. Where the critic's loss trains the base as well (`critic_coef`),
-        both take the same steps. A run that is asked to stop (`stopping`) goes without the steps
-        that are left.
+        both take the same steps.
 
         Args:
             batch_iterator: Yields rollouts.
@@ -230,6 +233,7 @@ class PIRLAlgorithm(RLAlgorithm):
 
         Raises:
             RatioError: If the first minibatch's ratio is not 1.
+            UpdateStopped: If it was left in the middle (`stopping`).
         """
         rollout = next(batch_iterator)
         self.policy.eval()
@@ -266,13 +270,13 @@ class PIRLAlgorithm(RLAlgorithm):
         skipped, epochs, last_kl = 0, 0, 0.0
         trains = not self._warming_up and len(material.trained) > 0
         trains = trains and (material.has_signal or config.demonstration_weight > 0)
-        while trains and epochs < config.epochs and not self.stopping():
+        while trains and epochs < config.epochs:
             for rows in self._minibatches(material, generator):
                 skipped += self._policy_step(material, rows, averages)
             epochs, last_kl = epochs + 1, self.divergence(material)
             if not last_kl <= config.kl_stop * config.target_kl:
                 break
-        if epochs and not self.stopping():
+        if epochs:
             # An iteration that ran into non-finite gradients was too bold, whatever its other steps measured.
             self._adapt_lr(math.inf if skipped else last_kl, may_rise=material.has_signal)
         found: dict[str, float] = {"epochs": epochs, "skipped_steps": skipped}
@@ -286,18 +290,20 @@ class PIRLAlgorithm(RLAlgorithm):
             return 0
         skipped, generator = 0, self._generator(1)
         for _ in range(self.config.epochs):
-            if self.stopping():
-                break
             for rows in self._minibatches(material, generator):
                 part = material.critic.rows(rows.to(self.device))
                 skipped += self._critic_step(self.critic, part, averages)
         return skipped
 
     def _minibatches(self, material: Material, generator: torch.Generator) -> Iterator[Tensor]:
-        """The minibatches of an epoch, no more of them once the run is asked to stop."""
+        """The minibatches of an epoch.
+
+        Raises:
+            UpdateStopped: Between two of them, if the update is to be left.
+        """
         for rows in minibatches(material.trained, self.config.minibatch_size, generator):
             if self.stopping():
-                return
+                raise UpdateStopped
             yield rows
 
     @property

@@ -276,8 +276,8 @@ class Gatherer:
         """Raises when every actor has delivered and nothing of it could be kept."""
         if self._service.actors.connected() and not iteration.batches and self._all_delivered(iteration):
             raise NothingUsable(
-                f"every decision of version {iteration.version} was dropped ({dict(+self.dropped)}); "
-                "the policy or the environment gives numbers that are not finite"
+                f"every decision of version {iteration.version} from actor(s) {sorted(iteration.delivered)} was "
+                f"dropped ({dict(+self.dropped)}); the policy or the environment gives numbers that are not finite"
             )
 
     def _look_around(self, iteration: _Iteration | None = None) -> None:

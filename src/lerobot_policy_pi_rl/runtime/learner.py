@@ -1,5 +1,6 @@
 """The learner: a runner around the algorithm. Receive, update, publish, checkpoint, log."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 from torch import Tensor
 
-from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm
+from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm, UpdateStopped
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .access import read_learner_access
@@ -35,6 +36,7 @@ from .progress import Progress
 from .robots import is_robot
 from .server import LearnerServer
 from .service import MALFORMED, PIRLLearnerService
+from .snapshot import NotFinite, check_trained, take_snapshot
 from .statistics import control_metrics, learning_metrics, rollout_metrics, total
 from .tasks import success_by_task, task_shares
 from .wire import Scalar, WeightsHeader, WireSpec, encode_weights
@@ -47,9 +49,16 @@ WAITING_MESSAGES = 64
 REJECTED_MESSAGES = 100
 # Seconds that actors get for the evaluation of the final policy.
 FINAL_EVALUATION_S = 600.0
+# Seconds that an update gets to end by itself when the run is asked to stop; after that it is taken back.
+FINISH_UPDATE_S = 3.0
 # Seconds that actors get, when the run is over, for what people have shown since.
 FINAL_DEMONSTRATIONS_S = 3.0
 
+
+# Why weights are not saved when a run ends.
+HALF_AN_UPDATE = "an update was left in the middle, and there was no memory for a copy of what it began from"
+# What is said of an update whose weights are not finite, and what helps.
+OVERFLOW = ("the update made", "lower algorithm.lr and algorithm.lr_max, or algorithm.critic_lr")
 
 # What the console shows beside the environment steps.
 SHOWN = {
@@ -76,6 +85,23 @@ class Rollouts:
         while self._next is not None:
             rollout, self._next = self._next, None
             yield rollout
+
+
+class Deadline:
+    """Whether a run was asked to stop, and an update in progress has had its time to end since."""
+
+    def __init__(self, stop: Event, patience_s: float) -> None:
+        """Takes the event that asks, and the time."""
+        self._stop, self._patience_s = stop, patience_s
+        self._asked_at: float | None = None
+
+    def __call__(self) -> bool:
+        """To be asked again and again: the time begins when it is asked first."""
+        if not self._stop.is_set():
+            return False
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+        return time.monotonic() - self._asked_at >= self._patience_s
 
 
 class Learner:
@@ -105,7 +131,7 @@ class Learner:
         assert isinstance(algorithm, PIRLAlgorithm)
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
-        self._algorithm.stopping = stop.is_set
+        self._algorithm.stopping = Deadline(stop, FINISH_UPDATE_S)
         spec = wire_spec(cfg, self._player)
         self._interventions = self._open_interventions(spec) if is_robot(env_cfg) else None
         if algorithm_cfg.demonstration_weight > 0:
@@ -114,6 +140,8 @@ class Learner:
         # Version of the newest checkpoint that a resume would begin from, and how many could not be written.
         self._saved_version: int | None = None
         self._checkpoints_failed = 0
+        # Whether weights, critic and optimizers are those of the current version.
+        self._whole = True
         self._best = BestCheckpoint(self._output_dir, self._is_milestone)
         self._trainer = RLTrainer(algorithm, self._rollouts, batch_size=algorithm_cfg.minibatch_size)
         self._progress = self._resume() if cfg.resume else Progress()
@@ -207,14 +235,47 @@ class Learner:
         )
 
     def _train_or_stop(self) -> None:
-        """Trains to the end, or saves where it is asked to stop; the actors are told to leave."""
+        """Trains to the end, or saves where it is asked to stop; the actors are told to leave.
+
+        An error ends the run as well, but not before what was learned is saved. Actors then wait for it to be resumed.
+        """
         try:
             self._train()
-        except Stopped:
+        except (Stopped, UpdateStopped):
             logger.info("Stopping at version %d", self._progress.version)
-            if self._saved_version != self._progress.version:
+            if not self._whole:
+                logger.warning("%s; a resume begins at version %s", HALF_AN_UPDATE, self._saved_version)
+            elif self._saved_version != self._progress.version:
                 self._save()
             self._publish(restart=False, evaluate=False, final=True)
+        except (Exception, SystemExit) as error:
+            self._save_after(error)
+            raise
+
+    def _save_after(self, error: BaseException) -> None:
+        """Saves what was learned before an error, unless that is what is broken, and says so."""
+        version = self._progress.version
+        saved, why = self._saved_version == version, ""
+        try:
+            if not self._whole:
+                why = HALF_AN_UPDATE
+            elif not saved and not isinstance(error, checkpoint.CheckpointNotWritten):
+                check_trained(self._algorithm, "it has", "they are not saved")
+                self._save()
+                saved = True
+        except (checkpoint.CheckpointNotWritten, NotFinite) as failed:
+            why = str(failed)
+        if saved:
+            logger.error(
+                "The run ends with an error; version %d is saved, and --resume=true goes on from it", version
+            )
+        else:
+            logger.error(
+                "The run ends with an error, and version %d is not saved (%s); a resume begins at version %s",
+                version,
+                why or error,
+                self._saved_version,
+            )
 
     def _train(self) -> None:
         self._gatherer.wait_for_actors()
@@ -233,31 +294,35 @@ class Learner:
         milestone they wait for the checkpoint.
         """
         began, version = time.perf_counter(), self._progress.version
+        before = replace(self._progress)
         gathered = self._gatherer.gather(version, self._evaluates(version))
         if self._consider_best(version, gathered.evaluations):
-            self._roll_back(gathered)
+            self._roll_back(gathered, before)
             return
         updating = time.perf_counter()
-        self._account(gathered)
         if self._config.collection.task_focus > 0:
             self._since_restart += gathered.collections
         if (note := self._first_look.add(gathered.evaluations, gathered.collections)) is not None:
             logger.log(note.level, "%s", note.text)
-        milestone, finished = self._is_milestone(version + 1), self._finished()
-        early = not finished and (self._asynchronous or not milestone)
         ready_at: list[float] = []
+        with self._whole_or_not_at_all(before):
+            self._account(gathered)
+            milestone, finished = self._is_milestone(version + 1), self._finished()
+            early = not finished and (self._asynchronous or not milestone)
 
-        def policy_ready() -> None:
-            if early:
-                self._publish_next(restart=False)
-                # From now on the actors use the other cores.
-                torch.set_num_threads(1)
-            ready_at.append(time.perf_counter())
+            def policy_ready() -> None:
+                check_trained(self._algorithm, *OVERFLOW)
+                if early:
+                    self._publish_next(restart=False)
+                    # From now on the actors use the other cores.
+                    torch.set_num_threads(1)
+                ready_at.append(time.perf_counter())
 
-        self._algorithm.policy_ready = policy_ready
-        # Asynchronous actors use the other cores all the time.
-        torch.set_num_threads(1 if self._asynchronous else self._threads)
-        stats = self._update(gathered)
+            self._algorithm.policy_ready = policy_ready
+            # Asynchronous actors use the other cores all the time.
+            torch.set_num_threads(1 if self._asynchronous else self._threads)
+            stats = self._update(gathered)
+            check_trained(self._algorithm, *OVERFLOW)
         updated = time.perf_counter()
         self._progress.seconds += updated - began
         if milestone:
@@ -269,31 +334,45 @@ class Learner:
         learned = len(gathered.decisions)
         self._log(gathered, stats, learned, ready_at[0] - updating, updated - ready_at[0])
 
+    @contextlib.contextmanager
+    def _whole_or_not_at_all(self, before: Progress) -> Iterator[None]:
+        """Takes an update back that does not end, so that what is saved then is what it began from, to the bit.
+
+        Without the memory for a copy the weights stay as they are then, and are not saved.
+
+        Args:
+            before: The counters to go back to.
+        """
+        snapshot, self._whole = take_snapshot(self._algorithm), False
+        try:
+            yield
+        except BaseException:
+            self._progress, self._algorithm.optimization_step = before, before.version
+            if snapshot is not None:
+                snapshot.restore()
+                self._whole = True
+            raise
+        self._whole = True
+
     def _focus(self) -> None:
         """Decides how the environments are dealt to the tasks from the next restart on."""
         if success := success_by_task(self._since_restart):
             self._progress.task_shares = task_shares(success, self._config.collection.task_focus)
 
-    def _roll_back(self, gathered: Gathered) -> None:
+    def _roll_back(self, gathered: Gathered, before: Progress) -> None:
         """Brings the best checkpoint back with smaller steps; the decisions of the collapsed policy are dropped.
 
         When that has happened too often the run ends, with the best policy as its last one, too.
+
+        Args:
+            gathered: Those decisions.
+            before: The counters before this iteration.
         """
-        self._account(gathered, learned=False)
-        self._progress.seconds += gathered.seconds
-        progress, best = self._progress, checkpoint.find_best(self._output_dir)
-        self._best.count(progress)
-        progress.rollbacks += 1
-        before = self._algorithm.lr
-        self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
-        restored = checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
-        self._algorithm.optimization_step = progress.version
-        # The schedule may have lowered it far below what the best checkpoint was trained with.
-        self._algorithm.set_rates(min(before, self._algorithm.lr) / 2)
-        if restored.step < self._config.critic_warmup:
-            # Its critic is cold as well.
-            progress.warm_up_until = progress.version + self._config.critic_warmup
-            self._algorithm.warm_up_until = progress.warm_up_until
+        with self._whole_or_not_at_all(before):
+            self._account(gathered, learned=False)
+            self._progress.seconds += gathered.seconds
+            self._load_best()
+        progress = self._progress
         logger.warning(
             "Validation success fell far below the best (%.2f): going on from its checkpoint at learning rate %.1e",
             progress.best_success,
@@ -312,6 +391,23 @@ class Learner:
         # Nothing was learned, but everything else is known.
         unlearned = TrainingStats(losses={}, grad_norms={}, extra={"lr": self._algorithm.lr})
         self._log(gathered, unlearned, 0, update_seconds=0.0, critic_seconds=0.0)
+
+    def _load_best(self) -> None:
+        """Takes over the best checkpoint's weights, critic and optimizers, at half the learning rate."""
+        progress, best = self._progress, checkpoint.find_best(self._output_dir)
+        self._best.count(progress)
+        progress.rollbacks += 1
+        lr = self._algorithm.lr
+        self._player.policy.load_checkpoint(checkpoint.pretrained_dir(best))
+        restored = checkpoint.load(best, self._algorithm, self._algorithm.get_optimizers())
+        check_trained(self._algorithm, f"the best checkpoint {best} has", "resume from an earlier one")
+        self._algorithm.optimization_step = progress.version
+        # The schedule may have lowered it far below what the best checkpoint was trained with.
+        self._algorithm.set_rates(min(lr, self._algorithm.lr) / 2)
+        if restored.step < self._config.critic_warmup:
+            # Its critic is cold as well.
+            progress.warm_up_until = progress.version + self._config.critic_warmup
+            self._algorithm.warm_up_until = progress.warm_up_until
 
     def _watch(self, stats: TrainingStats) -> None:
         """Notes an update that was out of control; too many in a row end the run."""

@@ -96,6 +96,8 @@ class MetricsWriter:
         # Whether the newest lines could not be written.
         self._behind = False
         self._tracker = tracker
+        # Whether it failed the last time.
+        self._untracked = False
         self._shown = dict(shown or {})
         self._stream = sys.stderr if stream is None else stream
         self._every_s = every_s
@@ -122,9 +124,27 @@ class MetricsWriter:
             if not self._behind:
                 logger.warning("Metrics from version %d on are not on the disk yet: %s", step, error)
             self._behind = True
-        if self._tracker is not None:
-            self._tracker.log(step, values)
+        self._track(step, values)
         self._show(values)
+
+    def _track(self, step: int, values: Mapping[str, float]) -> None:
+        """Hands the metrics to the tracker. Whatever happens to it, they are in the file, and the run goes on."""
+        if self._tracker is None:
+            return
+        try:
+            self._tracker.log(step, values)
+            self._untracked = False
+        except Exception as error:
+            if not self._untracked:
+                text = " ".join(str(error).split())[:200]
+                logger.warning(
+                    "The tracker does not take metrics from version %d on (%s: %s); they are in %s",
+                    step,
+                    type(error).__name__,
+                    text,
+                    self.path,
+                )
+            self._untracked = True
 
     def note(self, text: str) -> None:
         """Shows a line without disturbing the bar; a terminal that was closed is no reason to end a run."""

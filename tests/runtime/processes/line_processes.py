@@ -67,6 +67,24 @@ def die_in_update(version: int) -> None:
     before(PIRLAlgorithm, "_policy_step", happens)
 
 
+def overflow_in_update(version: int) -> None:
+    """The policy's first gradient step away from this version makes a weight infinite."""
+    import torch
+
+    from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
+
+    step = PIRLAlgorithm._policy_step
+
+    def overflow(algorithm: PIRLAlgorithm, *arguments: Any) -> int:
+        skipped = step(algorithm, *arguments)
+        if algorithm.optimization_step == version:
+            with torch.no_grad():
+                next(algorithm.policy.parameters()).view(-1)[0] = torch.inf
+        return skipped
+
+    PIRLAlgorithm._policy_step = overflow
+
+
 def die_in_checkpoint(version: int) -> None:
     """Dies when a part of this version's checkpoint is on the disk."""
     from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
