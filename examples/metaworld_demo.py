@@ -74,14 +74,24 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
     """
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     layout = "{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}" if total else "{desc}: {elapsed}"
+    began, terminal = time.monotonic(), sys.stderr.isatty()
     with (
         stage.log.open("w", encoding="utf-8") as log,
-        tqdm(desc=stage.title, total=total, bar_format=layout, mininterval=0.5, miniters=0) as bar,
+        tqdm(
+            desc=stage.title,
+            total=total,
+            bar_format=layout,
+            mininterval=0.5,
+            miniters=0,
+            disable=not terminal,
+        ) as bar,
         subprocess.Popen(
             [str(BIN / stage.command[0]), *stage.command[1:]],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             cwd=ROOT,
         ) as process,
     ):
@@ -91,6 +101,9 @@ def run(stage: Stage, total: int | None = None, progress: Callable[[str], int | 
             log.write(line)
             done = progress(line) if progress else None
             bar.update(0 if done is None else min(done, total or done) - bar.n)
+    if not terminal:
+        # A bar in a file is hundreds of bars on one line.
+        print(f"{stage.title}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if process.returncode:
         tail = "\n".join(stage.log.read_text(encoding="utf-8").splitlines()[-15:])
         raise SystemExit(

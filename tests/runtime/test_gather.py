@@ -155,7 +155,10 @@ def test_decisions_that_are_not_finite_are_dropped_and_counted(
     assert torch.equal(gathered.decisions.reward, reward[kept])
     assert torch.equal(gathered.decisions.chain, scene.quota.chain[kept])
     assert scene.gatherer.dropped["non_finite_decisions"] == 2
-    assert "Dropped 2 of 16 decisions" in caplog.text
+    assert (
+        "Dropped 2 of 16 decisions: 2 with values that are not finite, 0 made by other weights than version 7"
+        in caplog.text
+    )
 
 
 def test_when_nothing_is_left_the_error_says_so(scene: Scene) -> None:

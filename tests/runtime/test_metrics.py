@@ -173,6 +173,15 @@ def test_a_terminal_shows_one_bar_of_environment_steps(tmp_path: Path) -> None:
     assert text.count("\n") == 2
 
 
+def test_a_bar_that_passes_its_budget_is_full(tmp_path: Path) -> None:
+    stream = Terminal()
+    with writer(tmp_path, stream=stream, shown=SHOWN) as metrics:
+        metrics.write(1, {**VALUES, POSITION: 10_240})
+    assert "100%|" in stream.getvalue()
+    assert "10.2k/10.2k" in stream.getvalue()
+    assert "/?" not in stream.getvalue()
+
+
 def test_without_a_terminal_there_is_a_line_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     stream = io.StringIO()
     with writer(tmp_path, stream=stream, shown=SHOWN, every_s=1000.0) as metrics:

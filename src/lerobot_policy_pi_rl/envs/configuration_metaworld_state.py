@@ -25,7 +25,7 @@ class MetaworldStateEnv(MetaworldConfig):
     # Append object - hand, goal - object and goal - hand (3 numbers each, metres) to MetaWorld's 39.
     relative_features: bool = True
 
-    # None: never renders, and `render` gives a blank frame. "rgb_array": `render` gives a 480 x 480 picture.
+    # None: never renders, and `render` gives a picture of a notice. "rgb_array": `render` gives a 480 x 480 picture.
     render_mode: str | None = None
 
     # The environment's names -> LeRobot's names.

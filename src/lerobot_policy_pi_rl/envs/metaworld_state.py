@@ -1,9 +1,11 @@
 """One MetaWorld task as a Gymnasium environment that observes the simulator's state."""
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 from gymnasium import spaces
+from PIL import Image, ImageDraw
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld import STOCK_STATE_SIZE
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import RELATIVE_SIZE
@@ -20,7 +22,15 @@ CAMERA = "corner2"
 # LeRobot moves MetaWorld's third camera here to see the table.
 CAMERA_NUMBER, CAMERA_POSITION = 2, (0.75, 0.075, 0.7)
 # Evaluation asks for frames whether or not anybody wants a video.
-BLANK_FRAME = np.zeros((64, 64, 3), dtype=np.uint8)
+NOTICE = "Not rendered.\n\n--env.render_mode=rgb_array\ndraws the simulation\n(slow without a GPU)."
+
+
+@cache
+def notice_frame() -> np.ndarray:
+    """A picture of `NOTICE`, `[128, 192, 3]` uint8: a black video would look like a fault."""
+    picture = Image.new("RGB", (192, 128), (32, 32, 32))
+    ImageDraw.Draw(picture).multiline_text((8, 8), NOTICE, fill=(230, 230, 230))
+    return np.asarray(picture)
 
 
 def observed_state(state: np.ndarray, relative_features: bool) -> np.ndarray:
@@ -74,9 +84,9 @@ class MetaworldStateGym(MetaworldGym):
         return {"agent_pos": observed_state(self._state, self._relative_features)}
 
     def render(self) -> np.ndarray:
-        """The camera's picture, `[480, 480, 3]` uint8, or a small blank one when `render_mode` is None."""
+        """The camera's picture, `[480, 480, 3]` uint8; that of a notice when `render_mode` is None."""
         if self.render_mode is None:
-            return BLANK_FRAME
+            return notice_frame()
         # MetaWorld's picture from this camera is upside down and mirrored.
         return np.flip(self.simulation.render(), (0, 1))
 

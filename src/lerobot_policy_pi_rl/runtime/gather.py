@@ -373,12 +373,20 @@ class Gatherer:
     def _keep(self, decisions: DecisionBatch, version: int) -> DecisionBatch:
         finite = finite_rows(decisions)
         current = decisions.version == version
-        self.dropped["non_finite_decisions"] += int((~finite).sum())
-        self.dropped["stale_decisions"] += int((~current).sum())
+        broken, stale = int((~finite).sum()), int((~current).sum())
+        self.dropped["non_finite_decisions"] += broken
+        self.dropped["stale_decisions"] += stale
         keep = finite & current
         if bool(keep.all()):
             return decisions
-        logger.warning("Dropped %d of %d decisions", int((~keep).sum()), len(decisions))
+        logger.warning(
+            "Dropped %d of %d decisions: %d with values that are not finite, %d made by other weights than version %d",
+            int((~keep).sum()),
+            len(decisions),
+            broken,
+            stale,
+            version,
+        )
         return decisions.select(torch.nonzero(keep)[:, 0])
 
     def _everybody(self, version: int) -> list[_Quota]:

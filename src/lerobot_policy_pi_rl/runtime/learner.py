@@ -132,6 +132,7 @@ class Learner:
         self._algorithm = algorithm
         self._algorithm.seed = cfg.seed or 0
         self._algorithm.stopping = Deadline(stop, FINISH_UPDATE_S)
+        self._logged_at = time.perf_counter()
         spec = wire_spec(cfg, self._player)
         self._interventions = self._open_interventions(spec) if is_robot(env_cfg) else None
         if algorithm_cfg.demonstration_weight > 0:
@@ -278,6 +279,7 @@ class Learner:
             )
 
     def _train(self) -> None:
+        self._logged_at = time.perf_counter()
         self._gatherer.wait_for_actors()
         self._began = True
         if self._progress.version == 0:
@@ -604,7 +606,9 @@ class Learner:
             int(c["actor"]): float(c["env_steps"]) / max(float(c["seconds"]), 1e-9)
             for c in gathered.collections
         }
-        seconds = gathered.seconds + update_seconds + critic_seconds
+        # From row to row: what was collected during a checkpoint or a validation took that time, too.
+        now = time.perf_counter()
+        seconds, self._logged_at = now - self._logged_at, now
         collect = max((float(c["seconds"]) for c in gathered.collections), default=gathered.seconds)
         row = {
             **rollout_metrics(gathered, progress.version - 1),

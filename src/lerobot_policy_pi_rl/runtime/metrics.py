@@ -191,6 +191,8 @@ class MetricsWriter:
         ]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(texts), refresh=False)
+            # The last iteration passes its budget, and of a bar beyond its end tqdm shows no share.
+            self._bar.total = max(self._total, done)
             self._bar.update(done - self._bar.n)
         elif time.monotonic() - self._told >= self._every_s or done >= self._total:
             self._told = time.monotonic()

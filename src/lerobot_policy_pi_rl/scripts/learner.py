@@ -5,7 +5,9 @@ import os
 import torch
 from lerobot.configs import parser
 
-from ..runtime.pipeline import PIRLTrainConfig
+from ..bases.configuration import STOCK
+from ..runtime.pipeline import PIRLTrainConfig, parts
+from ..runtime.summary import closing_lines
 from .arguments import completed
 from .console import leave_on_signals, log_to, run_command, stop_on_signals
 
@@ -24,6 +26,10 @@ def learn(cfg: PIRLTrainConfig) -> None:
     learner = Learner(cfg, stop)
     stop_on_signals(stop)
     learner.run()
+    policy, _, env = parts(cfg)
+    is_stock = policy.base is not None and policy.base.type in STOCK
+    for line in closing_lines(cfg.output_dir, env, int(cfg.eval.n_episodes), is_stock=is_stock):
+        print(line, flush=True)
 
 
 def main() -> None:
