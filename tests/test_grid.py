@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 # The benchmarks and examples are no installed package.
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.grid import execute, plan, report, stages  # noqa: E402
+from benchmarks.grid import execute, picture, plan, report, stages  # noqa: E402
 from benchmarks.grid.__main__ import main  # noqa: E402
 
 CONTENT = {
@@ -577,6 +577,24 @@ def test_the_summary_has_rows_curves_a_table_and_a_picture(run: Run, tmp_path: P
     assert (folder / "table.md").read_text() == text
     assert (folder / "curves.png").stat().st_size < 150_000
     assert len(list((folder / "curves").iterdir())) == 4
+
+
+def test_a_picture_is_drawn_anew_from_the_results_alone(run: Run, tmp_path: Path) -> None:
+    grid = plan.parse(CONTENT)
+    assert run(grid.cells) == []
+    report.summarise(grid, tmp_path / "stages", tmp_path / "results")
+    folder = tmp_path / "results/small"
+    lines = picture.read(folder)
+    assert [(line.task, line.seed, line.variant) for line in lines] == [
+        (cell.task, cell.seed, cell.variant) for cell in grid.cells
+    ]
+    # Steps of 10 iterations with 4 environment steps each; success as the stand-in of the learner writes it.
+    assert lines[0].points == [(0, 0.0), (40, 0.4), (80, 0.8)]
+    assert lines[0].before == 0.3
+    before = (folder / "curves.png").read_bytes()
+    (folder / "curves.png").unlink()
+    picture.draw(lines, folder / "curves.png")
+    assert (folder / "curves.png").read_bytes() == before
 
 
 def test_speed_is_compared_within_a_seed_and_validations_are_left_out(

@@ -10,6 +10,7 @@ from typing import Any
 
 from examples.metaworld_demo import ROOT, interval, read_metrics
 
+from .picture import Line, draw, points_of
 from .plan import Cell, Grid
 from .stages import OUTPUT, Stage, stages, success, successes
 
@@ -111,8 +112,13 @@ def summarise(grid: Grid, output: Path = OUTPUT, results: Path = RESULTS) -> str
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(text, encoding="utf-8")
     _write_curves(folder / "curves", curves)
-    if curves:
-        draw(rows, curves, folder / "curves.png")
+    lines = [
+        Line(cell.task, cell.seed, cell.variant, points, row.supervised)
+        for cell, row in found
+        if cell in curves and (points := points_of(curves[cell]))
+    ]
+    if lines:
+        draw(lines, folder / "curves.png")
     return text
 
 
@@ -331,43 +337,3 @@ def notes(grid: Grid, rows: Sequence[Row], complete: int) -> list[str]:
     if len(versions) > 1:
         lines.append(f"Made with {len(versions)} versions of the sources: {', '.join(sorted(versions))}.")
     return lines
-
-
-def draw(rows: Sequence[Row], curves: Mapping[Cell, Curve], file: Path) -> None:
-    """Draws validation over environment steps: a panel per task, a colour per variant, a line per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys(cell.task for cell in curves))
-    variants = list(dict.fromkeys(cell.variant for cell in curves))
-    columns = min(3, len(tasks))
-    lines = -(-len(tasks) // columns)
-    figure, panels = plt.subplots(
-        lines,
-        columns,
-        figsize=(4.2 * columns, 3.1 * lines),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-    )
-    colours = {variant: f"C{number % 10}" for number, variant in enumerate(variants)}
-    for panel, task in zip(panels.flat, tasks, strict=False):
-        for cell, curve in curves.items():
-            if cell.task == task:
-                points = [(p["env_steps"] / 1000, p["eval/success"]) for p in curve if "eval/success" in p]
-                panel.plot(*zip(*points, strict=True), ".-", color=colours[cell.variant], lw=1, alpha=0.8)
-        before = statistics.median(row.supervised for row in rows if row.task == task)
-        panel.axhline(before, color="tab:gray", ls="--", lw=1)
-        panel.set(title=task[:40], ylim=(0, 1.02), xlabel="thousand environment steps")
-    for panel in list(panels.flat)[len(tasks) :]:
-        panel.remove()
-    panels[0, 0].set_ylabel("success, validation starts")
-    handles = [plt.Line2D([], [], color=colour, marker=".", label=name) for name, colour in colours.items()]
-    handles.append(
-        plt.Line2D([], [], color="tab:gray", ls="--", label="supervised, held-out starts (median)")
-    )
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
-    figure.savefig(file, dpi=80)
-    plt.close(figure)
