@@ -64,7 +64,7 @@ def train(
             "steps": ITERATIONS,
             "env_eval_freq": ITERATIONS,
             "save_freq": ITERATIONS,
-            "eval": {"n_episodes": 2, "batch_size": 1},
+            "eval": {"n_episodes": 2},
             "seed": 0,
         }
         return run_both(lambda is_actor: configure(given, is_actor))

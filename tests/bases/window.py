@@ -21,6 +21,8 @@ class Window(gym.Env):
     )
     action_space = spaces.Box(-1, 1, (4,), np.float32)
     task_description = "pick the cube"
+    # Its own limit comes first.
+    _max_episode_steps = 10_000
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         self.light, self.time = float(np.random.default_rng(seed).uniform(80, 120)), 0

@@ -31,7 +31,7 @@ from lerobot_policy_pi_rl.scripts.check import NO_SIGNAL, main, sentences, table
 from .conftest import SMALL, Fate, MakeConfig, Train
 
 FATE = "--env.fate=true"
-STARTS = ("--eval.n_episodes=12", "--eval.batch_size=1")
+STARTS = ("--eval.n_episodes=12",)
 
 # What a policy looks like that is good enough: 16 starts solved 4 times in 8, 4 never, 12 always.
 GOOD = Findings(

@@ -1,5 +1,6 @@
 """Demonstrations for co-training, from a data set that the test writes."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -97,3 +98,21 @@ def test_a_data_set_that_lacks_what_the_policy_reads_is_one_line(
     ]
     with pytest.raises(ConfigError, match=r"has no \['observation.images.top'\], which the policy reads"):
         DemonstrationSource(cfg, player)
+
+
+@pytest.mark.parametrize("key", [OBS_STATE, ACTION])
+def test_demonstrations_of_another_size_are_one_line(
+    recorded: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    cfg = configured(recorded, monkeypatch)
+    cfg.validate()
+    player = make_player(cfg)
+    policy = player.policy.config
+    features = policy.output_features if key == ACTION else policy.input_features
+    assert features is not None
+    (size,) = features[key].shape
+    features[key] = dataclasses.replace(features[key], shape=(size + 1,))
+    said = rf"`dataset.repo_id`: 'test/reach' has '{key}' with shape \({size},\), but .*\({size + 1},\)"
+    with pytest.raises(ConfigError, match=said) as error:
+        DemonstrationSource(cfg, player)
+    assert "\n" not in str(error.value)

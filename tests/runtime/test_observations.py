@@ -89,5 +89,43 @@ def test_a_picture_of_another_size_than_stated_is_refused() -> None:
 
 
 def test_a_missing_feature_is_named(path: ObservationPath) -> None:
-    with pytest.raises(KeyError, match=r"does not give \['observation.images.top'\]"):
+    with pytest.raises(
+        ConfigError, match=r"gives \['observation.state'\], but not \['observation.images.top'\]"
+    ):
         path.from_environment({"agent_pos": np.zeros((2, 4))}, ["a", "b"])
+
+
+PICTURE = np.zeros((2, 16, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"pixels/top": PICTURE / 255}, r"`env.type`: .*'pixels/top' as float64 of shape \(16, 32, 3\)"),
+        ({"pixels/top": PICTURE.transpose(0, 3, 1, 2)}, r"`env.type`: .*as uint8 of shape \(3, 16, 32\)"),
+        ({"pixels/top": PICTURE[..., 0]}, r"`env.type`: .*as uint8 of shape \(16, 32\)"),
+        ({"agent_pos": np.zeros((2, 5))}, r"`env.features`: says .*state' is \(4,\), .* gives \(5,\)"),
+        ({"agent_pos": np.zeros((2, 2, 2))}, r"`env.features`: says .*state' is \(4,\), .* gives \(2, 2\)"),
+        ({"agent_pos": np.array(["up", "down"])}, r"`env.features`: .*but not \['observation.state'\]"),
+    ],
+)
+def test_what_lerobot_cannot_read_is_one_line(
+    path: ObservationPath, given: dict[str, np.ndarray], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        path.from_environment({**raw(), **given}, ["a", "b"])
+    assert "\n" not in str(error.value)
+
+
+def test_text_that_the_policy_does_not_read_is_left_out(path: ObservationPath) -> None:
+    """As in LeRobot's evaluation; an environment's task text comes from elsewhere."""
+    for text in (np.array(["pick", "place it"]), np.array(["pick", None], dtype=object)):
+        found = path.from_environment({**raw(), "instruction": text}, ["a", "b"])
+        assert found.keys() == FEATURES.keys()
+
+
+def test_one_number_of_each_environment_is_a_row() -> None:
+    features = {STATE: PolicyFeature(FeatureType.STATE, (1,))}
+    path = ObservationPath(features, AlohaEnv(observation_height=16, observation_width=32), None)
+    found = path.from_environment({"agent_pos": np.array([3.0, 4.0, 5.0])}, ["a"] * 3)
+    assert found[STATE].tolist() == [[3], [4], [5]]

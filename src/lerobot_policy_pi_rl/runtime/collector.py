@@ -25,7 +25,7 @@ from .control import ControlStatistics
 from .environments import ChunkedVectorEnv, Vector, first_ready
 from .pipeline import Player
 from .pool import ChunkStep, Observation
-from .robots import RobotVector
+from .robots import RobotVector, is_robot
 from .seeds import TRAINING_SEEDS, stream, torch_seed
 from .tasks import count_by_task, deal
 
@@ -293,10 +293,38 @@ def _split(
     count = max(1, min(collection.num_workers, num_envs))
     bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
-    return [
+    groups = [
         Group(env_cfg, collection, number, first + start, end - start, workers, same_start, device, stop)
         for number, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
+    if not is_robot(env_cfg):
+        _check_time_limits(env_cfg, groups)
+    return groups
+
+
+def _check_time_limits(env_cfg: EnvConfig, groups: list[Group]) -> None:
+    """Checks that every episode ends: one that is never solved would keep validation waiting for ever.
+
+    Raises:
+        ConfigError: If one may not; the environments are closed.
+    """
+    limits = [
+        limit for group in groups for limit in zip(group.envs.tasks, group.envs.time_limits, strict=True)
+    ]
+    endless = sorted({task for task, limit in limits if not limit})
+    if not endless:
+        return
+    for group in groups:
+        group.envs.close()
+    if hasattr(env_cfg, "episode_length"):
+        name, fix = "env.episode_length", "set it to the steps after which an episode is cut"
+    else:
+        name = "env.type"
+        fix = "register the environment with max_episode_steps, or give its configuration a field episode_length"
+    raise config_error(
+        name,
+        f"{env_cfg.type!r} has no time limit (task {endless[0]!r}), so validation might never end; {fix}",
+    )
 
 
 class Collector:

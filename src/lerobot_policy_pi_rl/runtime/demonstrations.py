@@ -1,8 +1,10 @@
 """Demonstrations for supervised co-training, in the batches that the base's own loss reads."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets.factory import make_dataset
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -34,12 +36,8 @@ class DemonstrationSource:
             **(player.policy.config.input_features or {}),
             **(player.policy.config.output_features or {}),
         }
-        missing = sorted(features.keys() - self._dataset.meta.features.keys())
-        if missing:
-            assert cfg.dataset is not None
-            raise config_error(
-                "dataset.repo_id", f"{cfg.dataset.repo_id!r} has no {missing}, which the policy reads"
-            )
+        assert cfg.dataset is not None
+        _check_features(cfg.dataset.repo_id, self._dataset.meta.features, features)
         self._cameras = self._dataset.meta.camera_keys
         self._all: dict[str, Any] | None = None
         if not self._cameras:
@@ -58,6 +56,30 @@ class DemonstrationSource:
             if batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255
         return for_loss(self._preprocess(batch))
+
+
+def _check_features(name: str, given: Mapping[str, Any], read: Mapping[str, PolicyFeature]) -> None:
+    """Checks that a data set has what a policy reads, in the same sizes; pictures may have any.
+
+    Args:
+        name: Of the data set.
+        given: Its features.
+        read: Those of the policy.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    missing = sorted(read.keys() - given.keys())
+    if missing:
+        raise config_error("dataset.repo_id", f"{name!r} has no {missing}, which the policy reads")
+    for key, feature in read.items():
+        stored, wanted = tuple(given[key]["shape"]), tuple(feature.shape)
+        if feature.type is not FeatureType.VISUAL and stored != wanted:
+            raise config_error(
+                "dataset.repo_id",
+                f"{name!r} has {key!r} with shape {stored}, but the policy was trained with {wanted}; take "
+                "demonstrations of the same robot and environment",
+            )
 
 
 def for_loss(prepared: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.configs import FeatureType, PipelineFeatureType, PolicyFeature
 from lerobot.envs import (
@@ -11,7 +12,7 @@ from lerobot.envs import (
     make_env_pre_post_processors,
     preprocess_observation,
 )
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import OBS_STATE, OBS_STR
 from torch import Tensor
 
 from ..errors import config_error
@@ -73,40 +74,49 @@ class ObservationPath:
         self._offered = offered_features(env_cfg, policy_cfg, self._renamed)
         self._env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(env_cfg, policy_cfg)
         self._packed = is_robot(env_cfg)
-        self._picture_shapes = {k: f.shape for k, f in self.wire_fields().items() if self._is_image(k)}
+        self._shapes = {key: field.shape for key, field in self.wire_fields().items()}
 
     def from_environment(self, raw: Observation, tasks: list[str]) -> dict[str, Tensor]:
         """Converts raw observations of N environments to LeRobot's keys, floats, `[N, ...]`.
 
+        Text is left out, as LeRobot's evaluation does.
+
         Raises:
-            KeyError: If the environment lacks one of the policy's input features.
-            ConfigError: If its pictures are not of the size that its configuration says.
+            ConfigError: If the environment lacks one of the policy's input features, or gives pictures or numbers of
+                another kind or size than its configuration says.
         """
         observation: dict[str, Any]
         if self._packed:
             observation = {key: torch.from_numpy(value) for key, value in raw.items()}
         else:
-            observation = preprocess_observation(nested(raw))
+            numbers = {key: _as_rows(value) for key, value in raw.items() if value.dtype.kind in "biuf"}
+            _check_raw_pictures(numbers)
+            observation = preprocess_observation(nested(numbers))
             observation = self._env_preprocessor(observation | {"task": tasks})
         observation = {self._renamed.get(key, key): value for key, value in observation.items()}
         missing = sorted(self._features.keys() - observation.keys())
         if missing:
-            raise KeyError(f"the environment does not give {missing}, which the policy reads")
+            raise config_error(
+                "env.features",
+                f"the environment gives {sorted(key for key in observation if key.startswith(OBS_STR))}, but not "
+                f"{missing}, which the policy reads; set features and features_map to what it gives",
+            )
         found = {key: observation[key] for key in self._features}
         if self._packed:
             return self.unpack(found)
-        self._check_pictures(found)
+        self._check_shapes(found)
         return found
 
-    def _check_pictures(self, found: dict[str, Tensor]) -> None:
-        """Compares the pictures with the configuration, by which the learner knows their sizes."""
-        for key, stated in self._picture_shapes.items():
+    def _check_shapes(self, found: dict[str, Tensor]) -> None:
+        """Compares what the environment gives with its configuration, which is all that the learner knows of it."""
+        for key, stated in self._shapes.items():
             given = tuple(found[key].shape[1:])
             if given != stated:
+                sizes = "env.observation_height and env.observation_width, or " if self._is_image(key) else ""
                 raise config_error(
                     "env.features",
-                    f"says {key!r} is {stated}, but the environment gives {given}; set env.observation_height and "
-                    f"env.observation_width, or env.features, to what it gives",
+                    f"says {key!r} is {stated}, but the environment gives {given}; set {sizes}env.features to what it "
+                    "gives",
                 )
 
     def pack(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,3 +144,26 @@ class ObservationPath:
 
     def _is_image(self, key: str) -> bool:
         return self._features[key].type is FeatureType.VISUAL
+
+
+def _as_rows(value: np.ndarray) -> np.ndarray:
+    """A number of each environment as a row of one: LeRobot would take `[N]` for the one row of one environment."""
+    return value[:, None] if value.ndim == 1 else value
+
+
+def _check_raw_pictures(raw: Observation) -> None:
+    """Checks pictures for what LeRobot reads them as, in every command: bytes, with the channels last.
+
+    Raises:
+        ConfigError: If they are not.
+    """
+    for key, value in raw.items():
+        if key != "pixels" and not key.startswith("pixels/"):
+            continue
+        shape = value.shape[1:]
+        if value.dtype != np.uint8 or len(shape) != 3 or shape[2] >= min(shape[:2]):
+            raise config_error(
+                "env.type",
+                f"the environment gives {key!r} as {value.dtype} of shape {shape}; LeRobot reads pictures as uint8 of "
+                "shape (height, width, channels): change that in the environment, or in a wrapper around it",
+            )

@@ -46,7 +46,7 @@ from .checkpoint import CheckpointError, find_last, verify
 from .observations import ObservationPath, offered_features
 from .packages import missing_simulator
 from .robots import SIMULATION, is_robot
-from .settings import given_names, is_of_checkpoint, read_configuration, refuse_unread
+from .settings import check_round_trip, given_names, is_of_checkpoint, read_configuration, refuse_unread
 from .wire import WireSpec
 
 # Settings of a policy that say where it begins, which a resumed run does not ask.
@@ -133,6 +133,8 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             raise config_error("env.type", missing)
         check_features(self.policy, self.env, self.rename_map)  # type: ignore[has-type]  # as above
         self._check_algorithm(self.algorithm, self.policy, self.env)
+        if not self.is_actor:
+            check_round_trip(self)
 
     def _check_algorithm(self, algorithm: PIRLAlgorithmConfig, policy: PIRLConfig, env: EnvConfig) -> None:
         """Checks what the algorithm needs of the rest."""
@@ -492,6 +494,7 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     preprocessor, postprocessor = make_pre_post_processors(
         policy_cfg,
         pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
+        pretrained_revision=policy_cfg.pretrained_revision if policy_cfg.pretrained_path else None,
         preprocessor_overrides={
             "device_processor": {"device": policy_cfg.device},
             **preprocessor_settings(policy_cfg.base),

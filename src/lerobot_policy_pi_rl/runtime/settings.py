@@ -1,12 +1,15 @@
 """Settings as they were given, and those of LeRobot's that an online run does not read."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import draccus
 import yaml
 from lerobot.configs.train import TRAIN_CONFIG_NAME
+from lerobot.envs import EnvConfig, env_to_policy_features
 from lerobot.utils.constants import PRETRAINED_MODEL_DIR
 from lerobot.utils.io_utils import load_json
 
@@ -60,6 +63,7 @@ UNREAD = {
     "dataset.streaming": "demonstrations are drawn at random from a data set on this machine; leave it out",
     "dataset.eval_split": _NO_HELD_OUT,
     "env.max_parallel_tasks": "is lerobot-eval's; algorithm.collection.num_workers steps the environments",
+    "env.multitask_eval": "nothing in LeRobot reads it; leave it out",
     "policy.n_obs_steps": "a decision has one observation; leave it out",
     "policy.use_amp": "precision is set by policy.dtype",
     "policy.use_peft": _ADAPTERS,
@@ -159,4 +163,43 @@ def _is_changed(config: Any, name: str) -> bool:
         return False
     made = field.default_factory
     default = field.default if made is dataclasses.MISSING else made()
+    if name == "eval.batch_size":
+        # LeRobot writes another number in the place of 0.
+        default = type(config)(n_episodes=config.n_episodes).batch_size
     return bool(getattr(config, leaf) != default)
+
+
+def check_round_trip(config: Any) -> None:
+    """Checks that every section is the same when it is read back from a file, as a resumed run does.
+
+    Args:
+        config: The validated configuration.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        try:
+            written = _written(section)
+            read = draccus.decode(type(section), written)
+            same = _written(read) == written
+            if isinstance(section, EnvConfig):
+                same = same and env_to_policy_features(read) == env_to_policy_features(section)
+            reason = "it comes back changed"
+        except Exception as error:  # Whatever a class of somebody else's raises.
+            same, reason = False, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        if not same:
+            raise config_error(
+                field.name,
+                f"a resumed run could not read it from its checkpoint ({reason}); annotate every field of "
+                f"{type(section).__name__} with its type, such as features: dict[str, PolicyFeature]",
+            )
+
+
+def _written(section: Any) -> Any:
+    """A section as it stands in a file, without its type, which says how to read it."""
+    written = json.loads(json.dumps(draccus.encode(section)))
+    return {name: value for name, value in written.items() if name != draccus.CHOICE_TYPE_KEY}
