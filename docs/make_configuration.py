@@ -1,12 +1,14 @@
 """Writes `docs/configuration.md` from the comments above the fields of our configuration classes.
 
-`python docs/make_configuration.py` writes the page; `tests/test_docs.py` fails when it is not what this makes.
+`python docs/make_configuration.py` writes the page, and what `--help` shows (`make_settings.py`); tests fail when they
+are not what this makes.
 """
 
 import ast
 import dataclasses
 import inspect
 import json
+import runpy
 import textwrap
 from dataclasses import MISSING, Field, dataclass
 from pathlib import Path
@@ -297,3 +299,4 @@ def _escape(text: str) -> str:
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
+    runpy.run_path(str(PAGE.parent / "make_settings.py"), run_name="__main__")

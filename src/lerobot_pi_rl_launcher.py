@@ -8,8 +8,10 @@ import contextlib
 import ctypes
 import datetime as dt
 import importlib
-import json
+import io
+import locale
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 
-import yaml
+from lerobot_pi_rl_cli import commands, options
+from lerobot_pi_rl_cli.arguments import CONFIG_PATH, option, setting, without
+from lerobot_pi_rl_cli.preflight import preflight
 
 # Seconds an actor gets to leave by itself before it is terminated, and then killed.
 LEAVE_S = 20.0
@@ -30,145 +34,12 @@ POLL_S = 0.2
 SAME_ERROR_S = 5.0
 # So often within so many seconds an actor that dies is started again: a run of days has room for more.
 MAX_RESTARTS, RESTART_WINDOW_S = 3, 3600.0
+# Environment variable with the descriptor on which the learner says that it is ready.
+READY = "LEROBOT_PI_RL_READY"
 # prctl(PR_SET_PDEATHSIG): Linux sends the signal to a child whose parent dies.
 PR_SET_PDEATHSIG = 1
 
-CONFIG_PATH, NUM_ACTORS = "config_path", "algorithm.collection.num_actors"
-TRAIN_CONFIG, PRETRAINED_MODEL = "train_config.json", "pretrained_model"
-RECIPES = (Path(__file__).parent / "lerobot_policy_pi_rl/recipes", Path(__file__).parents[1] / "recipes")
-"""Where recipes lie: in an installed package, and in a repository that is installed to be edited."""
-
-_SETTINGS = """
-PI-RL's settings are not in this list, which is LeRobot's. Some of them:
-    --policy.path=FOLDER                 the policy to start from: pi_rl, or a stock pi0, pi05, smolvla, ...
-    --policy.online_steps=N              environment steps of the whole run
-    --algorithm.collection.num_envs=N    environments of an actor
-    --algorithm.lr=RATE                  learning rate of the policy
-    --env_eval_freq=N                    iterations between validations
-All, with their defaults: docs/configuration.md. What to change when: docs/learning.md.
-"""
-HELP = {
-    "train": """
-Learner and actors on this machine:
-    lerobot-pi-rl-train --config_path=recipes/metaworld.json --actors=2
-    lerobot-pi-rl-train --config_path=<output_dir>/checkpoints/last/pretrained_model/train_config.json --resume=true
---actors=N is short for --algorithm.collection.num_actors=N.
-"""
-    + _SETTINGS,
-    "learner": """
-The learner alone; it waits for actors:
-    lerobot-pi-rl-learner --config_path=recipes/metaworld.json
-"""
-    + _SETTINGS,
-    "actor": """
-One actor, with the learner's configuration; each needs its own number:
-    lerobot-pi-rl-actor --config_path=recipes/metaworld.json --algorithm.collection.actor_id=1
-"""
-    + _SETTINGS,
-    "supervised": """
-LeRobot's supervised training (lerobot-train) with this package's recipes, from any directory:
-    lerobot-pi-rl-supervised --config_path=recipes/metaworld_supervised.json --dataset.root=...
-With an environment, it validates and keeps the best checkpoint as checkpoints/best:
-    --env.type=metaworld_state --env.task=TASK --env_eval_freq=500 --save_freq=500
-    --patience=N       end after N validations in a row without a new best
-    --max_minutes=M    end at the first validation after M minutes
-""",
-    "check": """
-What a run would begin with, without training:
-    lerobot-pi-rl-check --config_path=recipes/metaworld.json
-"""
-    + _SETTINGS,
-}
-"""What `--help` says at its end."""
-
-
-def option(arguments: Sequence[str], name: str) -> str | None:
-    """Value of `--name=value` or `--name value`, the last one given."""
-    value = None
-    for position, argument in enumerate(arguments):
-        if argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
-        elif argument == f"--{name}" and position + 1 < len(arguments):
-            value = arguments[position + 1]
-    return value
-
-
-def setting(arguments: Sequence[str], name: str) -> object:
-    """A setting from the command line, or from the configuration file, or None."""
-    if (given := option(arguments, name)) is not None:
-        return given
-    value: object = read_configuration(option(arguments, CONFIG_PATH))
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def read_configuration(given: str | None) -> dict[str, object]:
-    """What a configuration file says; nothing where none is named, or one of the hub.
-
-    Raises:
-        SystemExit: If it cannot be read.
-    """
-    path = Path(given or "")
-    # LeRobot also takes the folder of a checkpoint.
-    path = path / TRAIN_CONFIG if path.is_dir() else path
-    if given is None or not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise SystemExit(f"error: {CONFIG_PATH}: {path} cannot be read: {reason}") from None
-    if not isinstance(content, dict):
-        raise SystemExit(
-            f"error: {CONFIG_PATH}: {path} must hold settings by name, not {type(content).__name__}"
-        )
-    return content
-
-
-def with_recipe(arguments: list[str]) -> list[str]:
-    """Names a recipe by its place in the package where the working directory has no such file.
-
-    Raises:
-        SystemExit: If the named file is nowhere, or cannot be read.
-    """
-    given = option(arguments, CONFIG_PATH)
-    if given is None:
-        return arguments
-    found = _find(given)
-    read_configuration(found)
-    return arguments if found == given else [*without(arguments, CONFIG_PATH), f"--{CONFIG_PATH}={found}"]
-
-
-def _find(given: str) -> str:
-    """Where a configuration file is; a name of the hub is left to LeRobot."""
-    path = Path(given)
-    if path.is_file() or (path / TRAIN_CONFIG).is_file():
-        return given
-    if (inner := path / PRETRAINED_MODEL / TRAIN_CONFIG).is_file():
-        raise SystemExit(f"error: {CONFIG_PATH}: {given} is the folder around the file; name {inner}")
-    if path.is_dir():
-        raise SystemExit(f"error: {CONFIG_PATH}: the folder {given} has no {TRAIN_CONFIG}")
-    recipes = {file.name: file for folder in RECIPES for file in sorted(folder.glob("*.json"))}
-    if path.parent == Path("recipes") and path.name in recipes:
-        return str(recipes[path.name])
-    if path.suffix not in (".json", ".yaml", ".yml") and given.count("/") <= 1:
-        return given
-    raise SystemExit(
-        f"error: {CONFIG_PATH}: there is no file {given} in {Path.cwd()}; the recipes of this package are "
-        f"recipes/<name> with one of {', '.join(recipes)}"
-    )
-
-
-def without(arguments: Sequence[str], name: str) -> list[str]:
-    """The arguments but for `--name=value` and `--name value`."""
-    rest, skip = [], False
-    for argument in arguments:
-        if not skip and argument != f"--{name}" and not argument.startswith(f"--{name}="):
-            rest.append(argument)
-        skip = argument == f"--{name}"
-    return rest
+NUM_ACTORS = "algorithm.collection.num_actors"
 
 
 def with_output_dir(arguments: list[str]) -> list[str]:
@@ -220,13 +91,24 @@ def count_of(given: object, name: str) -> int:
     return int(str(given))
 
 
-def start(name: str, arguments: Sequence[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
-    """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only."""
+def start(
+    name: str, arguments: Sequence[str], stderr: int | None = None, ready: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Starts one of the commands in a session of its own, so that Ctrl-C reaches it through this process only.
+
+    Args:
+        name: The command.
+        arguments: Its command line.
+        stderr: Where its lines go; None is where ours go.
+        ready: Descriptor on which it says that its configuration is accepted.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", __spec__.name, name, *arguments],
         stderr=stderr,
         start_new_session=True,
         preexec_fn=_die_with_parent,
+        pass_fds=() if ready is None else (ready,),
+        env=None if ready is None else {**os.environ, READY: str(ready)},
     )
 
 
@@ -243,6 +125,7 @@ class Actor:
         self.process = start(
             "actor", [*arguments, f"--algorithm.collection.actor_id={number}"], stderr=subprocess.PIPE
         )
+        self.muted = False
         self._error: list[str] = []
         self._reader = Thread(target=self._pass_on, daemon=True)
         self._reader.start()
@@ -253,7 +136,7 @@ class Actor:
             for line in (raw.decode(errors="replace") for raw in lines):
                 if self._error or line.startswith(("error:", "Traceback")):
                     self._error.append(line)
-                else:
+                elif not self.muted:
                     print(line, end="", file=sys.stderr, flush=True)
 
     def show_error(self) -> None:
@@ -262,13 +145,34 @@ class Actor:
         print(*self._error, sep="", end="", file=sys.stderr, flush=True)
 
 
+class Learner:
+    """The learner's process, which says when it has accepted its configuration."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Starts it."""
+        self._reading, writing = os.pipe()
+        os.set_blocking(self._reading, False)
+        self.process = start("learner", arguments, ready=writing)
+        os.close(writing)
+        self._is_ready = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there may be something to save."""
+        if not self._is_ready:
+            with contextlib.suppress(BlockingIOError):
+                self._is_ready = bool(os.read(self._reading, 1))
+        return self._is_ready
+
+
 class Supervisor:
     """Owns the processes of a run."""
 
     def __init__(self, arguments: list[str], num_actors: int) -> None:
         """Starts them."""
         self._arguments = arguments
-        self._learner = start("learner", arguments)
+        self._starting = Learner(arguments)
+        self._learner = self._starting.process
         self._actors = {number: Actor(number, arguments) for number in range(num_actors)}
         # When each actor was started again, by the monotonic clock.
         self._restarts: dict[int, list[float]] = {}
@@ -290,12 +194,20 @@ class Supervisor:
             say(f"actor {number} was ended by signal {-code}; starting it again")
             self._actors[number] = Actor(number, self._arguments)
             return
-        if self._learner_ends():
+        if self._gave_up or self._learner_ends():
             return
         del self._actors[number]
-        self._gave_up = not self._actors
-        going_on = "ending the run" if self._gave_up else "going on without it"
         actor.show_error()
+        if not self._starting.is_ready and code > 0:
+            # The configuration is refused, and the others would say so as well; there is nothing to save.
+            self._gave_up = True
+            return
+        self._gave_up = not self._actors
+        going_on = (
+            "ending the run; the learner saves what it has trained"
+            if self._gave_up
+            else "going on without it"
+        )
         say(f"actor {number} ended with exit code {code}; {going_on}")
 
     def _may_restart(self, number: int) -> bool:
@@ -314,15 +226,19 @@ class Supervisor:
     def _end(self) -> int:
         """Ends the learner first: it saves a checkpoint and sends the actors home."""
         stopping = self._learner.poll() is None
-        if stopping:
-            say("stopping the learner; it saves what it has trained")
+        if stopping and self._gave_up and not self._starting.is_ready:
+            self._learner.kill()
+        elif stopping:
+            if self._starting.is_ready and not self._gave_up:
+                say("stopping the learner; it saves what it has trained")
             self._learner.terminate()
         self._wait([self._learner], SAVE_S)
         actors = [actor.process for actor in self._actors.values()]
         if stopping or self._learner.returncode != 0:
             # Nobody will read what they are at, and an evaluation is long.
-            for actor in actors:
-                actor.terminate()
+            for actor in self._actors.values():
+                actor.muted = not self._starting.is_ready
+                actor.process.terminate()
         self._wait(actors, LEAVE_S)
         code = self._learner.returncode
         if self._gave_up:
@@ -349,9 +265,7 @@ def say(text: str) -> None:
 
 def train() -> None:
     """`lerobot-pi-rl-train`."""
-    if is_help(sys.argv):
-        _run("learner", "train")
-    arguments = with_output_dir(with_actors(with_recipe(sys.argv[1:])))
+    arguments = with_output_dir(_read("train"))
     num_actors = count_of(setting(arguments, NUM_ACTORS) or 1, NUM_ACTORS)
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -395,35 +309,59 @@ def status() -> None:
     _run("status")
 
 
-def is_help(arguments: Sequence[str]) -> bool:
-    """Whether the command line only asks what there is."""
-    return "--help" in arguments or "-h" in arguments
-
-
-def _run(name: str, shown: str | None = None) -> None:
-    """Imports and runs one of the package's commands, under its name.
-
-    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
+def _read(name: str) -> list[str]:
+    """Answers help, versions and mistakes at once; gives the command line in the form that the parser reads.
 
     Args:
         name: The command.
-        shown: The one that the user has typed, if another.
     """
-    known = shown or name
-    sys.argv[0] = f"lerobot-pi-rl-{known}"
-    logging.getLogger("lerobot.utils.import_utils").addFilter(
-        lambda record: "torchcodec" not in record.getMessage()
-    )
+    arguments = sys.argv[1:]
+    sys.argv[0] = f"lerobot-pi-rl-{name}"
+    _use_utf8()
+    if not commands.COMMANDS[name].takes_settings:
+        options.look(name, options.parse(name, arguments))
+        return arguments
+    if commands.VERSION in arguments:
+        _answer(commands.versions())
+    if commands.is_help(arguments):
+        _answer(commands.help_text(name, arguments))
+    return preflight(with_actors(arguments) if name == "train" else arguments, name)
+
+
+def _answer(text: str) -> None:
+    """Prints and ends; who reads may have seen enough before the end, as `head` has."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+        raise SystemExit(0)
+    os._exit(0)
+
+
+def _use_utf8() -> None:
+    """Has LeRobot read files as UTF-8, too, where it leaves that to the locale."""
+    if locale.getencoding().lower() not in ("utf-8", "utf8") and not sys.flags.utf8_mode:
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        os.environ["PYTHONUTF8"] = "1"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _run(name: str) -> None:
+    """Imports and runs one of the package's commands, under its name.
+
+    LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
+    """
     try:
-        if not is_help(sys.argv):
-            sys.argv[1:] = with_recipe(sys.argv[1:])
+        sys.argv[1:] = _read(name)
+        logging.getLogger("lerobot.utils.import_utils").addFilter(
+            lambda record: "torchcodec" not in record.getMessage()
+        )
         module = importlib.import_module(f"lerobot_policy_pi_rl.scripts.{name}")
-        module.main()
+        code = module.main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    finally:
-        if is_help(sys.argv) and known in HELP:
-            print(HELP[known])
+    if code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `lerobot-pi-rl-train` does with processes that end; the processes here are small stand-ins."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import lerobot_pi_rl_launcher as launcher
+from lerobot_pi_rl_cli import arguments as arguments_module
 
 STAY = "import time; time.sleep(60)"
 
@@ -26,10 +28,14 @@ class Stage:
         self.first, self.learner, self.starts = first, learner, 0
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, arguments: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
-        """Stands in for `launcher.start`."""
+    def start(
+        self, name: str, arguments: object, stderr: int | None = None, ready: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Stands in for `launcher.start`; a learner is ready at once, unless it only fails."""
         self.starts += name == "actor"
         code = self.learner if name == "learner" else self.first if self.starts == 1 else STAY
+        if ready is not None and self.learner == STAY:
+            os.write(ready, b"\n")
         self.processes.append(subprocess.Popen([sys.executable, "-c", code], stderr=stderr))
         return self.processes[-1]
 
@@ -103,9 +109,46 @@ def test_an_actor_with_an_error_of_its_own_ends_the_run(
     assert capfd.readouterr().err.splitlines() == [
         "loading",
         "error: wrong",
-        "lerobot-pi-rl-train: actor 0 ended with exit code 1; ending the run",
-        "lerobot-pi-rl-train: stopping the learner; it saves what it has trained",
+        "lerobot-pi-rl-train: actor 0 ended with exit code 1; ending the run; the learner saves what it has trained",
     ]
+
+
+@pytest.mark.timeout(60)
+def test_a_configuration_that_an_actor_refuses_is_one_line(
+    play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The learner has not begun, so there is nothing to save; its own last words would be a second line."""
+    waits = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped')); time.sleep(60)"
+    stage = play(FAIL, waits)
+    assert launcher.Supervisor([], num_actors=2).watch(Event()) == 1
+    assert capfd.readouterr().err.splitlines() == ["error: wrong"]
+    assert all(process.poll() is not None for process in stage.processes)
+
+
+@pytest.mark.timeout(60)
+def test_a_configuration_that_the_learner_refuses_is_one_line(
+    play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The actors, which are sent home, say nothing of it."""
+    leaves = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped')); time.sleep(60)"
+    play(leaves, f"import time; time.sleep(1); {FAIL}")
+    assert launcher.Supervisor([], num_actors=1).watch(Event()) == 1
+    assert capfd.readouterr().err.splitlines() == ["error: wrong"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("says", [True, False])
+def test_a_learner_says_when_it_is_ready(monkeypatch: pytest.MonkeyPatch, says: bool) -> None:
+    code = f"import os; os.write(int(os.environ['{launcher.READY}']), b'1')" if says else ""
+
+    def start(name: str, arguments: object, ready: int) -> subprocess.Popen[bytes]:
+        given = {**os.environ, launcher.READY: str(ready)}
+        return subprocess.Popen([sys.executable, "-c", code], pass_fds=(ready,), env=given)
+
+    monkeypatch.setattr(launcher, "start", start)
+    learner = launcher.Learner([])
+    assert learner.process.wait(30) == 0
+    assert [learner.is_ready, learner.is_ready] == [says, says]
 
 
 @pytest.mark.timeout(60)
@@ -179,7 +222,7 @@ def test_a_file_that_cannot_be_read_is_one_line(
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit) as error:
-        launcher.with_recipe([f"--config_path={file}"])
+        arguments_module.with_recipe([f"--config_path={file}"])
     (line,) = str(error.value).splitlines()
     assert line.startswith("error: config_path: ")
     assert text in line
@@ -199,19 +242,19 @@ def test_a_recipe_is_found_wherever_the_command_is_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, given: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launcher, "RECIPES", (tmp_path / "repository", tmp_path / "package"))
+    monkeypatch.setattr(arguments_module, "RECIPES", (tmp_path / "repository", tmp_path / "package"))
     file = tmp_path / folder / "some.json"
     file.parent.mkdir()
     file.write_text("{}")
-    assert launcher.with_recipe(["--seed=1", *given]) == ["--seed=1", f"--config_path={file}"]
+    assert arguments_module.with_recipe(["--seed=1", *given]) == ["--seed=1", f"--config_path={file}"]
     own = tmp_path / "recipes/some.json"
     own.parent.mkdir()
     own.write_text("{}")
-    assert launcher.with_recipe(given) == given
+    assert arguments_module.with_recipe(given) == given
 
 
 def test_the_recipes_are_those_of_the_repository() -> None:
-    assert any((folder / "metaworld.json").is_file() for folder in launcher.RECIPES)
+    assert any((folder / "metaworld.json").is_file() for folder in arguments_module.RECIPES)
 
 
 @pytest.mark.parametrize("given", ["recipes/missing.json", "run.yaml", "outputs/train/run/checkpoints"])
@@ -220,7 +263,7 @@ def test_a_file_that_is_nowhere_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:
-        launcher.with_recipe([f"--config_path={given}"])
+        arguments_module.with_recipe([f"--config_path={given}"])
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"error: config_path: there is no file {given} in {tmp_path}; the recipes")
     assert "metaworld.json" in line
@@ -230,16 +273,16 @@ def test_a_folder_of_a_checkpoint_is_told_from_the_one_around_it(tmp_path: Path)
     inner = tmp_path / "pretrained_model"
     inner.mkdir()
     with pytest.raises(SystemExit, match=r"the folder .* has no train_config.json"):
-        launcher.with_recipe([f"--config_path={tmp_path}"])
+        arguments_module.with_recipe([f"--config_path={tmp_path}"])
     (inner / "train_config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"is the folder around the file; name .*train_config.json$"):
-        launcher.with_recipe([f"--config_path={tmp_path}"])
-    assert launcher.with_recipe([f"--config_path={inner}"]) == [f"--config_path={inner}"]
+        arguments_module.with_recipe([f"--config_path={tmp_path}"])
+    assert arguments_module.with_recipe([f"--config_path={inner}"]) == [f"--config_path={inner}"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--config_path=somebody/a-policy"], ["--seed=1"]])
 def test_what_is_no_file_is_left_to_lerobot(arguments: list[str]) -> None:
-    assert launcher.with_recipe(arguments) == arguments
+    assert arguments_module.with_recipe(arguments) == arguments
 
 
 def test_restarts_are_counted_by_actor_and_hour(
@@ -255,31 +298,30 @@ def test_restarts_are_counted_by_actor_and_hour(
     assert supervisor._may_restart(0)
 
 
-@pytest.mark.parametrize("command", [*launcher.HELP, "export"])
-def test_help_says_at_its_end_what_the_command_is_for(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+@pytest.mark.parametrize(("returned", "code"), [(None, None), (0, None), (1, 1), (130, 130)])
+def test_the_code_with_which_a_command_ends_is_that_of_its_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, returned: int | None, code: int | None
 ) -> None:
-    def show() -> None:
-        print("usage")
-        raise SystemExit(0)
-
-    monkeypatch.setattr(sys, "argv", ["any", "--help"])
-    monkeypatch.setattr(launcher.importlib, "import_module", lambda name: SimpleNamespace(main=show))
-    with pytest.raises(SystemExit):
-        getattr(launcher, command)()
-    own = launcher.HELP.get(command)
-    assert capsys.readouterr().out == "usage\n" + (f"{own}\n" if own else "")
-
-
-@pytest.mark.slow
-def test_the_whole_help_of_a_command() -> None:
-    command = "train"
-    asked = subprocess.run(
-        [sys.executable, "-m", "lerobot_pi_rl_launcher", command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
+    monkeypatch.setattr(sys, "argv", ["any", f"--root={tmp_path / 'new'}"])
+    monkeypatch.setattr(
+        launcher.importlib, "import_module", lambda name: SimpleNamespace(main=lambda: returned)
     )
-    assert asked.stdout.startswith(f"usage: lerobot-pi-rl-{command} ")
-    assert asked.stdout.endswith(launcher.HELP[command] + "\n")
+    if code is None:
+        launcher.demos()
+        return
+    with pytest.raises(SystemExit) as left:
+        launcher.demos()
+    assert left.value.code == code
+
+
+def test_ctrl_c_during_the_imports_has_the_code_of_a_shell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["any", f"--root={tmp_path / 'new'}"])
+    monkeypatch.setattr(launcher.importlib, "import_module", interrupt)
+    with pytest.raises(SystemExit) as left:
+        launcher.demos()
+    assert left.value.code == 130

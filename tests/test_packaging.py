@@ -56,12 +56,17 @@ def test_wheel_keeps_the_name_and_holds_only_the_package(tmp_path: Path) -> None
         names = set(archive.namelist())
         roots = {name.split("/")[0] for name in names}
         description = archive.read(f"{NAME}-{PROJECT['version']}.dist-info/METADATA").decode()
-    # The launcher stands beside the package, because importing the package takes seconds.
-    assert roots == {NAME, "lerobot_pi_rl_launcher.py", f"{NAME}-{PROJECT['version']}.dist-info"}
+    # What answers at once stands beside the package, because importing that takes seconds.
+    assert roots == {
+        NAME,
+        "lerobot_pi_rl_cli",
+        "lerobot_pi_rl_launcher.py",
+        f"{NAME}-{PROJECT['version']}.dist-info",
+    }
     assert f"\nName: {NAME}\n" in description
     recipes = {f"{NAME}/recipes/{file.name}" for file in (ROOT / "recipes").iterdir()}
     assert recipes
-    assert recipes <= names
+    assert recipes | {"lerobot_pi_rl_cli/settings.json"} <= names
 
 
 def test_lock_holds_nothing_but_exact_pins() -> None:

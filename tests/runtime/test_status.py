@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.access import Access
 from lerobot_policy_pi_rl.runtime.client import LearnerClient, LearnerUnreachable, ask_status
 from lerobot_policy_pi_rl.runtime.limits import Limits
@@ -145,13 +144,3 @@ def test_one_screen_says_everything() -> None:
 def test_programs_get_json(serve: Callable[..., LearnerServer]) -> None:
     answer = json.loads(command.status([f"--learner=127.0.0.1:{serve().port}", "--json"]))
     assert answer["success"] == REPORT["success"]
-
-
-@pytest.mark.parametrize("address", ["somewhere", "host:", ":50051", "host:port", "host:0", "host:70000"])
-def test_an_address_that_is_none_is_one_line(address: str) -> None:
-    with pytest.raises(ConfigError, match=r"is no address; give one such as 127\.0\.0\.1:50051"):
-        command.parse_address(address)
-
-
-def test_addresses_of_ipv6_are_understood() -> None:
-    assert command.parse_address("[::1]:50051") == ("::1", 50051)

@@ -36,16 +36,19 @@ def missing_simulator(env: EnvConfig) -> str | None:
     Returns:
         What is missing and what installs it, or None.
     """
-    module = _module(env)
-    if module is None or _is_there(module):
-        return None
+    module = needed_module(env)
+    return None if module is None or _is_there(module) else how_to_install(env, module)
+
+
+def how_to_install(env: EnvConfig, module: str) -> str:
+    """The line about an environment whose module is not installed."""
     fix = LIBERO if env.type == "libero" else INSTALL.get(module)
     return f"{env.type!r} needs the package {module!r}, which is not installed: " + (
         fix or "install it as its makers say, or take another environment"
     )
 
 
-def _module(env: EnvConfig) -> str | None:
+def needed_module(env: EnvConfig) -> str | None:
     """The module that an environment is imported from, if it is known."""
     if isinstance(env, HILSerlRobotEnvConfig):
         return "gym_hil" if env.name == SIMULATION else None

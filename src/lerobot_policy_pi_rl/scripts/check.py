@@ -131,11 +131,7 @@ def main() -> None:
         SystemExit: With 0 when there is a signal, `NO_SIGNAL` when there is none, 1 after an error.
     """
     found: list[Advice] = []
-    try:
-        run_command(lambda: found.append(examine()), completed)
-    except SystemExit as error:
-        # The parser's own code for a misspelled argument would read as a verdict.
-        raise SystemExit(1 if error.code == NO_SIGNAL else error.code) from None
+    run_command(lambda: found.append(examine()), completed)
     if not all(advice.signal for advice in found):
         raise SystemExit(NO_SIGNAL)
 

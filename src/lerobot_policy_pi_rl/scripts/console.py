@@ -1,15 +1,19 @@
 """What every command shares: plugins, logging, signals, and errors of one line."""
 
+import argparse
 import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event, Timer
+from typing import Any, NoReturn
 
-from draccus.utils import DraccusException
+from draccus.utils import DecodingError, DraccusException, ParsingError
+from draccus.wrappers import docstring
+from lerobot.configs.parser import PluginLoadError
 from lerobot.utils.import_utils import register_third_party_plugins
 from tqdm import tqdm
 
@@ -19,6 +23,8 @@ from ..runtime.gather import NothingUsable
 from ..runtime.workers import EnvironmentFailed
 
 PACKAGE = "lerobot_policy_pi_rl"
+# Environment variable with the descriptor on which `lerobot-pi-rl-train` hears that its learner is ready.
+READY = "LEROBOT_PI_RL_READY"
 # Seconds that a process which is asked to leave while it starts gets for its environments and its robot.
 LEAVE_S = 5.0
 
@@ -42,9 +48,10 @@ def run_command(
     logging.getLogger().setLevel(logging.WARNING)
     register_third_party_plugins()
     try:
-        if complete is not None:
-            sys.argv[1:] = complete(sys.argv[1:])
-        command()
+        with parser_in_one_line():
+            if complete is not None:
+                sys.argv[1:] = complete(sys.argv[1:])
+            command()
     except EXPECTED_ERRORS as error:
         logging.getLogger(__name__).debug("Ended by", exc_info=True)
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
@@ -57,9 +64,46 @@ def run_command(
         raise SystemExit(130) from None
 
 
+@contextlib.contextmanager
+def parser_in_one_line() -> Iterator[None]:
+    """Has LeRobot's parser answer a mistake in one line, where it would print thousands of lines of usage.
+
+    It also collects no texts for a help that this process never shows, which takes it five seconds.
+    """
+    plain = DecodingError.__str__
+    changed: tuple[tuple[Any, str, Any], ...] = (
+        (argparse.ArgumentParser, "error", _end_with_one_line),
+        (DecodingError, "__str__", lambda error: " ".join(plain(error).split())),
+        (docstring, "get_attribute_docstring", lambda *_: docstring.AttributeDocString()),
+    )
+    before = [getattr(owner, name) for owner, name, _ in changed]
+    for owner, name, value in changed:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(changed, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _end_with_one_line(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def tell_ready() -> None:
+    """Tells the process that has started this one, if it asks, that the configuration is accepted."""
+    descriptor = os.environ.pop(READY, None)
+    if descriptor is not None:
+        os.write(int(descriptor), b"\n")
+        os.close(int(descriptor))
+
+
 # Errors that say what to do; anything else is a defect and keeps its stack trace.
 EXPECTED_ERRORS = (
+    argparse.ArgumentError,
     DraccusException,
+    PluginLoadError,
     CheckpointError,
     EnvironmentFailed,
     NothingUsable,
@@ -70,7 +114,9 @@ EXPECTED_ERRORS = (
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error, on one line."""
+    """The text of an error, on one line; of the parser's that only says "using the given arguments", with its cause."""
+    if type(error) is ParsingError and error.__cause__ is not None:
+        return f"{error} {one_line(error.__cause__)}"
     return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 

@@ -11,80 +11,12 @@ import datasets
 from draccus.utils import DecodingError
 from tqdm import tqdm
 
+from lerobot_pi_rl_cli.options import parse
 from lerobot_policy_pi_rl.envs.configuration_metaworld import MetaworldConfig
 from lerobot_policy_pi_rl.envs.configuration_metaworld_camera import MetaworldCameraEnv
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 from lerobot_policy_pi_rl.envs.demonstrations import DemonstrationPlan, write_demonstrations
 from lerobot_policy_pi_rl.errors import check
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="lerobot-pi-rl-demos", description=__doc__)
-    parser.add_argument(
-        "--task",
-        "--env.task",
-        dest="task",
-        default="peg-insert-side-v3",
-        help="task name, several separated by commas, MT10 or MT50",
-    )
-    parser.add_argument(
-        "--env.type",
-        dest="env_type",
-        choices=("metaworld_state", "metaworld_camera"),
-        default="metaworld_state",
-        help="environment whose observations are recorded",
-    )
-    parser.add_argument(
-        "--camera_size",
-        "--env.camera_size",
-        dest="camera_size",
-        type=int,
-        default=None,
-        help=f"height and width of metaworld_camera's picture (default: {MetaworldCameraEnv.camera_size})",
-    )
-    parser.add_argument("--num_episodes", type=int, default=10, help="episodes to keep per task")
-    parser.add_argument(
-        "--task_episodes",
-        type=task_episodes,
-        default={},
-        metavar="TASK=COUNT,...",
-        help="episodes to keep of single tasks, in place of --num_episodes",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="block of reset seeds, 0 to 49")
-    parser.add_argument(
-        "--action_noise",
-        type=float,
-        default=0.0,
-        help="standard deviation of the noise on the executed action; the expert's own action is recorded",
-    )
-    parser.add_argument(
-        "--episode_length",
-        "--env.episode_length",
-        dest="episode_length",
-        type=int,
-        default=200,
-        help="control steps after which the expert has failed",
-    )
-    parser.add_argument("--keep_failures", action="store_true", help="keep unsolved episodes, too")
-    parser.add_argument("--repo_id", default="local/metaworld-demos", help="name of the dataset; no upload")
-    parser.add_argument("--root", type=Path, default=None, help="folder to create (default: LeRobot's cache)")
-    return parser.parse_args(arguments)
-
-
-def task_episodes(text: str) -> dict[str, int]:
-    """Reads `task=count,...`.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is not of that form, or names a task twice.
-    """
-    pairs = [entry.partition("=") for entry in text.split(",")]
-    if not all(name and count.isdecimal() for name, _, count in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form reach-v3=5,push-v3=10")
-    counts = {name.strip(): int(count) for name, _, count in pairs}
-    if len(counts) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names a task twice")
-    return counts
 
 
 def collect(options: argparse.Namespace) -> str:
@@ -148,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 after an error that is reported in one line, or 130 after Ctrl-C.
     """
-    options = parse_arguments(arguments)
+    options = parse("demos", arguments)
     # One bar for the whole, not one per saved episode.
     datasets.disable_progress_bars()
     try:

@@ -1,6 +1,5 @@
 """`lerobot-pi-rl-export`: gives back the stock policy of a `pi_rl` checkpoint."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -15,6 +14,8 @@ from lerobot.utils.constants import (
     PRETRAINED_MODEL_DIR,
 )
 
+from lerobot_pi_rl_cli.options import parse
+
 from ..bases.stock import StockBase
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
@@ -22,16 +23,6 @@ from ..modeling_pi_rl import PIRLPolicy
 from .console import run_command
 
 PROCESSORS = (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME)
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="lerobot-pi-rl-export", description=__doc__)
-    parser.add_argument(
-        "--policy.path", dest="path", type=Path, required=True, help="a `pretrained_model` folder of pi_rl"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to create")
-    return parser.parse_args(arguments)
 
 
 def export(path: Path, output_dir: Path) -> str:
@@ -91,7 +82,7 @@ def _check_folder(path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    options = parse_arguments(arguments)
+    options = parse("export", arguments)
     run_command(lambda: print(export(options.path, options.output_dir)))
 
 

@@ -9,7 +9,7 @@ from ..bases.configuration import STOCK
 from ..runtime.pipeline import PIRLTrainConfig, parts
 from ..runtime.summary import closing_lines
 from .arguments import completed
-from .console import leave_on_signals, log_to, run_command, stop_on_signals
+from .console import leave_on_signals, log_to, run_command, stop_on_signals, tell_ready
 
 
 @parser.wrap()
@@ -25,6 +25,7 @@ def learn(cfg: PIRLTrainConfig) -> None:
     log_to(cfg.output_dir / "logs" / "learner.log")
     learner = Learner(cfg, stop)
     stop_on_signals(stop)
+    tell_ready()
     learner.run()
     policy, _, env = parts(cfg)
     is_stock = policy.base is not None and policy.base.type in STOCK

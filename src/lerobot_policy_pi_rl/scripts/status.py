@@ -1,40 +1,15 @@
 """`lerobot-pi-rl-status`: asks a running learner how it stands, and shows the answer on one screen."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lerobot_pi_rl_cli.options import parse
+
 from ..algorithm.configuration_security import SecurityConfig
-from ..errors import config_error
 from ..runtime.access import read_actor_access
 from ..runtime.client import ask_status
 from .console import run_command
-
-DEFAULT_LEARNER = "127.0.0.1:50051"
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="lerobot-pi-rl-status", description=__doc__)
-    parser.add_argument("--learner", default=DEFAULT_LEARNER, metavar="HOST:PORT", help="where it listens")
-    parser.add_argument("--json", action="store_true", help="print everything, for programs")
-    for name in ("token_file", "certificate", "key", "authority"):
-        parser.add_argument(f"--{name}", help=f"as algorithm.security.{name} of an actor")
-    parser.add_argument("--mutual", action="store_true", help="as algorithm.security.mutual of an actor")
-    return parser.parse_args(arguments)
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`.
-
-    Raises:
-        ConfigError: If it is not that.
-    """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise config_error("learner", f"{text!r} is no address; give one such as {DEFAULT_LEARNER}")
-    return host.strip("[]"), int(port)
 
 
 def describe(status: Mapping[str, Any]) -> str:
@@ -97,14 +72,14 @@ def counts(values: Mapping[str, int]) -> str:
 
 
 def status(arguments: Sequence[str] | None = None) -> str:
-    """Asks and describes; see `parse_arguments`.
+    """Asks and describes; see `lerobot_pi_rl_cli.options`.
 
     Raises:
         ConfigError: If an argument is wrong.
         ConnectionError: If no learner answers, or it refuses.
     """
-    given = parse_arguments(arguments)
-    host, port = parse_address(given.learner)
+    given = parse("status", arguments)
+    host, port = given.learner
     security = SecurityConfig(given.token_file, given.certificate, given.key, given.authority, given.mutual)
     answer = ask_status(host, port, read_actor_access(security))
     return json.dumps(answer, indent=2) if given.json else describe(answer)
