@@ -15,10 +15,15 @@ PYTHON ?= $(shell for python in python3.12 python3.13 python3; do \
 # uv of the machine when it has one, else the locked one, installed into the environment.
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/uv)
 
+# What requirements.lock is made for.
+LOCKED = --extra metaworld --extra eo1 --extra evo1 --extra groot --extra molmoact2 --extra multi_task_dit --extra pi --extra smolvla --extra vla_jepa --extra xvla --extra peft --extra pusht --extra gym_hil --extra dev --universal --python-version 3.12
+# Where the environment with another LeRobot is made.
+OTHER := build/lerobot_main
+
 export UV_HTTP_TIMEOUT ?= 300
 
 .DEFAULT_GOAL := setup
-.PHONY: setup test check format bench grid demo lock clean help
+.PHONY: setup test test-lerobot-main check format bench grid demo lock clean help
 
 setup: $(READY)  ## the environment, from requirements.lock
 
@@ -39,6 +44,20 @@ $(READY): requirements.lock pyproject.toml | $(BIN)/python
 test: setup  ## the tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS) || [ $$? -eq 5 ]
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow --durations=15 $(ARGS) || [ $$? -eq 5 ]
+
+# As the lock, but for LeRobot and what it needs otherwise. MolmoAct2 is refused after 0.6.1 (docs/bases.md).
+test-lerobot-main: setup  ## the fast tests against a checkout of LeRobot (SOURCE=folder)
+	@test -f "$(SOURCE)/src/lerobot/__init__.py" || { echo "Name a checkout of LeRobot: make test-lerobot-main SOURCE=folder" >&2; exit 1; }
+	@rm -rf $(OTHER)/source $(OTHER)/dist && mkdir -p $(OTHER) && cp -R $(SOURCE) $(OTHER)/source
+	@$(UV) build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir $(OTHER)/dist $(OTHER)/source
+	@sed "s/\(lerobot\[.*\]\)>=[^\"]*/\1==$$(ls $(OTHER)/dist/*.whl | sed 's/.*lerobot-\([^-]*\)-.*/\1/')/" pyproject.toml > $(OTHER)/pyproject.toml
+	@cp requirements.lock $(OTHER)/requirements.lock
+	@$(UV) pip compile --quiet $(OTHER)/pyproject.toml $(LOCKED) --find-links $(OTHER)/dist --no-emit-find-links --output-file $(OTHER)/requirements.lock
+	@$(UV) venv --quiet --allow-existing --python $(BIN)/python $(OTHER)/venv
+	@$(UV) pip sync --quiet --python $(OTHER)/venv/bin/python --find-links $(OTHER)/dist $(OTHER)/requirements.lock
+	@$(UV) pip install --quiet --python $(OTHER)/venv/bin/python --no-deps --reinstall-package lerobot $(OTHER)/dist/*.whl
+	@$(UV) pip install --quiet --python $(OTHER)/venv/bin/python --no-deps --no-build-isolation --editable .
+	HF_HUB_OFFLINE=1 $(OTHER)/venv/bin/python -m pytest -n $(JOBS) -m "not slow" -k "not molmoact2" $(ARGS)
 
 check: setup  ## lint, format, types and the import contract
 	$(BIN)/ruff check
@@ -62,7 +81,7 @@ demo: setup  ## demonstrations, supervised training, PI-RL and evaluation (SEED=
 # `make lock` keeps the present pins where it can; `make lock ARGS=--upgrade` takes the newest.
 lock: | $(BIN)/python  ## write requirements.lock anew from pyproject.toml
 	@$(UV) --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
-	$(UV) pip compile pyproject.toml --extra metaworld --extra eo1 --extra evo1 --extra groot --extra molmoact2 --extra multi_task_dit --extra pi --extra smolvla --extra vla_jepa --extra xvla --extra peft --extra pusht --extra gym_hil --extra dev --universal --python-version 3.12 \
+	$(UV) pip compile pyproject.toml $(LOCKED) \
 		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 		--quiet --output-file requirements.lock $(ARGS)
 
@@ -71,4 +90,4 @@ clean:  ## remove the environment and everything generated
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 20

@@ -10,7 +10,9 @@ from .algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from .configuration_pi_rl import PIRLConfig
 from .envs.configuration_metaworld_camera import MetaworldCameraEnv
 from .envs.configuration_metaworld_state import MetaworldStateEnv
+from .lerobot_compat import warn_if_untested
 
+warn_if_untested()
 _factory.install()
 
 __all__ = ["MetaworldCameraEnv", "MetaworldStateEnv", "PIRLAlgorithmConfig", "PIRLConfig"]

@@ -315,6 +315,47 @@ def test_half_a_checkpoint_is_not_exported(save_stock: Callable[[str], Path], tm
         assert not (tmp_path / "stock").exists()
 
 
+def test_folders_of_the_processors_are_exported(save_stock: Callable[[str], Path], tmp_path: Path) -> None:
+    """LeRobot after 0.6.1 saves a tokenizer in a folder beside the processor that reads it."""
+    checkpoint = tmp_path / "000010" / "pretrained_model"
+    save_pi_rl(PIRLConfig(base_path=str(save_stock("smolvla")), device="cpu"), checkpoint)
+    (checkpoint / "tokenizer/parts").mkdir(parents=True, exist_ok=True)
+    (checkpoint / "tokenizer/parts/words.txt").write_text("one two", encoding="utf-8")
+    export(checkpoint, tmp_path / "stock")
+    assert (tmp_path / "stock/tokenizer/parts/words.txt").read_text(encoding="utf-8") == "one two"
+
+
+def test_an_export_that_does_not_load_is_no_success(
+    save_stock: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "000010" / "pretrained_model"
+    save_pi_rl(PIRLConfig(base_path=str(save_stock("smolvla")), device="cpu"), checkpoint)
+    next(checkpoint.glob("policy_preprocessor_step_*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match=r"stock was written, but LeRobot .* cannot load it here") as error:
+        export(checkpoint, tmp_path / "stock")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_in_shards_only_are_one_line(save_stock: Callable[[str], Path]) -> None:
+    folder = save_stock("smolvla")
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model_fsdp_0").mkdir()
+    with pytest.raises(ConfigError, match=r"policy.base_path.*shards only.*lerobot-convert-dcp"):
+        PIRLPolicy(PIRLConfig(base_path=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize("memory", ["use_visual_memory", "use_proprioceptive_memory"])
+def test_a_policy_that_reads_earlier_observations_is_refused(
+    save_stock: Callable[[str], Path], memory: str
+) -> None:
+    """pi0.5 after LeRobot 0.6.1."""
+    folder = save_stock("pi05")
+    config = PreTrainedConfig.from_pretrained(folder)
+    setattr(config, memory, True)
+    with pytest.raises(ConfigError, match=rf"policy.base.{memory}.*a decision has one"):
+        PIRLConfig(base=config, device="cpu")
+
+
 def test_the_compact_base_has_nothing_to_export(tmp_path: Path) -> None:
     save_pi_rl(PIRLConfig(device="cpu", **features()), tmp_path / "compact")
     with pytest.raises(ConfigError, match="has the compact base"):

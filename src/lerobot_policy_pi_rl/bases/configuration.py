@@ -340,6 +340,16 @@ def _check_groot(config: Any) -> None:
     )
 
 
+def _check_pi05(config: Any) -> None:
+    # After LeRobot 0.6.1.
+    for name in ("use_visual_memory", "use_proprioceptive_memory"):
+        check(
+            not getattr(config.base, name, False),
+            f"policy.base.{name}",
+            "reads the observations before, and a decision has one; take a policy that was trained without",
+        )
+
+
 def _molmoact2_model(base: Any) -> dict[str, Any]:
     """Configuration of a MolmoAct2's model in the hub's format; empty if it cannot be read, which its policy says."""
     from transformers import PretrainedConfig
@@ -415,11 +425,12 @@ register_base_config(GrootConfig, "num_inference_timesteps", sizes=_groot_sizes,
 register_base_config(
     MultiTaskDiTConfig, "num_integration_steps", chunk_field="horizon", check=_check_multi_task_dit
 )
-register_base_config(
-    MolmoAct2Config, sizes=_molmoact2_sizes, check=_check_molmoact2, dtype_field="model_dtype"
-)
+if hasattr(MolmoAct2Config, "model_dtype"):
+    register_base_config(
+        MolmoAct2Config, sizes=_molmoact2_sizes, check=_check_molmoact2, dtype_field="model_dtype"
+    )
 register_base_config(PI0Config, optional_cameras=True, dtype_field="dtype")
-register_base_config(PI05Config, optional_cameras=True, dtype_field="dtype")
+register_base_config(PI05Config, check=_check_pi05, optional_cameras=True, dtype_field="dtype")
 register_base_config(SmolVLAConfig, "num_steps", optional_cameras=True)
 register_base_config(XVLAConfig, "num_denoising_steps", optional_cameras=True, dtype_field="dtype")
 register_base_config(VLAJEPAConfig, "num_inference_timesteps", dtype_field="torch_dtype")
@@ -444,6 +455,10 @@ def _register_refusal(name: str, reason: str) -> None:
     BaseConfig.register_subclass(name, RefusedConfig)
 
 
+if "molmoact2" not in STOCK:
+    _register_refusal(
+        "molmoact2", "is another network after LeRobot 0.6.1, without an adapter; install lerobot==0.6.1"
+    )
 for _name in NOT_FLOW_MATCHING:
     _register_refusal(_name, "is not a flow-matching policy, so its steps have no Gaussian to score")
 for _name in WITHOUT_ADAPTER:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPARED_TENSORS = 16
+# Where LeRobot after 0.6.1 puts the weights of a sharded run, with `--checkpoint_format=dcp` nowhere else.
+SHARDS = "pytorch_model_fsdp_0"
 # Policies whose own loader raises an error unless every tensor fits. It knows older layouts of the file, too, whose
 # names are not the policy's.
 LOADED_STRICTLY = frozenset({"xvla"})
@@ -261,6 +263,11 @@ def make_stock_policy(
     if stock.use_peft:
         stock.use_peft = False
         return merge_checkpoint(make_stock_policy(stock, adapted_path(path), policy_class), path)
+    check(
+        not (Path(path) / SHARDS).is_dir() or (Path(path) / SAFETENSORS_SINGLE_FILE).is_file(),
+        "policy.base_path",
+        f"{path} has its weights in shards only ({SHARDS}); convert it first, with LeRobot's lerobot-convert-dcp",
+    )
     if hasattr(stock, "load_vlm_weights"):
         # The checkpoint has them; those on the hub would be loaded first, for nothing.
         stock.load_vlm_weights = False

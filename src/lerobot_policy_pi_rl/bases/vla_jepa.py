@@ -6,6 +6,7 @@ import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
+from ..lerobot_compat import vla_jepa_inputs
 from .adapter import Context
 from .stock import StockBase
 
@@ -71,6 +72,6 @@ class VLAJEPABase(StockBase):
 
     def _velocity(self, context: Context, x_t: Tensor, t: Tensor, **more: Tensor) -> Tensor:
         head, tokens, bucket = self._model.action_model, context["tokens"], self.buckets[self._step(t)]
-        hidden = head._build_inputs(tokens, x_t, context.get("state"), bucket)
+        hidden = vla_jepa_inputs(head, tokens, x_t, context.get("state"), bucket)
         hidden = head.model(hidden_states=hidden, encoder_hidden_states=tokens, timestep=bucket)
         return -head.action_decoder(hidden[:, -self.chunk_size :])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.common.train_utils import get_step_checkpoint_dir, load_training_state, save_checkpoint
+from lerobot.common.train_utils import get_step_checkpoint_dir, save_checkpoint
 from lerobot.configs.train import TRAIN_CONFIG_NAME, TrainPipelineConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import Optimizer
 
+from ..lerobot_compat import load_training_state
 from .handshake import flat_settings
 
 logger = logging.getLogger(__name__)
@@ -364,7 +365,7 @@ def load(
         algorithm.load_state_dict(
             load_file(checkpoint_dir / ALGORITHM_DIR / ALGORITHM_TENSORS), device=device
         )
-        step, _, _ = load_training_state(checkpoint_dir, optimizers, None)
+        step = load_training_state(checkpoint_dir, optimizers)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DoesNotLoad(_refusal(checkpoint_dir, _line(error))) from error
     return Resumed(step, counters)

@@ -30,6 +30,7 @@ _OPTIMIZERS = (
     "(docs/configuration.md)"
 )
 _NO_REPLAY = "is of LeRobot's replay buffer, and PI-RL has none; algorithm.demonstration_weight mixes demonstrations in"
+_ONE_DEVICE = "is of supervised training on several devices, and a learner has one; leave it out"
 _NO_JOB = "a run stays on this machine; start the command where it is to run"
 
 UNREAD = {
@@ -55,6 +56,11 @@ UNREAD = {
     "job": _NO_JOB,
     "save_checkpoint_to_hub": _NO_PUSH,
     "sample_weighting": "is of supervised training; leave it out",
+    # After LeRobot 0.6.1.
+    "accelerator": _ONE_DEVICE,
+    "checkpoint_format": _ONE_DEVICE,
+    "ema": "is of supervised training; leave it out, or begin with a checkpoint's pretrained_model_ema folder",
+    "parallelism": _ONE_DEVICE,
     "mixer": _NO_REPLAY,
     "online_ratio": _NO_REPLAY,
     "dataset.repo_type": "demonstrations are read from a data set; leave it out",

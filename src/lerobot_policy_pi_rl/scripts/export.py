@@ -4,10 +4,12 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies import make_pre_post_processors
 from lerobot.utils.constants import (
     POLICY_POSTPROCESSOR_DEFAULT_NAME,
     POLICY_PREPROCESSOR_DEFAULT_NAME,
@@ -16,7 +18,8 @@ from lerobot.utils.constants import (
 
 from lerobot_pi_rl_cli.options import parse
 
-from ..bases.stock import StockBase
+from ..bases.configuration import load_stock_config
+from ..bases.stock import StockBase, make_stock_policy
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -36,7 +39,8 @@ def export(path: Path, output_dir: Path) -> str:
         One line that says what was written.
 
     Raises:
-        ConfigError: If there is no whole checkpoint of a `pi_rl` policy around a stock one.
+        ConfigError: If there is no whole checkpoint of a `pi_rl` policy around a stock one, or what was written does
+            not load.
         FileExistsError: If the folder exists.
     """
     if output_dir.exists():
@@ -57,10 +61,41 @@ def export(path: Path, output_dir: Path) -> str:
     # Where it was trained, as the checkpoint says: here may be no GPU, and LeRobot keeps a "cpu" wherever it finds it.
     stock.config.device = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))["device"]
     stock.save_pretrained(output_dir)
-    for name in PROCESSORS:
-        for file in path.glob(f"{name}*"):
-            shutil.copy2(file, output_dir / file.name)
+    _copy_processors(path, output_dir)
+    del base, stock
+    _check_loads(output_dir)
     return f"{config.stock.type} written to {output_dir}; it needs nothing of this package any more"
+
+
+def _copy_processors(path: Path, output_dir: Path) -> None:
+    """Copies the processors, with the folders that they read, such as LeRobot's `tokenizer`."""
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            shutil.copytree(entry, output_dir / entry.name, dirs_exist_ok=True)
+        elif entry.name.startswith(PROCESSORS):
+            shutil.copy2(entry, output_dir / entry.name)
+
+
+def _check_loads(folder: Path) -> None:
+    """Loads what was written as LeRobot does, policy and processors.
+
+    Raises:
+        ConfigError: If that fails. The folder stays: it may load where a tokenizer can be fetched.
+    """
+    try:
+        config = load_stock_config(str(folder))
+        config.device = "cpu"
+        make_stock_policy(config, str(folder))
+        # LeRobot's loaders raise any error of the libraries below them.
+        overrides = {"device_processor": {"device": "cpu"}}
+        make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
+    except Exception as error:
+        problem = " ".join(str(error).split())[:300]
+        raise config_error(
+            "output_dir",
+            f"{folder} was written, but LeRobot {version('lerobot')} cannot load it here ({problem}); "
+            "check that --policy.path is whole, and that the tokenizer it names can be found",
+        ) from error
 
 
 def _check_folder(path: Path) -> None:
