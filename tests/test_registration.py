@@ -146,9 +146,9 @@ POLICY_ERRORS = [
 ALGORITHM_ERRORS = [
     ("--algorithm.gamma=2", "gamma", "between 0 and 1, got 2.0"),
     (
-        "--algorithm.lr_schedule=cosine",
+        "--algorithm.lr_schedule=linear",
         "lr_schedule",
-        "'cosine' is unknown; choose one of ['adaptive', 'constant']",
+        "'linear' is unknown; choose one of ['adaptive', 'constant', 'cosine']",
     ),
     ("--algorithm.dual_clip=0.5", "dual_clip", "above 1 or null"),
     ("--algorithm.collection.num_envs=0", "collection.num_envs", "at least 1, got 0"),

@@ -280,6 +280,26 @@ def test_an_environment_that_lost_its_first_decision_is_left_out(make_decisions:
     assert not group_advantages(batch, 2).informative.any()
 
 
+@pytest.mark.parametrize(
+    ("bounds", "informative"),
+    [
+        (None, [True, True, True]),
+        ((0.25, 0.75), [True, True, True]),
+        ((0.3, 0.9), [False, True, True]),
+        ((0.1, 0.6), [True, True, False]),
+    ],
+)
+def test_groups_outside_of_the_bounds_are_left_out(
+    make_decisions: MakeDecisions, bounds: tuple[float, float] | None, informative: list[bool]
+) -> None:
+    """Three groups of four episodes, of which one, two and three succeed."""
+    reward = [1.0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]
+    batch = make_decisions(env=list(range(12)), index=[0] * 12, reward=reward, terminated=[True] * 12)
+    found = group_advantages(batch, 4, bounds).informative
+    assert found.view(3, 4)[:, 0].tolist() == informative
+    assert torch.equal(found, found.view(3, 4)[:, :1].expand(3, 4).flatten())
+
+
 def test_a_loss_in_one_group_is_none_of_the_others(make_decisions: MakeDecisions) -> None:
     """Environment 0 lost its decision 1; 2 and 3 begin with another index, as those of another actor may."""
     batch = make_decisions(

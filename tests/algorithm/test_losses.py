@@ -129,3 +129,24 @@ def test_a_log_ratio_within_the_bound_is_left_alone() -> None:
     gradients = [torch.autograd.grad(loss, log_ratio)[0] for loss in found]
     assert found[0] == found[1]
     assert torch.equal(*gradients)
+
+
+def test_the_clip_range_may_reach_higher_than_deep() -> None:
+    """With A = 1, .2 below and .28 above: .5, .9, 1.1 and 1.28; with A = -1: .8, .9, 1.1 and 2."""
+    gains = policy_loss(RATIO.log(), torch.ones(4), 0.2, clip_ratio_high=0.28)
+    assert gains.loss.item() == pytest.approx(-(0.5 + 0.9 + 1.1 + 1.28) / 4)
+    losses = policy_loss(RATIO.log(), -torch.ones(4), 0.2, clip_ratio_high=0.28)
+    assert losses.loss.item() == pytest.approx((0.8 + 0.9 + 1.1 + 2.0) / 4)
+    assert (
+        policy_loss(torch.tensor([1.25]).log(), torch.ones(1), 0.2, clip_ratio_high=0.28).clip_fraction == 0
+    )
+
+
+def test_parts_of_a_decision_are_clipped_one_by_one_and_averaged() -> None:
+    """A = 1: (.5 + 1.1) / 2, as the third part does not count; A = -2, weighted by 3: -2 * (.9 + 1.1 + 2) / 3."""
+    log_ratio = torch.tensor([[0.5, 1.1, 9.0], [0.9, 1.1, 2.0]]).log()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    advantage, weight = torch.tensor([1.0, -2.0]), torch.tensor([1.0, 3.0])
+    result = policy_loss(log_ratio, advantage, 0.2, weight=weight, mask=mask)
+    assert result.loss.item() == pytest.approx(-(1.6 / 2 + 3 * -2 * (0.9 + 1.1 + 2.0) / 3) / 2)
+    assert result.clip_fraction.item() == pytest.approx((1 / 2 + 1 / 3) / 2)

@@ -72,6 +72,7 @@ def test_the_losses_get_their_settings_and_the_rollout(
 ) -> None:
     algorithm = make_algorithm(
         clip_ratio=0.37,
+        clip_ratio_high=0.61,
         dual_clip=dual_clip,
         log_ratio_bound=3.5,
         value_clip=value_clip,
@@ -83,8 +84,8 @@ def test_the_losses_get_their_settings_and_the_rollout(
     material = algorithm.evaluate(rollout)
     policy, critic = record(monkeypatch, "policy_loss"), record(monkeypatch, "value_loss")
     algorithm.update(iter([rollout]))
-    [(_, advantage, clip_ratio, bound, _, log_ratio_bound)] = policy
-    assert (clip_ratio, bound, log_ratio_bound) == (0.37, dual_clip, 3.5)
+    [(_, advantage, clip_ratio, bound, _, log_ratio_bound, high, mask)] = policy
+    assert (clip_ratio, bound, log_ratio_bound, high, mask) == (0.37, dual_clip, 3.5, 0.61, None)
     torch.testing.assert_close(advantage.sort().values, material.batch.advantage.sort().values)
     [(value, target, old_value, clip, delta)] = critic
     assert (clip, delta) == (value_clip, 0.6)
@@ -104,7 +105,7 @@ def test_decisions_of_older_weights_enter_the_objective_with_their_importance_we
     assert (expected - 1).abs().max() > 0.01
     calls = record(monkeypatch, "policy_loss")
     algorithm.update(iter([rollout]))
-    [(_, _, _, _, weight, _)] = calls
+    [(_, _, _, _, weight, *_)] = calls
     torch.testing.assert_close(weight.sort().values, expected.sort().values)
 
 
@@ -138,7 +139,9 @@ def test_entropy_and_divergence_are_those_of_the_executed_steps(
     by_component = kl_divergence(Normal(steps.mean, steps.std), Normal(reference.mean, reference.std))
     kl = by_component.sum(-1).sum(1)
     part = averages.means()
-    for name, per_step in (("entropy", score.entropy), ("reference_kl", kl)):
+    # The entropy is that of one component: 4 recorded steps, of 2 dimensions each.
+    entropy = score.entropy / (4 * 2 * executed[:, None])
+    for name, per_step in (("entropy", entropy), ("reference_kl", kl)):
         expected = statistics.mean(
             float(row[:count].sum()) for row, count in zip(per_step, executed, strict=True)
         )

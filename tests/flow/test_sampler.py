@@ -239,3 +239,45 @@ def test_gradient_of_the_log_probability_of_an_ode_like_mean() -> None:
     (gradient,) = torch.autograd.grad(scored.log_prob.sum(), velocity)
     residual = chain[0, 1] - (chain[0, 0] - velocity[0].detach() / K)
     torch.testing.assert_close(gradient[0], -residual / K / 0.4**2)
+
+
+def credit(sampler: Callable[..., Sample], num_steps: int, rows: int) -> tuple[float, float]:
+    """Gradients of a linear reward by the velocity, which is one constant: the scored steps', and that of the sampler.
+
+    The reward leaves the initial noise out, of which it could say nothing.
+    """
+    velocity = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    how, noise = Noise("flow_sde", 0.5), torch.randn(rows, 1, 1, generator=generator(1), dtype=torch.float64)
+
+    def field(x: Tensor, t: Tensor) -> FieldOutput:
+        return FieldOutput(velocity.expand_as(x))
+
+    sample = sampler(field, noise, num_steps, how, 1, generator())
+    reward = (sample.x - noise).flatten()
+    (exploring,) = torch.autograd.grad(reward.mean(), velocity)
+    chain, reward = sample.chain.detach(), reward.detach()
+    log_prob = score(field, chain, sample.step, num_steps, how, 1).log_prob.flatten()
+    (scored,) = torch.autograd.grad((reward - reward.mean()) @ log_prob / rows, velocity)
+    return float(scored), float(exploring)
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 8])
+def test_hybrid_recording_credits_one_step_of_k(num_steps: int) -> None:
+    """The chunk moves by -1 with the velocity: K steps of 1 / K, whose drift is that of the noise end, a constant here.
+
+    The mean of the scored step, from a given state, moves by `-(1 / K + drift * (1 - t))`. Of the other K - 1 steps,
+    which the velocity enters as well, nothing is scored.
+    """
+    times = [1 - k / num_steps for k in range(num_steps)]
+    # std^2 / (2 t) with std^2 = .25 * t / (1 - t) / K, where 1 - t is that of the next step at t = 1.
+    drift = [0.25 / num_steps / (2 * max(1 - t, 1 / num_steps)) * (1 - t) for t in times]
+    drift = sum(drift) / num_steps
+    scored, exploring = credit(sample_hybrid, num_steps, 200_000)
+    assert exploring == pytest.approx(-1)
+    assert scored == pytest.approx(-(1 / num_steps + drift), rel=0.03)
+
+
+def test_joint_recording_credits_every_step() -> None:
+    scored, exploring = credit(sample_joint, 3, 200_000)
+    assert exploring == pytest.approx(-1)
+    assert scored == pytest.approx(exploring, rel=0.03)

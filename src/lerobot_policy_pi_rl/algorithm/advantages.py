@@ -153,7 +153,9 @@ class GroupTargets:
     informative: Tensor
 
 
-def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
+def group_advantages(
+    batch: DecisionBatch, group_size: int, bounds: tuple[float, float] | None = None
+) -> GroupTargets:
     """Advantages without a critic (GRPO, arXiv 2402.03300, eq. in section 4.1.2).
 
     `group_size` neighbouring environments begin their n-th episodes from the same start. An episode's advantage is its
@@ -164,6 +166,7 @@ def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
     Args:
         batch: Decisions in `time_order`, from the first one of every environment's fresh episode on.
         group_size: Environments per group, at least 2; numbers of one group are `g * group_size` and the following.
+        bounds: Groups whose mean return is below the first or above the second one are left out, too.
 
     Returns:
         Advantages, on the CPU.
@@ -183,7 +186,10 @@ def group_advantages(batch: DecisionBatch, group_size: int) -> GroupTargets:
     mean = torch.zeros_like(finished).index_add_(0, group, total) / group_size
     spread = torch.zeros_like(finished).index_add_(0, group, (total - mean[group]) ** 2) / (group_size - 1)
     std = spread.sqrt()
-    informative = ((finished == group_size) & (std > 1e-6))[group]
+    differs = (finished == group_size) & (std > 1e-6)
+    if bounds is not None:
+        differs &= (mean >= bounds[0]) & (mean <= bounds[1])
+    informative = differs[group]
     advantage = torch.where(informative, (total - mean[group]) / (std[group] + 1e-8), torch.zeros_like(total))
     return GroupTargets(advantage[episode], informative[episode])
 

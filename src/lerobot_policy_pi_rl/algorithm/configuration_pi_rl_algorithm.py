@@ -8,10 +8,11 @@ from ..configuration_pi_rl import PIRLConfig
 from ..errors import check, refuse_stock_command
 from .configuration_security import SecurityConfig
 
-LR_SCHEDULES = ("adaptive", "constant")
+LR_SCHEDULES = ("adaptive", "constant", "cosine")
 ADVANTAGES = ("gae", "group")
 REWARDS = ("environment", "success")
-LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean")
+LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean_chain", "mean")
+RATIO_LEVELS = ("chunk", "action", "token")
 
 
 @dataclass
@@ -114,6 +115,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # What an episode is compared with: `gae` (a critic's value) or `group` (other episodes from the same start; GRPO).
     # `group` has no critic, needs collection.group_size above 1 and collection.decisions for at least a whole episode.
     advantage: str = "gae"
+    # Of `group`: groups whose mean return lies outside of these two bounds are left out, as those are that are all
+    # alike; null is off.
+    group_bounds: tuple[float, float] | None = None
     # Discount per decision (not per environment step).
     gamma: float = 0.99
     # Exponential weight of generalised advantage estimation.
@@ -132,8 +136,13 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Encoded observations of a rollout are kept for all its epochs up to this size, on policy.storage_device, if what
     # encodes them is not trained (a frozen VLM's cache); larger ones are computed again for every minibatch.
     context_memory_gb: float = 8.0
-    # Clip range of the probability ratio.
+    # Clip range of the probability ratio, `1 - clip_ratio` to `1 + clip_ratio`.
     clip_ratio: float = 0.4
+    # Upper half of the clip range where it differs: up to `1 + clip_ratio_high`; null is clip_ratio.
+    clip_ratio_high: float | None = None
+    # What one probability ratio is of, and is clipped: `chunk` (the whole decision), `action` (each executed step) or
+    # `token` (each component of each step). The objective is the mean over the ratios of a decision.
+    ratio_level: str = "chunk"
     # Largest weight of a decision that older weights made (`collection.max_staleness`): its probability under the
     # weights before the update over the one at collection. Decisions above it are not trained on.
     importance_cap: float = 5.0
@@ -141,10 +150,12 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     dual_clip: float | None = None
     # Largest absolute log-ratio of a decision in the objective; null is off. A decision beyond it has no gradient.
     log_ratio_bound: float | None = 5.0
-    # How the log-probability of a decision is reduced: `sum` (exact), `mean_steps` (over the recorded denoising
-    # steps, as the reference implementation does) or `mean` (over every executed action component as well).
+    # How the log-probability of a ratio is reduced: `sum` (over all that it covers), `mean_steps` (over the recorded
+    # denoising steps), `mean_chain` (over these and the initial noise, K + 1 terms, as the reference does where it
+    # records the whole chain) or `mean` (over every executed action component as well).
     log_prob_reduction: str = "sum"
-    # Weight of the entropy bonus; only a learned deviation (flow_noise) has a gradient.
+    # Weight of the entropy bonus, in nats per action component and denoising step; only a learned deviation
+    # (flow_noise) has a gradient.
     entropy_coef: float = 0.0
     # Weight of the divergence from the policy before reinforcement learning; 0 is off.
     kl_coef: float = 0.0
@@ -170,11 +181,14 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     adam_eps: float = 1e-8
     # Decoupled weight decay (AdamW) of the policy and of the critic, as a multiple of the learning rate.
     weight_decay: float = 0.0
-    # `adaptive`: divide or multiply lr by lr_factor when the measured KL leaves [target_kl / 2, target_kl * 2].
+    # `adaptive`: divide or multiply lr by lr_factor when the measured KL leaves [target_kl / 2, target_kl * 2];
+    # `cosine`: from lr to lr_min in lr_decay_iterations; `constant`.
     lr_schedule: str = "adaptive"
+    # Iterations in which `cosine` lowers the learning rate of the policy.
+    lr_decay_iterations: int = 1000
     # Factor by which the adaptive schedule changes the learning rate after an iteration.
     lr_factor: float = 1.5
-    # Smallest learning rate that the adaptive schedule sets.
+    # Smallest learning rate that a schedule sets.
     lr_min: float = 1e-6
     # Largest learning rate that the adaptive schedule sets.
     lr_max: float = 1e-3
@@ -233,6 +247,22 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
             f"{self.log_prob_reduction!r} is unknown; choose one of {list(LOG_PROB_REDUCTIONS)}",
         )
         check(
+            self.ratio_level in RATIO_LEVELS,
+            "algorithm.ratio_level",
+            f"{self.ratio_level!r} is unknown; choose one of {list(RATIO_LEVELS)}",
+        )
+        check(
+            self.clip_ratio_high is None or self.clip_ratio_high > 0,
+            "algorithm.clip_ratio_high",
+            f"must be above 0 or null, got {self.clip_ratio_high}",
+        )
+        bounds = self.group_bounds
+        check(
+            bounds is None or (self.advantage == "group" and len(bounds) == 2 and bounds[0] <= bounds[1]),
+            "algorithm.group_bounds",
+            f"must be a lower and an upper bound and needs algorithm.advantage='group', got {bounds}",
+        )
+        check(
             self.advantage in ADVANTAGES,
             "algorithm.advantage",
             f"{self.advantage!r} is unknown; choose one of {list(ADVANTAGES)}",
@@ -287,6 +317,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
         for name in (
             "epochs",
             "minibatch_size",
+            "lr_decay_iterations",
             "demonstration_batch_size",
             "intervention_capacity",
             "intervention_megabytes",

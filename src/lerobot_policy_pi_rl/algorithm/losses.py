@@ -12,7 +12,7 @@ class PolicyLoss:
 
     Attributes:
         loss: To be minimised.
-        clip_fraction: Share of decisions whose ratio left the clip range.
+        clip_fraction: Share of ratios that left the clip range.
     """
 
     loss: Tensor
@@ -26,6 +26,8 @@ def policy_loss(
     dual_clip: float | None = None,
     weight: Tensor | None = None,
     log_ratio_bound: float | None = None,
+    clip_ratio_high: float | None = None,
+    mask: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate objective (PPO, arXiv 1707.06347, eq. 7), optionally with a dual clip.
 
@@ -39,12 +41,14 @@ def policy_loss(
     outweigh all other decisions, and from 89 on it is infinite in float32, which spoils the gradient of all of them.
 
     Args:
-        log_ratio: `log p_new - log p_proximal` per decision, `[B]`.
+        log_ratio: `log p_new - log p_proximal` per decision, `[B]`, or of T parts of each, `[B, T]`.
         advantage: `[B]`.
         clip_ratio: Half-width of the clip range.
         dual_clip: Factor above 1, or None.
         weight: `p_proximal / p_behaviour`, `[B]`; None where both are the same policy.
         log_ratio_bound: Largest absolute log-ratio, or None.
+        clip_ratio_high: Upper half-width of the clip range, if it is another one.
+        mask: Parts that count, `[B, T]` bool; a decision's objective is their mean. None if there is one part.
 
     Returns:
         The loss and its diagnostics.
@@ -52,16 +56,23 @@ def policy_loss(
     if log_ratio_bound is not None:
         log_ratio = log_ratio.clamp(-log_ratio_bound, log_ratio_bound)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    high = clip_ratio if clip_ratio_high is None else clip_ratio_high
+    clipped = ratio.clamp(1 - clip_ratio, 1 + high)
+    if mask is not None:
+        advantage = advantage[:, None]
     objective = torch.minimum(ratio * advantage, clipped * advantage)
     if dual_clip is not None:
         floor = torch.maximum(objective, dual_clip * advantage)
         objective = torch.where(advantage < 0, floor, objective)
+    with torch.no_grad():
+        outside = ((ratio < 1 - clip_ratio) | (ratio > 1 + high)).to(ratio.dtype)
+    if mask is not None:
+        objective, outside = (
+            torch.where(mask, one, 0.0).sum(1) / mask.sum(1) for one in (objective, outside)
+        )
     if weight is not None:
         objective = weight * objective
-    with torch.no_grad():
-        clip_fraction = ((ratio - 1).abs() > clip_ratio).to(ratio.dtype).mean()
-    return PolicyLoss(-objective.mean(), clip_fraction)
+    return PolicyLoss(-objective.mean(), outside.mean())
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ class Batch:
         chain: `[N, S + 1, H, D]`.
         step: `[N, S]`.
         scored: Steps of each chunk that its log-probability covers, `[N]`.
-        log_prob: Reduced log-probability under the proximal policy, that before the update, `[N]`.
+        log_prob: Reduced log-probability under the proximal policy, that before the update, `[N]`; `[N, T]` where each
+            decision has T ratios.
+        recorded: Reduced log-probability of whole decisions as it was recorded, `[N]`.
         weight: Probability under the proximal policy over that under the one that collected, `[N]`.
         advantage: Normalised, `[N]`.
         reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
@@ -46,6 +48,7 @@ class Batch:
     step: Tensor
     scored: Tensor
     log_prob: Tensor
+    recorded: Tensor
     weight: Tensor
     advantage: Tensor
     reference: Gaussian | None

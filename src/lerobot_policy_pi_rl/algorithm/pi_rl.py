@@ -246,6 +246,7 @@ class PIRLAlgorithm(RLAlgorithm):
         extra |= self._improve_policy(material, averages)
         self.policy_ready()
         extra["skipped_steps"] += self._train_critic(material, averages)
+        self._decay_lr()
         self.optimization_step += 1
         return self._stats(averages, extra | {"lr": self.lr})
 
@@ -322,11 +323,12 @@ class PIRLAlgorithm(RLAlgorithm):
         """Contexts, values, advantages and reference steps of a rollout, computed once."""
         decisions = rollout.decisions
         contexts = self._encode(rollout.observations, self.config.context_memory_gb)
-        proximal, weight = self._proximal(decisions, contexts)
+        recorded = self.reduce(decisions.log_prob.to(self.device), decisions.scored.to(self.device))
+        proximal, weight = self._proximal(decisions, contexts, recorded)
         near = (weight <= self.config.importance_cap).cpu()
         features = self._features(rollout.observations, contexts)
         if self.critic is None or features is None:
-            groups = group_advantages(decisions, self.config.collection.group_size)
+            groups = group_advantages(decisions, self.config.collection.group_size, self.config.group_bounds)
             advantage, critic = groups.advantage.to(self.device), None
             candidates = groups.informative.nonzero()[:, 0]
             trained = candidates[near[candidates]]
@@ -344,29 +346,48 @@ class PIRLAlgorithm(RLAlgorithm):
             step=step,
             scored=decisions.scored.to(self.device),
             log_prob=proximal,
+            recorded=recorded,
             weight=weight,
             advantage=advantage,
             reference=self._reference_steps(contexts, rollout.observations, chain, step),
         )
         return Material(contexts, batch, critic, trained, len(candidates) - len(trained), has_signal)
 
-    def _proximal(self, decisions: DecisionBatch, contexts: Contexts) -> tuple[Tensor, Tensor]:
-        """Reduced log-probabilities under the current weights, and their ratio to those at collection, `[N]` each.
+    def _proximal(
+        self, decisions: DecisionBatch, contexts: Contexts, recorded: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities under the current weights, as the ratios want them, and their ratio to those at collection.
 
-        Decisions that the current weights made have theirs recorded; only older ones are scored.
+        Decisions that the current weights made have theirs recorded; only older ones are scored. Those of single action
+        components are not recorded: for them all decisions are scored.
+
+        Args:
+            decisions: The rollout.
+            contexts: What was seen, encoded.
+            recorded: Reduced log-probabilities of whole decisions, `[N]`.
+
+        Returns:
+            `[N]` or `[N, T]`, and `[N]`.
         """
-        scored = decisions.scored.to(self.device)
-        behaviour = self.reduce(decisions.log_prob.to(self.device), scored)
-        proximal, weight = behaviour.clone(), torch.ones_like(behaviour)
-        older = (decisions.version < self.optimization_step).nonzero()[:, 0]
+        scored, weight = decisions.scored.to(self.device), torch.ones_like(recorded)
+        per_step = decisions.log_prob.to(self.device)
+        older = decisions.version < self.optimization_step
+        if self.config.ratio_level == "token":
+            older = torch.ones_like(older)
+            proximal = per_step.new_zeros(len(scored), per_step.shape[1] * self.policy.base.real_action_dim)
+        else:
+            proximal = self._by_level(per_step, None, scored).clone()
         # Split, no rows would be one part of no rows, which pi0's attention does not take.
-        parts = older.split(self._rows_at_once) if len(older) else ()
+        rows_to_score = older.nonzero()[:, 0]
+        parts = rows_to_score.split(self._rows_at_once) if len(rows_to_score) else ()
         for rows in parts:
             chain, step = decisions.chain[rows].to(self.device), decisions.step[rows].to(self.device)
             score = self.policy.score(contexts.rows(rows), chain, step)
             here = rows.to(self.device)
-            proximal[here] = self.reduce(score.log_prob, scored[here])
-            weight[here] = (proximal[here] - behaviour[here]).exp()
+            proximal[here] = self._by_level(score.log_prob, score.terms, scored[here])
+            moved = (self.reduce(score.log_prob, scored[here]) - recorded[here]).exp()
+            stale = (decisions.version[rows] < self.optimization_step).to(self.device)
+            weight[here] = torch.where(stale, moved, weight[here])
         return proximal, weight
 
     def _encode(self, observations: Observations, memory_gb: float) -> Contexts:
@@ -427,12 +448,44 @@ class PIRLAlgorithm(RLAlgorithm):
 
     def _terms(self, scored: Tensor) -> Tensor:
         """Of how many terms the reduction takes the mean, for each decision, `[B]`; 1 for the sum."""
-        terms = torch.ones_like(scored)
-        if self.config.log_prob_reduction != "sum":
-            terms = terms * self.policy.recorded_steps()
-        if self.config.log_prob_reduction == "mean":
-            terms = terms * scored * self.policy.base.real_action_dim
+        terms, reduction = torch.ones_like(scored), self.config.log_prob_reduction
+        if reduction != "sum":
+            # The initial noise is one term more; it cancels in the ratio.
+            terms = terms * (self.policy.recorded_steps() + (reduction == "mean_chain"))
+        if reduction == "mean" and self.config.ratio_level != "token":
+            terms = terms * self.policy.base.real_action_dim
+        if reduction == "mean" and self.config.ratio_level == "chunk":
+            terms = terms * scored
         return terms
+
+    def _by_level(self, per_step: Tensor, per_component: Tensor | None, scored: Tensor) -> Tensor:
+        """Log-probabilities of what the ratios are of, as `ratio_level` says; zero where nothing was executed.
+
+        Args:
+            per_step: `[B, H]`.
+            per_component: `[B, H, A]`; needed for single components alone.
+            scored: Executed steps of each row, `[B]`.
+
+        Returns:
+            `[B]` of whole decisions, `[B, H]` of steps or `[B, H * A]` of components.
+        """
+        if self.config.ratio_level == "chunk":
+            return self.reduce(per_step, scored)
+        if self.config.ratio_level == "token":
+            assert per_component is not None
+            per_step = per_component.flatten(1)
+        return torch.where(self._mask(scored), per_step, 0.0) / self._terms(scored)[:, None]
+
+    def _mask(self, scored: Tensor) -> Tensor:
+        """Which of the ratios of a decision are of executed steps, `[B, T]`."""
+        width = self.policy.base.real_action_dim if self.config.ratio_level == "token" else 1
+        steps = torch.arange(self.policy.base.chunk_size, device=scored.device) < scored[:, None]
+        return steps.repeat_interleave(width, 1)
+
+    def _whole(self, log_ratio: Tensor, scored: Tensor) -> Tensor:
+        """Log-ratios of whole decisions, unreduced, `[B]`."""
+        terms = self._terms(scored)
+        return log_ratio * terms if log_ratio.dim() == 1 else log_ratio.sum(1) * terms
 
     @torch.no_grad()
     def check_ratio(self, material: Material, rows: Tensor, version: Tensor) -> float:
@@ -449,7 +502,14 @@ class PIRLAlgorithm(RLAlgorithm):
         current = (version == self.optimization_step).to(self.device)
         if not bool(current.any()):
             return 0.0
-        error = float((self._log_ratios(material, rows)[current].exp() - 1).abs().max())
+        log_ratio = torch.cat(
+            [
+                self.reduce(self._score(material.contexts.rows(micro), part).log_prob, part.scored)
+                - part.recorded
+                for micro, part in self._parts(material, rows)
+            ]
+        )
+        error = float((log_ratio[current].exp() - 1).abs().max())
         if not error <= self.ratio_tolerance:
             raise RatioError(
                 f"the first minibatch's probability ratio is off by {error:.2e} "
@@ -458,14 +518,10 @@ class PIRLAlgorithm(RLAlgorithm):
             )
         return error
 
-    def _log_ratios(self, material: Material, rows: Tensor) -> Tensor:
-        """Log-ratios of many rows under the current weights, as many at a time as fit into memory, `[R]`."""
-        parts = [
-            self._log_ratio(part, self._score(material.contexts.rows(micro), part))
-            for micro in self._micro_batches(rows)
-            for part in [material.batch.rows(micro)]
-        ]
-        return torch.cat(parts)
+    def _parts(self, material: Material, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+        """Rows and what is known of them, as many at a time as fit into memory."""
+        for micro in self._micro_batches(rows):
+            yield micro, material.batch.rows(micro)
 
     @torch.no_grad()
     def divergence(self, material: Material) -> float:
@@ -477,14 +533,17 @@ class PIRLAlgorithm(RLAlgorithm):
         """
         chosen = torch.randperm(len(material.trained), generator=self._generator(2))[:KL_ROWS]
         rows = material.trained[chosen]
-        terms = self._terms(material.batch.scored[rows.to(self.device)])
-        return float(approximate_kl(self._log_ratios(material, rows) * terms))
+        whole = [
+            self._whole(self._log_ratio(part, self._score(material.contexts.rows(micro), part)), part.scored)
+            for micro, part in self._parts(material, rows)
+        ]
+        return float(approximate_kl(torch.cat(whole)))
 
     def _score(self, context: Context, part: Batch) -> Score:
         return self.policy.score(context, part.chain, part.step)
 
     def _log_ratio(self, part: Batch, score: Score) -> Tensor:
-        return self.reduce(score.log_prob, part.scored) - part.log_prob
+        return self._by_level(score.log_prob, score.terms, part.scored) - part.log_prob
 
     def _reference_steps(
         self, contexts: Contexts, observations: Observations, chain: Tensor, step: Tensor
@@ -515,8 +574,8 @@ class PIRLAlgorithm(RLAlgorithm):
         names = ["policy", "critic"] if shares else ["policy"]
         for name in names:
             self.optimizers[name].zero_grad(set_to_none=True)
-        for micro in self._micro_batches(rows) if material.has_signal else ():
-            part, context = material.batch.rows(micro), material.contexts.rows(micro)
+        for micro, part in self._parts(material, rows) if material.has_signal else ():
+            context = material.contexts.rows(micro)
             loss = self._policy_loss(context, part, averages)
             if self.trains_base_for_critic:
                 loss = loss + self.config.critic_coef * self._shared_value_loss(
@@ -548,8 +607,10 @@ class PIRLAlgorithm(RLAlgorithm):
             config.dual_clip,
             part.weight,
             config.log_ratio_bound,
+            config.clip_ratio_high,
+            None if config.ratio_level == "chunk" else self._mask(part.scored),
         )
-        entropy = executed_sum(score.entropy, part.scored).mean()
+        entropy = self._entropy(score, part.scored)
         loss = result.loss - config.entropy_coef * entropy
         if part.reference is not None:
             kl = self._reference_kl(part, score)
@@ -557,11 +618,16 @@ class PIRLAlgorithm(RLAlgorithm):
             averages.add(reference_kl=kl)
         averages.add(
             policy_loss=result.loss,
-            approx_kl=approximate_kl((log_ratio * self._terms(part.scored)).detach()),
+            approx_kl=approximate_kl(self._whole(log_ratio, part.scored).detach()),
             clip_fraction=result.clip_fraction,
             entropy=entropy,
         )
         return loss
+
+    def _entropy(self, score: Score, scored: Tensor) -> Tensor:
+        """Mean entropy of an executed action component in a recorded denoising step, in nats."""
+        components = scored * (self.policy.recorded_steps() * self.policy.base.real_action_dim)
+        return (executed_sum(score.entropy, scored) / components).mean()
 
     def _reference_kl(self, part: Batch, score: Score) -> Tensor:
         assert part.reference is not None
@@ -631,6 +697,18 @@ class PIRLAlgorithm(RLAlgorithm):
             self._set_lr(self.lr / config.lr_factor)
         elif may_rise and kl < config.target_kl / 2:
             self._set_lr(self.lr * config.lr_factor)
+
+    def _decay_lr(self) -> None:
+        """Lowers the learning rate along a cosine, by the step from this iteration to the next."""
+        if self.config.lr_schedule != "cosine":
+            return
+        end = self.config.lr_decay_iterations
+        now, after = (
+            1 + math.cos(math.pi * min(step, end) / end)
+            for step in (self.optimization_step, self.optimization_step + 1)
+        )
+        # A factor, so that a run that was rolled back or resumed goes on from the rate that it has.
+        self._set_lr(self.lr * after / now if now > 0 else 0.0)
 
     def _policy_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.policy.parameters() if p.requires_grad]

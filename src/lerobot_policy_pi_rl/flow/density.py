@@ -56,7 +56,12 @@ def log_innovation_scale(chunk: int, correlation: float, like: Tensor) -> Tensor
 
 
 def log_prob(x_next: Tensor, step: Gaussian, real_dims: int, correlation: float = 0.0) -> Tensor:
-    """Log-density of a denoising step per chunk step, over the real action dimensions.
+    """Log-density of a denoising step per chunk step, over the real action dimensions, `[..., H]`; see below."""
+    return log_prob_terms(x_next, step, real_dims, correlation).sum(-1)
+
+
+def log_prob_terms(x_next: Tensor, step: Gaussian, real_dims: int, correlation: float = 0.0) -> Tensor:
+    """Log-density of a denoising step per chunk step and real action dimension.
 
     Args:
         x_next: The state that was reached, `[..., H, D]`.
@@ -65,13 +70,13 @@ def log_prob(x_next: Tensor, step: Gaussian, real_dims: int, correlation: float 
         correlation: AR(1) coefficient of the noise along the chunk.
 
     Returns:
-        `log p` of each chunk step given the earlier ones, `[..., H]`.
+        `log p` of each component given those of earlier chunk steps, `[..., H, real_dims]`.
     """
     std = step.std.expand_as(x_next)[..., :real_dims]
     noise = (x_next[..., :real_dims] - step.mean[..., :real_dims]) / std
     innovation = whiten(noise, correlation)
     scale = std.log() + log_innovation_scale(x_next.shape[-2], correlation, std)
-    return (-0.5 * innovation**2 - scale - 0.5 * math.log(2 * math.pi)).sum(-1)
+    return -0.5 * innovation**2 - scale - 0.5 * math.log(2 * math.pi)
 
 
 def entropy(step: Gaussian, real_dims: int, correlation: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .density import colour, entropy, log_prob
+from .density import colour, entropy, log_prob, log_prob_terms
 from .grid import time_grid
 from .transition import Coefficients, FieldOutput, Gaussian, StepKind, coefficients, transition
 
@@ -57,11 +57,13 @@ class Score:
 
     Attributes:
         log_prob: `[B, H]`, summed over recorded steps and real dimensions.
-        entropy: `[B, H]`, likewise.
+        terms: The same of every real dimension by itself, `[B, H, A]`.
+        entropy: `[B, H]`, summed like the log-probability.
         steps: The S Gaussians, mean and deviation `[B, S, H, D]`.
     """
 
     log_prob: Tensor
+    terms: Tensor
     entropy: Tensor
     steps: Gaussian
 
@@ -233,16 +235,17 @@ def score(
         Log-probability, entropy and the Gaussians of the recorded transitions.
     """
     plan = schedule(how.kind, how.level, num_steps, chain.device, lengths)
-    log_p, spread, gaussians = [], [], []
+    log_p, terms, spread, gaussians = [], [], [], []
     for s in range(step.shape[1]):
         k = step[:, s]
         own = plan.steps.map(lambda values, k=k: values[k][:, None, None])  # type: ignore[misc]
         gaussian = transition(chain[:, s], field(chain[:, s], plan.times[k]), own, how.correlation)
-        log_p.append(log_prob(chain[:, s + 1], gaussian, real_dims, how.correlation))
+        terms.append(log_prob_terms(chain[:, s + 1], gaussian, real_dims, how.correlation))
+        log_p.append(terms[-1].sum(-1))
         spread.append(entropy(gaussian, real_dims, how.correlation))
         gaussians.append(Gaussian(gaussian.mean, gaussian.std.expand_as(gaussian.mean)))
     steps = Gaussian(torch.stack([g.mean for g in gaussians], 1), torch.stack([g.std for g in gaussians], 1))
-    return Score(torch.stack(log_p).sum(0), torch.stack(spread).sum(0), steps)
+    return Score(torch.stack(log_p).sum(0), torch.stack(terms).sum(0), torch.stack(spread).sum(0), steps)
 
 
 def executed_sum(per_step: Tensor, executed: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def runaway_cause(statistics: dict[str, float], config: PIRLAlgorithmConfig) -> 
             "statistics for numbers that are not finite, and lower algorithm.lr_max"
         )
     kl, lr = statistics.get("last_epoch_kl", 0.0), statistics.get("lr", config.lr)
-    at_the_bottom = config.lr_schedule == "constant" or lr <= config.lr_min
+    at_the_bottom = config.lr_schedule != "adaptive" or lr <= config.lr_min
     if at_the_bottom and kl > RUNAWAY_FACTOR * config.kl_stop * config.target_kl:
         return (
             f"the policy moves by {kl:.2g} nats in an iteration (algorithm.target_kl is {config.target_kl:g}) and the "
