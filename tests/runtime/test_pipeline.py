@@ -466,6 +466,25 @@ def test_a_missing_policy_is_named(make_cfg: MakeConfig, path: str) -> None:
     one_line(error)
 
 
+@pytest.mark.parametrize("named", ["--policy.path", "--policy.pretrained_path"])
+def test_a_normalisation_beside_a_checkpoint_is_refused(
+    make_cfg: MakeConfig, saved: Path, tmp_path: Path, named: str
+) -> None:
+    """Its processors are there already."""
+    mapping = '--policy.normalization_mapping={"STATE": "MIN_MAX", "ACTION": "MEAN_STD"}'
+    other = f"--output_dir={tmp_path / 'other'}"
+    make_cfg(mapping, other)
+    with pytest.raises(ConfigError, match=r"`policy.normalization_mapping`: has no effect here") as error:
+        make_cfg(f"{named}={saved / 'pretrained_model'}", mapping, other)
+    one_line(error)
+
+
+def test_a_revision_without_a_repository_is_refused(make_cfg: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"`policy.pretrained_revision`: has no effect here") as error:
+        make_cfg("--policy.pretrained_revision=main")
+    one_line(error)
+
+
 def test_what_may_be_a_name_on_the_hub_is_left_to_lerobot() -> None:
     for name in (None, "policy", "user/policy"):
         check_checkpoint(name)

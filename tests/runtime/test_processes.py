@@ -1,5 +1,6 @@
 """A run as a user starts it: the installed commands, in real processes."""
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from lerobot.envs import make_env
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.scripts.lerobot_eval import eval_policy
 
+from benchmarks.untrained import save_untrained
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
 
 from .conftest import await_true
@@ -140,3 +142,37 @@ def test_ctrl_c_stops_a_resumed_run_with_a_checkpoint_and_leaves_nothing(finishe
     rows = finished.rows()
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert int(finished.checkpoint().resolve().name) == rows[-1]["step"]
+
+
+def test_settings_of_the_policy_are_taken_beside_a_recipe_that_names_its_path(
+    make_run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Nothing else is asked for: neither a type, nor a repository."""
+    recipe = json.loads((Path(__file__).parents[2] / "recipes/metaworld.json").read_text())
+    policy = save_untrained(tmp_path / "policy", MetaworldStateEnv(task="reach-v3"))
+    del recipe["algorithm"], recipe["policy"]["push_to_hub"]
+    recipe["policy"]["path"] = str(policy)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(recipe))
+    run = make_run()
+    command = run.start(
+        "lerobot-pi-rl-train",
+        f"--config_path={file}",
+        "--policy.online_steps=100",
+        f"--policy.actor_learner_config.learner_port={run.port}",
+        "--env.task=reach-v3",
+        "--env.episode_length=30",
+        "--algorithm.collection.num_envs=4",
+        "--algorithm.collection.num_workers=0",
+        "--algorithm.collection.decisions=4",
+        "--algorithm.critic_hidden_dims=[16]",
+        "--env_eval_freq=0",
+        f"--output_dir={run.output_dir}",
+        alone=True,
+    )
+    assert command.wait(120) == 0, command.shown
+    assert command.errors() == []
+    # An iteration is 4 x 4 decisions of 5 steps, and the recipe's budget is a million.
+    assert len(run.rows()) == 2
+    config = json.loads((run.checkpoint() / "pretrained_model/config.json").read_text())
+    assert (config["online_steps"], config["push_to_hub"]) == (100, False)

@@ -273,7 +273,26 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
                 + ("it" if kind in STOCK else f"one of {sorted(STOCK)}")
                 + " by --policy.type=pi_rl --policy.base_path=...",
             )
-        refuse_unread(self, given_names(sys.argv[1:], parser.parse_arg("config_path")))
+        given = given_names(sys.argv[1:], parser.parse_arg("config_path"))
+        refuse_unread(self, given)
+        self._check_checkpoint_settings(self.policy, given)
+
+    @staticmethod
+    def _check_checkpoint_settings(policy: PIRLConfig, given: set[str]) -> None:
+        """Checks what has an effect only with a checkpoint, or only without one."""
+        check(
+            not (policy.pretrained_path or policy.base_path)
+            or not any(name.startswith("policy.normalization_mapping") for name in given),
+            "policy.normalization_mapping",
+            "has no effect here: a checkpoint brings its own processors; leave it out, or train the policy again on "
+            "demonstrations with it",
+        )
+        check(
+            policy.pretrained_path is not None or policy.pretrained_revision is None,
+            "policy.pretrained_revision",
+            "has no effect here: it is of the repository that policy.path names; leave it out, or download that "
+            "revision and name its folder",
+        )
 
     def _begin_policy(self) -> None:
         """Takes the policy from the checkpoint that a run begins with, if any."""
