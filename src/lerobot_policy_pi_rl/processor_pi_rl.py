@@ -14,6 +14,7 @@ from lerobot.processor.factory import make_default_policy_processor_steps, make_
 from torch import Tensor
 
 from .bases.configuration import TASK_EMBEDDING, CompactConfig, preprocessor_settings
+from .bases.untrusted import check_processors
 from .configuration_pi_rl import PIRLConfig
 from .errors import check
 
@@ -114,6 +115,7 @@ def make_pi_rl_pre_post_processors(
     if config.stock is not None:
         overrides = {}
         if config.base_path:
+            check_processors(config.base_path, "policy.base_path")
             overrides = {
                 "device_processor": {"device": config.device},
                 **preprocessor_settings(config.base),

@@ -356,6 +356,17 @@ def test_a_policy_that_reads_earlier_observations_is_refused(
         PIRLConfig(base=config, device="cpu")
 
 
+def test_a_step_that_is_none_is_not_exported(save_stock: Callable[[str], Path], tmp_path: Path) -> None:
+    """LeRobot's commands would run what the copied file names."""
+    checkpoint = tmp_path / "000010" / "pretrained_model"
+    save_pi_rl(PIRLConfig(base_path=str(save_stock("smolvla")), device="cpu"), checkpoint)
+    step = {"class": "subprocess.Popen", "config": {"args": ["true"]}}
+    (checkpoint / "policy_preprocessor.json").write_text(json.dumps({"name": "x", "steps": [step]}))
+    with pytest.raises(ConfigError, match=r"'subprocess\.Popen', which is no processor step"):
+        export(checkpoint, tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
+
+
 def test_the_compact_base_has_nothing_to_export(tmp_path: Path) -> None:
     save_pi_rl(PIRLConfig(device="cpu", **features()), tmp_path / "compact")
     with pytest.raises(ConfigError, match="has the compact base"):

@@ -1,7 +1,10 @@
 """One configuration for both sides, and what both build from it."""
 
+import contextlib
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.rl.algorithms.sac import SACAlgorithmConfig
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
@@ -627,3 +631,32 @@ def test_the_learner_accepts_what_its_actor_collects(
     spec = wire_spec(make_cfg(*arguments), collector._player)
     payload = encode_decisions(collected, RolloutHeader(0, 0, 0))
     assert len(decode_decisions(payload, spec).decisions) == len(collected)
+
+
+@pytest.mark.parametrize("field", ["pretrained_path", "base_path"])
+def test_a_checkpoint_that_names_a_program_as_a_step_runs_nothing(
+    make_cfg: Callable[..., PIRLTrainConfig], tmp_path: Path, field: str
+) -> None:
+    """LeRobot imports and calls whatever a step's class is."""
+    folder, mark = tmp_path / "checkpoint", tmp_path / "mark"
+    cfg = make_cfg()
+    player = make_player(cfg)
+    player.policy.save_pretrained(folder)
+    player.preprocessor.save_pretrained(folder)
+    player.postprocessor.save_pretrained(folder)
+    file = folder / "policy_postprocessor.json"
+    content = json.loads(file.read_text())
+    content["steps"].append({"class": "subprocess.Popen", "config": {"args": ["touch", str(mark)]}})
+    file.write_text(json.dumps(content))
+    # It fails over what it has made, after it was made.
+    with contextlib.suppress(Exception):
+        PolicyProcessorPipeline.from_pretrained(folder, config_filename=file.name)
+    deadline, never = time.monotonic() + 10, threading.Event()
+    while not mark.exists() and time.monotonic() < deadline:
+        never.wait(0.01)
+    assert mark.exists()
+    mark.unlink()
+    setattr(cfg.policy, field, str(folder))
+    with pytest.raises(ConfigError, match=r"'subprocess\.Popen', which is no processor step"):
+        make_player(cfg)
+    assert not mark.exists()

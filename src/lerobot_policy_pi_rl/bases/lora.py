@@ -75,7 +75,11 @@ def adapted_path(path: str) -> str:
     except ImportError:
         problem = f"{path} holds adapters, which need peft: pip install 'lerobot_policy_pi_rl[peft]'"
         raise config_error("policy.base_path", problem) from None
-    adapted = PeftConfig.from_pretrained(path).base_model_name_or_path
+    adapters = PeftConfig.from_pretrained(path)
+    if getattr(adapters, "megatron_config", None):
+        # peft would import the module that the file names.
+        raise config_error("policy.base_path", f"{path} holds adapters for megatron, which are not supported")
+    adapted = adapters.base_model_name_or_path
     # A name on the hub has at most two parts.
     if not adapted or (len(Path(adapted).parts) > 2 and not Path(adapted).is_dir()):
         raise config_error(

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from ..bases.configuration import STOCK, has_optional_cameras, preprocessor_settings
+from ..bases.untrusted import check_processors, forbid_remote_code
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import ConfigError, check, config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -505,6 +506,11 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
     """
     policy_cfg, _, env_cfg = parts(cfg)
     check_checkpoint(policy_cfg.pretrained_path)
+    forbid_remote_code()
+    if policy_cfg.pretrained_path:
+        check_processors(policy_cfg.pretrained_path, "policy.path")
+    elif policy_cfg.base_path:
+        check_processors(policy_cfg.base_path, "policy.base_path")
     if not policy_cfg.input_features:
         offered = offered_features(env_cfg, policy_cfg, cfg.rename_map)
         policy_cfg.input_features = {k: f for k, f in offered.items() if f.type != FeatureType.ACTION}

@@ -26,6 +26,7 @@ from lerobot.teleoperators.utils import TeleopEvents
 from lerobot.utils.constants import ACTION, OBS_STR
 from torch import Tensor
 
+from ..bases.untrusted import forbid_remote_code
 from .control import Clock, ControlStatistics
 from .pool import ChunkStep, Observation
 from .workers import EnvironmentFailed
@@ -109,6 +110,8 @@ class RobotVector:
         Raises:
             EnvironmentFailed: They cannot be connected.
         """
+        # A reward classifier is a checkpoint, too.
+        forbid_remote_code()
         self.tasks = [env_cfg.task or ""]
         self.numbers, self.num_tasks = np.zeros(1, dtype=np.int64), 1
         self._cfg = env_cfg

@@ -20,6 +20,7 @@ from lerobot_pi_rl_cli.options import parse
 
 from ..bases.configuration import load_stock_config
 from ..bases.stock import StockBase, make_stock_policy
+from ..bases.untrusted import check_processors, forbid_remote_code
 from ..configuration_pi_rl import PIRLConfig
 from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
@@ -46,6 +47,9 @@ def export(path: Path, output_dir: Path) -> str:
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already: choose another --output_dir, or remove it first")
     _check_folder(path)
+    forbid_remote_code()
+    # They are copied, for LeRobot's commands to load.
+    check_processors(path, "policy.path")
     config = PreTrainedConfig.from_pretrained(path)
     if not isinstance(config, PIRLConfig):
         raise config_error("policy.path", f"{path} holds a {config.type!r}; only a 'pi_rl' can be exported")

@@ -9,6 +9,7 @@ from lerobot.configs import parser
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.scripts import lerobot_train
 
+from ..bases.untrusted import check_processors, forbid_remote_code
 from ..errors import config_error
 from ..runtime.supervised import Converged, additions
 from .arguments import with_path
@@ -50,6 +51,11 @@ def train() -> None:
     @parser.wrap()
     def checked(cfg: TrainPipelineConfig) -> None:
         check_validation(options, cfg)
+        forbid_remote_code()
+        if (path := parser.get_path_arg("policy")) is not None:
+            check_processors(path, "policy.path")
+        if cfg.resume and (file := parser.parse_arg("config_path")) is not None:
+            check_processors(Path(file).parent, "config_path")
         lerobot_train.train(cfg)
 
     with additions(options.patience, options.max_minutes):
