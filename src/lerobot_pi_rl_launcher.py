@@ -12,11 +12,12 @@ import io
 import locale
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Event, Thread
 
@@ -39,6 +40,10 @@ READY = "LEROBOT_PI_RL_READY"
 # prctl(PR_SET_PDEATHSIG): Linux sends the signal to a child whose parent dies.
 PR_SET_PDEATHSIG = 1
 
+TOKEN_VARIABLE, TOKEN_FILE = "LEROBOT_PI_RL_TOKEN", "algorithm.security.token_file"
+HOST, PORT = "policy.actor_learner_config.learner_host", "policy.actor_learner_config.learner_port"
+LOOPBACK = (None, "127.0.0.1", "localhost", "::1")
+DEFAULT_PORT = 50051
 NUM_ACTORS = "algorithm.collection.num_actors"
 
 
@@ -78,6 +83,40 @@ def with_actors(arguments: list[str]) -> list[str]:
         return arguments
     count_of(given, "--actors")
     return [*without(arguments, "actors"), f"--{NUM_ACTORS}={given}"]
+
+
+def token_path(port: object) -> Path:
+    """Where the token of a run on this machine lies, for other commands of the same user."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "lerobot_policy_pi_rl" / "tokens" / str(port)
+
+
+@contextlib.contextmanager
+def own_token(arguments: Sequence[str]) -> Iterator[None]:
+    """Gives the processes of a run a token where none is given: other users of the machine reach its port, too.
+
+    They take it from their environment, which no other user can read. It also lies in a file that no other user can
+    read, until the run is over.
+    """
+    given = setting(arguments, TOKEN_FILE) or os.environ.get(TOKEN_VARIABLE)
+    if given or setting(arguments, HOST) not in LOOPBACK:
+        yield
+        return
+    os.environ[TOKEN_VARIABLE] = token = secrets.token_hex(32)
+    path = token_path(setting(arguments, PORT) or DEFAULT_PORT)
+    # Without the file only what others ask of the run fails.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token)
+    try:
+        yield
+    finally:
+        os.environ.pop(TOKEN_VARIABLE, None)
+        with contextlib.suppress(OSError):
+            if path.read_text(encoding="ascii") == token:
+                path.unlink()
 
 
 def count_of(given: object, name: str) -> int:
@@ -271,7 +310,8 @@ def train() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     say(f"starting one learner and {num_actors} actor(s); logs in {setting(arguments, 'output_dir')}/logs")
-    raise SystemExit(Supervisor(arguments, num_actors).watch(stop))
+    with own_token(arguments):
+        raise SystemExit(Supervisor(arguments, num_actors).watch(stop))
 
 
 def learner() -> None:

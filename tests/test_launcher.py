@@ -62,6 +62,58 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stage]]:
         stage.close()
 
 
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user's folder for what can be made anew, and no token."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(launcher.TOKEN_VARIABLE, raising=False)
+    return tmp_path / "lerobot_policy_pi_rl" / "tokens"
+
+
+@pytest.mark.timeout(60)
+def test_a_run_has_a_token_of_its_own_that_only_its_user_can_read(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The processes have it in their environment and not on their command line; the file is gone with the run."""
+    code = "import os; print(os.environ['LEROBOT_PI_RL_TOKEN'], flush=True)"
+    started: list[list[str]] = []
+
+    def start(name: str, arguments: list[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
+        started.append(list(arguments))
+        return subprocess.Popen([sys.executable, "-c", code], stderr=stderr)
+
+    monkeypatch.setattr(launcher, "start", start)
+    port = f"--{launcher.PORT}=50123"
+    with launcher.own_token([port]):
+        token = (cache / "50123").read_text()
+        assert (cache / "50123").stat().st_mode & 0o777 == 0o600
+        assert launcher.Supervisor([port], num_actors=1).watch(Event()) == 0
+    assert len(token) == 64
+    assert token in capfd.readouterr().out
+    assert len(started) == 2
+    assert token not in str(started)
+    assert not (cache / "50123").exists()
+    assert launcher.TOKEN_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable"),
+    [
+        (f"--{launcher.TOKEN_FILE}=mine", ""),
+        ("", "a-token-of-my-own-making"),
+        (f"--{launcher.HOST}=0.0.0.0", ""),
+    ],
+)
+def test_a_token_that_is_given_counts(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, argument: str, variable: str
+) -> None:
+    if variable:
+        monkeypatch.setenv(launcher.TOKEN_VARIABLE, variable)
+    with launcher.own_token([argument]):
+        assert os.environ.get(launcher.TOKEN_VARIABLE, "") == variable
+        assert not cache.exists()
+
+
 @pytest.mark.timeout(60)
 def test_a_killed_actor_is_started_again(
     play: Callable[..., Stage], capfd: pytest.CaptureFixture[str]

@@ -1,6 +1,7 @@
 """Token and certificates: how they are read, and who gets in with them, over real gRPC on loopback."""
 
 import logging
+import os
 import ssl
 import subprocess
 import time
@@ -12,6 +13,7 @@ import grpc
 import pytest
 from lerobot.transport import services_pb2, services_pb2_grpc
 
+import lerobot_pi_rl_launcher as launcher
 from lerobot_policy_pi_rl.algorithm.configuration_security import TOKEN_VARIABLE, SecurityConfig
 from lerobot_policy_pi_rl.errors import ConfigError
 from lerobot_policy_pi_rl.runtime.access import (
@@ -229,6 +231,19 @@ def test_refused_calls_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> 
                 stub.Ready(services_pb2.Empty())
         assert server.service.traffic().rejected == {"no token": 300}
     assert 50 <= caplog.text.count("Refused") < 150
+
+
+def test_other_commands_of_the_same_user_find_the_token_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with launcher.own_token([f"--{launcher.PORT}=50123"]):
+        token = os.environ.pop(TOKEN_VARIABLE)
+        assert read_actor_access(SecurityConfig(), HOST, 50123).token == token
+        for host, port in [("192.0.2.10", 50123), (HOST, 50124)]:
+            assert read_actor_access(SecurityConfig(), host, port).token is None
+        monkeypatch.setenv(TOKEN_VARIABLE, OTHER)
+        assert read_actor_access(SecurityConfig(), HOST, 50123).token == OTHER
 
 
 # Reading certificates

@@ -3,6 +3,7 @@
 Secrets live in an `Access`, which has no text form, so that no log line or error can show them.
 """
 
+import contextlib
 import hmac
 import ipaddress
 import logging
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+
+from lerobot_pi_rl_launcher import token_path
 
 from ..algorithm.configuration_security import TOKEN_VARIABLE, SecurityConfig
 from ..errors import config_error
@@ -121,13 +124,21 @@ def read_learner_access(config: SecurityConfig, host: str) -> Access:
     )
 
 
-def read_actor_access(config: SecurityConfig) -> Access:
+def read_actor_access(config: SecurityConfig, host: str = "", port: int = 0) -> Access:
     """Reads what an actor needs.
+
+    Args:
+        config: Names the files.
+        host: Where the learner listens.
+        port: Its port. Without a token of the user, that of a `lerobot-pi-rl-train` of the same user there is taken.
 
     Raises:
         ConfigError: A file cannot be used.
     """
     token = read_token(config)
+    if token is None and is_loopback(host):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            token = token_path(port).read_text(encoding="ascii")
     if config.certificate is None and config.authority is None:
         return Access(token)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -177,7 +177,8 @@ class Actor:
         """
         policy_cfg, algorithm_cfg, env_cfg = parts(cfg)
         self._stop, self._collection = stop, algorithm_cfg.collection
-        access = read_actor_access(algorithm_cfg.security)
+        link = policy_cfg.actor_learner_config
+        access = read_actor_access(algorithm_cfg.security, link.learner_host, link.learner_port)
         with contextlib.ExitStack() as made:
             # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
             groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu", stop)
@@ -196,7 +197,6 @@ class Actor:
             # Tells the learner which counts go on and which begin anew.
             self._process = uuid.uuid4().int % 2**31
             self._validation = VALIDATION_SEED + np.arange(cfg.eval.n_episodes)
-            link = policy_cfg.actor_learner_config
             self._client = LearnerClient(
                 link.learner_host,
                 link.learner_port,

@@ -81,7 +81,7 @@ def status(arguments: Sequence[str] | None = None) -> str:
     given = parse("status", arguments)
     host, port = given.learner
     security = SecurityConfig(given.token_file, given.certificate, given.key, given.authority, given.mutual)
-    answer = ask_status(host, port, read_actor_access(security))
+    answer = ask_status(host, port, read_actor_access(security, host, port))
     return json.dumps(answer, indent=2) if given.json else describe(answer)
 
 
