@@ -14,6 +14,7 @@ from lerobot.utils.constants import OBS_STATE
 
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
+from lerobot_policy_pi_rl.runtime import gather as gather_module
 from lerobot_policy_pi_rl.runtime.collector import Collector
 from lerobot_policy_pi_rl.runtime.control import ControlStatistics
 from lerobot_policy_pi_rl.runtime.gather import STATISTICS_S, TOLD, Gathered, Gatherer, NothingUsable, Stopped
@@ -74,7 +75,7 @@ class Room:
     def next_event(self, timeout: float = 0.0) -> ActorEvent | None:
         return self._events.pop(0) if self._events else None
 
-    def reject(self, actor: int, reason: str, detail: str = "") -> None:
+    def reject(self, actor: int, reason: str, detail: str = "", quota: bool = False) -> None:
         self.rejected.append((actor, reason, detail))
 
 
@@ -304,6 +305,65 @@ def test_a_silent_actor_is_named(
     waiting.result(SOON)
 
 
+def test_an_actor_that_never_sends_is_not_waited_for_until_it_does(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gather_module, "QUOTA_S", 0.3)
+    scene.room.join(0, 1)
+    scene.deliver(0)
+    began = time.monotonic()
+    assert [row["actor"] for row in gather(scene).collections] == [0]
+    assert time.monotonic() - began > 0.3
+    assert "Going on without actor 1 at here: it has sent no decisions for" in caplog.text
+    assert scene.gatherer.late_quotas == 1
+    # The next iteration does not wait for it at all, and neither does an evaluation.
+    scene.tell(0, version=VERSION + 1)
+    scene.send(0, replace(scene.of(0), version=scene.quota.version + 1), version=VERSION + 1)
+    scene.tell(0, "evaluation", VERSION + 1)
+    monkeypatch.setattr(gather_module, "QUOTA_S", 1e9)
+    assert len(scene.gatherer.gather(VERSION + 1, True).evaluations) == 1
+    assert scene.gatherer.late_quotas == 1
+    # A quota of it, however late, has it waited for.
+    scene.send(1)
+    for actor in (0, 1):
+        scene.tell(actor, version=VERSION + 2)
+        scene.send(actor, replace(scene.of(actor), version=scene.quota.version + 2), version=VERSION + 2)
+    assert [row["actor"] for row in scene.gatherer.gather(VERSION + 2, False).collections] == [0, 1]
+
+
+def test_with_nobody_to_go_on_with_a_silent_actor_is_waited_for(
+    scene: Scene, background: Callable[..., Future], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather_module, "QUOTA_S", 0.1)
+    scene.room.join(0)
+    waiting = background(gather, scene)
+    with pytest.raises(TimeoutError):
+        waiting.result(1.0)
+    assert scene.gatherer.late_quotas == 0
+    scene.deliver(0)
+    waiting.result(SOON)
+
+
+def test_how_long_quotas_take_decides_how_long_is_waited(
+    scene: Scene, background: Callable[..., Future], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slowest actor of the iteration before took 1,000 s: ten times that is far away."""
+    monkeypatch.setattr(gather_module, "QUOTA_S", 0.1)
+    scene.room.join(0)
+    scene.tell(0, seconds=1000.0)
+    scene.send(0)
+    gather(scene)
+    scene.room.join(1)
+    scene.tell(0, version=VERSION + 1)
+    scene.send(0, replace(scene.of(0), version=scene.quota.version + 1), version=VERSION + 1)
+    waiting = background(scene.gatherer.gather, VERSION + 1, False)
+    with pytest.raises(TimeoutError):
+        waiting.result(1.0)
+    scene.stop.set()
+    with pytest.raises(Stopped):
+        waiting.result(SOON)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -322,6 +382,54 @@ def test_statistics_that_no_metric_can_be_made_of_are_rejected(scene: Scene, val
     scene.deliver(0)
     assert [row["episodes"] for row in gather(scene).collections] == [2]
     assert [reason for _, reason, _ in scene.room.rejected] == ["malformed"]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"successes": 3}, "3 of 2 episodes were solved"),
+        ({"successes": 10**18, "episodes": 10**18}, "not a number of a usable size"),
+        ({"successes": -1}, "successes: -1 is below 0"),
+        ({"episodes": 2.5}, "episodes: 2.5 is not a whole number"),
+        ({"seconds": -0.5}, "seconds: -0.5 is below 0"),
+        ({"unkept_steps": -3}, "unkept_steps: -3 is below 0"),
+        ({"episodes/a": 2, "successes/a": 3}, "3 of 2 episodes of the task 'a' were solved"),
+        ({"episodes/a": 1, "successes/a": 1}, "not those of all tasks together"),
+        ({"episodes/a": 2, "successes/b": 1}, "not those that have successes"),
+        ({"episodes/a": 2}, "not those that have successes"),
+        ({"episodes/a": -2, "successes/a": 1}, "episodes/a: -2 is below 0"),
+    ],
+)
+def test_statistics_that_cannot_be_are_rejected_by_name(scene: Scene, values: dict, said: str) -> None:
+    scene.room.join(0)
+    scene.tell(0, **values)
+    scene.deliver(0)
+    assert [row["successes"] for row in gather(scene).collections] == [1]
+    [(actor, reason, detail)] = scene.room.rejected
+    assert (actor, reason) == (0, "malformed")
+    assert said in detail
+
+
+def test_statistics_of_tasks_that_nobody_has_are_rejected_by_name(scene: Scene) -> None:
+    [task] = set(scene.quota.task)
+    invented = {f"episodes/{number}": 1 for number in range(800)}
+    invented |= {f"successes/{number}": 0 for number in range(800)}
+    scene.room.join(0, 1)
+    scene.tell(0, episodes=800, successes=0, **invented)
+    scene.tell(1, **{f"episodes/{task}": 2, f"successes/{task}": 1})
+    scene.tell(1, "evaluation", episodes=800, successes=0, **invented)
+    for actor in (0, 1):
+        scene.send(actor)
+    gathered = gather(scene)
+    [row] = gathered.collections
+    assert (row["actor"], row[f"episodes/{task}"]) == (1, 2)
+    assert scene.room.rejected == [
+        (0, "malformed", "interaction: 800 tasks that no decision has, such as '0'")
+    ]
+    # An evaluation counts, but for the names.
+    [evaluation] = gathered.evaluations
+    assert evaluation["episodes"] == 800
+    assert not [name for name in evaluation if name.startswith("episodes/")]
 
 
 def test_a_missing_statistic_is_rejected(scene: Scene) -> None:

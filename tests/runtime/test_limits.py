@@ -3,9 +3,11 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import grpc
+import psutil
 import pytest
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import CHUNK_SIZE
@@ -295,13 +297,93 @@ def test_callers_that_come_and_go_leave_nothing_behind() -> None:
         assert "at most 64 printable characters" in refusal.value.details()
 
 
-def test_a_chunk_that_unpacks_to_more_than_its_size_ends_its_stream_only() -> None:
-    """Sixty-four megabytes of zeros are a few kilobytes on the wire."""
+def test_a_compressed_message_ends_its_stream_only() -> None:
+    """Sixty-four megabytes of zeros are a few kilobytes on the wire, and gRPC below 1.74 unpacks any size."""
     with serving() as server, calling(server) as (stub, metadata):
-        with pytest.raises(grpc.RpcError) as error:
-            stub.SendTransitions(
-                iter([chunk(bytes(64 * 2**20))]), metadata=metadata, compression=grpc.Compression.Gzip
-            )
-        assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        for size in (100, 64 * 2**20):
+            with pytest.raises(grpc.RpcError) as error:
+                stub.SendTransitions(
+                    iter([chunk(bytes(size))]), metadata=metadata, compression=grpc.Compression.Gzip
+                )
+            assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
         stub.SendTransitions(iter([chunk(b"good")]), metadata=metadata)
         assert server.service.decisions.get(SOON) == Received(1, b"good")
+
+
+MEGABYTE = 2**20
+UNKNOWN = b"\x7a" + b"\x80\x80\x40" + bytes(MEGABYTE)
+"""Field 15, which no chunk has: a tag, a length, a megabyte."""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        chunk(b"", MIDDLE).SerializeToString() + UNKNOWN,
+        2 * chunk(bytes(MEGABYTE), MIDDLE).SerializeToString(),
+    ],
+    ids=["a field that chunks do not have", "its data twice"],
+)
+def test_what_a_chunk_holds_beside_its_data_is_not_kept(data: bytes) -> None:
+    limits = Limits(1000 * MEGABYTE, 4, 1000 * MEGABYTE, 1e6, 1000)
+    with (
+        LearnerServer(PIRLLearnerService({}, 2, limits), port=0) as server,
+        calling(server) as (stub, metadata),
+        grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+    ):
+        before = psutil.Process().memory_info().rss
+        peak = 0
+
+        def chunks() -> Iterator[bytes]:
+            nonlocal peak
+            yield chunk(b"begun", BEGIN).SerializeToString()
+            for _ in range(300):
+                peak = max(peak, psutil.Process().memory_info().rss - before)
+                yield data
+            yield chunk(b"", END).SerializeToString()
+
+        channel.stream_unary("/transport.LearnerService/SendTransitions")(chunks(), metadata=metadata)
+        # The message is dropped up to its end, and counted once.
+        assert server.service.traffic().rejected == {"unknown state": 1}
+        assert peak < 100 * MEGABYTE
+        stub.SendTransitions(iter([chunk(b"good")]), metadata=metadata)
+        assert server.service.decisions.get(SOON) == Received(1, b"good")
+
+
+def test_bodies_that_are_not_what_a_call_takes_do_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    """They are not looked at: the request of these calls is empty."""
+    hello, garbage = Handshake(1, "session", {}).to_metadata(), b"\xff\xff\xff\xff no protobuf"
+    with serving() as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        ready = channel.unary_unary("/transport.LearnerService/Ready")
+        assert ready(garbage, metadata=hello) == b""
+        parameters = channel.unary_stream("/transport.LearnerService/StreamParameters")
+        for _ in range(150):
+            with pytest.raises(grpc.RpcError) as error:
+                ready(garbage)
+            assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+            with pytest.raises(grpc.RpcError):
+                next(parameters(garbage))
+        assert server.service.traffic().rejected == {"not an actor": 300}
+    assert 50 <= len(caplog.records) < 150
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_those_who_ask_for_a_number_that_is_taken_wait_one_at_a_time() -> None:
+    """Each that waits keeps one of the learner's calls for seconds."""
+    with serving() as server, calling(server, 1):
+        ask = partial(server.service.actors.admit, Handshake(1, "another"), "somebody")
+        first = threading.Thread(target=lambda: suppress_refusal(ask), daemon=True)
+        first.start()
+        holder = server.service.actors._links[1]
+        assert eventually(lambda: holder.questioned)
+        began = time.monotonic()
+        with pytest.raises(register.Refusal, match="already connected"):
+            ask()
+        assert time.monotonic() - began < 1.0
+        server.service.actors.note_life(holder)
+        first.join(SOON)
+        assert not holder.questioned
+
+
+def suppress_refusal(ask: Callable[[], None]) -> None:
+    with suppress(register.Refusal):
+        ask()

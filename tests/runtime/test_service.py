@@ -18,8 +18,9 @@ import pytest
 import torch
 from lerobot.rl.learner_service import LearnerService
 from lerobot.transport import services_pb2, services_pb2_grpc
-from lerobot.transport.utils import CHUNK_SIZE
+from lerobot.transport.utils import CHUNK_SIZE, send_bytes_in_chunks
 
+from lerobot_policy_pi_rl.runtime import service as service_module
 from lerobot_policy_pi_rl.runtime.client import (
     ConfigMismatch,
     LearnerClient,
@@ -27,9 +28,9 @@ from lerobot_policy_pi_rl.runtime.client import (
     LearnerUnreachable,
     LinkState,
 )
-from lerobot_policy_pi_rl.runtime.handshake import Handshake
+from lerobot_policy_pi_rl.runtime.handshake import PROTOCOL, Handshake
 from lerobot_policy_pi_rl.runtime.limits import Limits
-from lerobot_policy_pi_rl.runtime.link import ActorRefused, version_of
+from lerobot_policy_pi_rl.runtime.link import MAX_DAMAGED, ActorRefused, version_of
 from lerobot_policy_pi_rl.runtime.outbox import Outbox
 from lerobot_policy_pi_rl.runtime.packing import WireError, pack
 from lerobot_policy_pi_rl.runtime.server import LearnerServer, PortUnavailable
@@ -215,6 +216,79 @@ def test_weights_larger_than_an_actors_own_are_not_taken(caplog: pytest.LogCaptu
     assert len(largest) <= max_weights_bytes(own) <= len(largest) + MAX_HEADER_BYTES
 
 
+@pytest.fixture
+def breaking(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[bytes]], None]:
+    """Has the next messages to actors arrive as others; an empty one is one chunk without data."""
+
+    def broken(contents: list[bytes]) -> None:
+        left = iter(contents)
+
+        def send(payload: bytes, kind: type) -> Iterator[object]:
+            if arrives := next(left, payload):
+                yield from send_bytes_in_chunks(arrives, kind)
+            else:
+                yield kind(transfer_state=3, data=b"")
+
+        monkeypatch.setattr(service_module, "send_bytes_in_chunks", send)
+
+    return broken
+
+
+def damaged(payload: bytes) -> bytes:
+    """The same with one bit changed, in the last weight."""
+    return payload[:-1] + bytes([payload[-1] ^ 1])
+
+
+def test_weights_that_do_not_arrive_whole_are_asked_for_again(
+    breaking: Callable[[list[bytes]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = weights(1, 1000)
+    with serving(make_service()) as server, connected(server, max_weights_bytes=len(whole)) as client:
+        breaking([damaged(whole), b"", weights(1, 3 * CHUNK_SIZE)])
+        server.service.publish(1, whole)
+        received = client.wait_weights(-1, SOON)
+        assert received is not None
+        assert torch.equal(received.tensors["head"], torch.full((1000,), 1.0))
+        assert client.counts["rejected_pushes"] == 3
+        assert caplog.text.count("asking for it again") == 3
+        # Those that come whole count from the beginning.
+        breaking([damaged(whole)] * (MAX_DAMAGED - 1))
+        server.service.publish(2, weights(2, 1000))
+        received = client.wait_weights(1, SOON)
+        assert received is not None
+        assert received.header.version == 2
+
+
+def test_weights_that_never_arrive_whole_end_the_actor(breaking: Callable[[list[bytes]], None]) -> None:
+    with serving(make_service()) as server, connected(server) as client:
+        breaking([b"no weights at all"] * 100)
+        server.service.publish(1, weights(1))
+        with pytest.raises(
+            ActorRefused, match=r"actor 0 ends: 5 pushes in a row did not arrive .*: cut short"
+        ) as error:
+            client.wait_weights(-1, SOON)
+        assert "\n" not in str(error.value)
+
+
+def test_a_sender_is_told_of_what_is_rejected(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(make_service()) as server, connected(server, 0) as one, connected(server, 1) as other:
+        server.service.reject(0, "malformed", "interaction: 9 of 2 episodes were solved")
+        server.service.publish(1, weights(1))
+        assert one.wait_weights(-1, SOON) is not None
+        assert "this actor: malformed: interaction: 9 of 2 episodes were solved" in caplog.text
+        assert one.counts["rejected_pushes"] == 0
+        server.service.reject(0, "malformed", "wrong set of tensors", quota=True)
+        with pytest.raises(
+            ActorRefused, match="ends: the learner rejected its decisions: malformed: wrong set"
+        ):
+            one.wait_weights(1, SOON)
+        assert other.wait_weights(-1, SOON) is not None
+        server.service.reject(1, "malformed", "x" * 10_000)
+        server.service.publish(2, weights(2))
+        assert other.wait_weights(1, SOON) is not None
+        assert "x" * 1000 not in caplog.records[-1].getMessage()
+
+
 def test_wait_weights_gives_up_after_its_timeout_and_repeats_what_is_still_newest() -> None:
     with serving(make_service()) as server, connected(server) as client:
         assert client.wait_weights(-1, 0.05) is None
@@ -329,9 +403,27 @@ def test_different_settings_are_refused_line_by_line() -> None:
 
 
 def test_large_settings_fit() -> None:
-    settings = {f"policy.field_{number}": "x" * 50 for number in range(1000)}
+    settings = {f"policy.field_{number}": "x" * 50 for number in range(850)}
     with serving(make_service(settings=settings)) as server, connected(server, settings=settings):
         assert len(server.service.actors.connected()) == 1
+
+
+def test_settings_beyond_the_limit_are_refused_by_both_sides() -> None:
+    settings = {f"policy.field_{number}": "x" * 50 for number in range(1000)}
+    with pytest.raises(WireError, match="71891 bytes, at most 65536 are taken"):
+        make_service(settings=settings)
+    with serving(make_service()) as server:
+        with pytest.raises(WireError, match="at most 65536 are taken"), connected(server, settings=settings):
+            pass
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = services_pb2_grpc.LearnerServiceStub(channel)
+            hello = Handshake(1, "session").to_metadata()
+            for size, code in [(70_000, "FAILED_PRECONDITION"), (900_000, "RESOURCE_EXHAUSTED")]:
+                with pytest.raises(grpc.RpcError) as error:
+                    stub.Ready(services_pb2.Empty(), metadata=[*hello, ("pi-rl-settings-bin", bytes(size))])
+                assert error.value.code().name == code
+        with connected(server) as client:
+            _works(server, client)
 
 
 def test_a_second_live_actor_with_the_same_number_is_refused_and_the_first_lives_on() -> None:
@@ -381,7 +473,7 @@ def test_another_protocol_version_is_refused() -> None:
     with serving(make_service()) as server, grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         with pytest.raises(grpc.RpcError) as refusal:
             services_pb2_grpc.LearnerServiceStub(channel).Ready(services_pb2.Empty(), metadata=hello)
-        assert "protocol: learner 3, actor 99" in refusal.value.details()
+        assert f"protocol: learner {PROTOCOL}, actor 99" in refusal.value.details()
 
 
 def test_the_stock_learner_is_recognised() -> None:

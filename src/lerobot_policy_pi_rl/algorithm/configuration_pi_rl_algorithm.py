@@ -58,6 +58,10 @@ class CollectionConfig:
     connect_timeout_s: float = 120.0
     # Seconds without any decision after which the learner says that it is waiting, and for whom.
     idle_warning_s: float = 30.0
+    # The learner waits for an actor's quota this many times as long as the first one of the iteration took; at least a
+    # minute, or ten where actors validate first. It then goes on without actors that have sent none, and waits for each
+    # of them again once it sends one. 0 waits for as long as they are connected.
+    quota_patience: float = 10.0
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -79,6 +83,11 @@ class CollectionConfig:
             self.reward in REWARDS,
             f"{name}.reward",
             f"{self.reward!r} is unknown; choose one of {list(REWARDS)}",
+        )
+        check(
+            self.quota_patience == 0 or self.quota_patience >= 1,
+            f"{name}.quota_patience",
+            f"must be 0 or at least 1, got {self.quota_patience}",
         )
         check(0 <= self.task_focus <= 1, f"{name}.task_focus", f"must be 0 to 1, got {self.task_focus}")
         check(

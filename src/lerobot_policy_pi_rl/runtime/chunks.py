@@ -8,6 +8,8 @@ from lerobot.transport import services_pb2
 CHUNK_OVERHEAD = 1024
 """Bytes that a chunk counts at least: those without data take memory, too."""
 
+TOO_LARGE = "too large"
+
 TransferState = services_pb2.TransferState
 
 
@@ -33,11 +35,12 @@ def whole_messages(chunks: Iterable[Any], max_bytes: int, reject: Callable[[str]
             if held:
                 reject("unfinished")
             held, size, skipping = [], 0, False
-        size += max(len(chunk.data), CHUNK_OVERHEAD)
+        # Unknown fields count, too.
+        size += max(chunk.ByteSize(), CHUNK_OVERHEAD)
         fault = None if skipping else _fault(state, bool(held))
         if size > max_bytes + CHUNK_OVERHEAD:
             # What is dropped is counted, too: a message that never ends is rejected again and again.
-            fault = "too large"
+            fault = TOO_LARGE
         if fault:
             reject(fault)
             # An unknown chunk between two messages is dropped alone; its successor begins a message.

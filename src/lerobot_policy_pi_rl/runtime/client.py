@@ -22,7 +22,8 @@ from lerobot.transport.utils import receive_bytes_in_chunks
 from .access import TOKEN_VARIABLE, Access, find_tls_fault
 from .chunks import whole_messages
 from .handshake import STATUS_METADATA, Handshake
-from .link import ActorRefused, Link, Stopping, channel_options, reason_of
+from .link import ActorRefused, Link, Stopping, channel_options, check_threads, reason_of
+from .packing import WireError
 from .wire import Scalar, Weights, decode_weights, encode_interaction
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class LearnerClient:
 
         Raises:
             LearnerLost: The connection broke, and nothing newer had arrived before.
-            WireError: The learner sent something that is no message of weights.
+            ActorRefused: The learner cannot use what this actor sends, or the weights never arrive as they were sent.
         """
         link = self._connected_link()
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -184,8 +185,14 @@ class LearnerClient:
             fresh = held is not None and (held.header.version > newer_than or (arrived and held.header.final))
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
             payload = link.take(0.0 if fresh else rest)
+            if link.hopeless is not None:
+                raise ActorRefused(f"actor {self._handshake.actor} ends: {link.hopeless}")
             if payload is not None:
-                link.weights, arrived = decode_weights(payload), True
+                try:
+                    link.weights, arrived = decode_weights(payload), True
+                    link.note_whole()
+                except WireError as error:
+                    link.ask_again(str(error))
             elif fresh:
                 return held
             elif link.broken:
@@ -234,6 +241,7 @@ class LearnerClient:
 
     def _attempt(self, stopping: Stopping) -> str | None:
         """One try; returns why it failed when trying again may help, or None when connected."""
+        check_threads()
         link = Link(
             self._address,
             self._handshake,

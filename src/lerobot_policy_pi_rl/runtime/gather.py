@@ -14,10 +14,10 @@ from ..algorithm.decisions import DecisionBatch
 from .control import ControlStatistics
 from .inbox import Received
 from .limits import NUMBERS_PER_PLACE
-from .packing import WireError
+from .packing import WireError, short
 from .register import ActorEvent
 from .service import MALFORMED, PIRLLearnerService
-from .tasks import PER_TASK
+from .tasks import EPISODES, PER_TASK, SUCCESSES, of_tasks
 from .wire import (
     Rollout,
     Scalar,
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.2
 # Seconds that an actor's statistics may arrive after its decisions: they travel on another stream.
 STATISTICS_S = 5.0
+# Seconds that every actor gets for its quota after the iteration began, or after it joined.
+QUOTA_S = 60.0
 # Seconds that actors get for an evaluation that the learner waits for with their decisions at hand.
 EVALUATION_S = 600.0
 
@@ -61,6 +63,15 @@ STATISTICS = {
     "evaluation": ("episodes", "successes"),
     "control": tuple(field.name for field in fields(ControlStatistics)),
 }
+
+
+MOST_TASKS = 4096
+"""Tasks that are told apart; with more texts than that, each episode has its own."""
+MOST = 2**40
+"""No count, sum or number of seconds of one collection is as large."""
+SIGNED = ("return_sum", "margin_seconds")
+"""The statistics that may be below 0."""
+COUNTED = ("episodes", "successes", "length_sum", "env_steps", "process", *TOLD)
 
 
 class NothingUsable(RuntimeError):
@@ -104,8 +115,12 @@ class _Iteration:
     """What has arrived of one iteration."""
 
     version: int
+    evaluating: bool = False
     batches: dict[int, DecisionBatch] = field(default_factory=dict)
     quotas: list[_Quota] = field(default_factory=list)
+    # When it began, by the monotonic clock, and how long its first quota took.
+    began: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
 
     @property
     def delivered(self) -> set[int]:
@@ -121,9 +136,9 @@ class Gatherer:
     """Reads the service's inboxes for the learner.
 
     An iteration is complete when every connected actor has delivered a quota, and at least one has: an actor that
-    dies is not waited for, one that joins is. It is complete, too, when as many have delivered as may, under whatever
-    numbers. Quotas may be `max_staleness` versions old; an actor that is ahead of the others has its next ones wait for
-    the next iterations.
+    dies is not waited for, nor one that takes far longer than the others; one that joins is. It is complete, too, when
+    as many have delivered as may, under whatever numbers. Quotas may be `max_staleness` versions old; an actor that is
+    ahead of the others has its next ones wait for the next iterations.
     """
 
     def __init__(
@@ -162,7 +177,14 @@ class Gatherer:
         self._last_told: dict[int, dict[str, int]] = {}
         # The newest quota of each actor: its version, and when it came, by the monotonic clock.
         self.newest: dict[int, tuple[int, float]] = {}
+        # Texts of the tasks that decisions had.
+        self._tasks: set[str] = set()
         self.actors_left = 0
+        # Actors whose quota did not come in time, and that have sent none since; how often that was.
+        self._late: set[int] = set()
+        self.late_quotas = 0
+        # How long the slowest collection of the iteration before took, as its actor says.
+        self._collection_s = 0.0
 
     def wait_for_actors(self) -> None:
         """Waits until the configured number of actors is connected.
@@ -193,7 +215,7 @@ class Gatherer:
             NothingUsable: If every actor has delivered and nothing of it could be kept.
         """
         began = self._last_arrival = time.monotonic()
-        iteration = _Iteration(version)
+        iteration = _Iteration(version, evaluating)
         self._oldest = max(self._oldest, version - self._collection.max_staleness)
         self._newest = version
         self._service.actors.take_next(version)
@@ -209,6 +231,7 @@ class Gatherer:
             elif complete:
                 break
             self._look_around(iteration)
+            self._leave_behind(iteration)
             self._check_any(iteration)
         self._service.actors.take_next(version + 1)
         self._wait_for_statistics("collection", iteration.quotas, STATISTICS_S)
@@ -216,7 +239,8 @@ class Gatherer:
             # A synchronous actor evaluates before it collects, another one may have collected long before.
             patience = EVALUATION_S if self._collection.max_staleness else STATISTICS_S
             self._wait_for_statistics("evaluation", self._everybody(version), patience)
-        collections = self._pop_statistics("collection", iteration.quotas)
+        collections = self._with_known_tasks(self._pop_statistics("collection", iteration.quotas))
+        self._collection_s = max((float(row["seconds"]) for row in collections), default=0.0)
         # Sent before those of the collection, so they are there by now.
         control = self._pop_statistics("control", iteration.quotas)
         evaluations = self._pop_evaluations(version)
@@ -255,6 +279,7 @@ class Gatherer:
         """Forgets the quotas that cannot come again, and actors that have been gone for as long."""
         here = {info.actor for info in self._service.actors.connected()}
         self._seen = {quota for quota in self._seen if quota.version >= self._oldest}
+        self._late &= here
         self.newest = {
             actor: newest
             for actor, newest in self.newest.items()
@@ -265,16 +290,39 @@ class Gatherer:
         return bool(iteration.batches) and self._all_delivered(iteration)
 
     def _all_delivered(self, iteration: _Iteration) -> bool:
-        """Whether every actor has delivered, or as many as may."""
+        """Whether every actor that is waited for has delivered, or as many as may."""
         connected = {info.actor for info in self._service.actors.connected()}
-        return self._is_full(iteration) or connected <= iteration.delivered
+        return self._is_full(iteration) or connected - self._late <= iteration.delivered
 
     def _is_full(self, iteration: _Iteration) -> bool:
         return len(iteration.delivered) >= self._most_actors
 
+    def _leave_behind(self, iteration: _Iteration) -> None:
+        """Waits no longer for actors whose quota takes far longer than the first one did."""
+        patience = self._collection.quota_patience
+        if not patience or iteration.first_s is None:
+            return
+        least = EVALUATION_S if iteration.evaluating else QUOTA_S
+        limit = max(least, patience * max(iteration.first_s, self._collection_s))
+        for info in self._service.actors.connected():
+            waited = time.monotonic() - max(iteration.began, info.joined_at)
+            if info.actor in iteration.delivered or info.actor in self._late or waited < limit:
+                continue
+            self._late.add(info.actor)
+            self.late_quotas += 1
+            logger.warning(
+                "Going on without actor %d at %s: it has sent no decisions for %.0f s "
+                "(algorithm.collection.quota_patience); it is waited for again once it does",
+                info.actor,
+                info.peer,
+                waited,
+            )
+
     def _check_any(self, iteration: _Iteration) -> None:
         """Raises when every actor has delivered and nothing of it could be kept."""
-        if self._service.actors.connected() and not iteration.batches and self._all_delivered(iteration):
+        if not self._service.actors.connected() or not iteration.delivered or iteration.batches:
+            return
+        if self._all_delivered(iteration):
             raise NothingUsable(
                 f"every decision of version {iteration.version} from actor(s) {sorted(iteration.delivered)} was "
                 f"dropped ({dict(+self.dropped)}); the policy or the environment gives numbers that are not finite"
@@ -299,6 +347,7 @@ class Gatherer:
             self._report_on()
 
     def _report(self, event: ActorEvent, iteration: _Iteration | None) -> None:
+        self._late.discard(event.info.actor)
         if event.kind == "joined":
             logger.info("Actor %d joined from %s", event.info.actor, event.info.peer)
             return
@@ -318,16 +367,19 @@ class Gatherer:
             rollout = decode_decisions(message.payload, self._spec)
             self._check_sender(message, rollout.header.actor, rollout.decisions)
         except WireError as error:
-            self._reject(message, error)
+            self._reject(message.actor, error, quota=True)
             return
+        if len(self._tasks) < MOST_TASKS:
+            self._tasks.update(rollout.decisions.task)
         self._take_quota(message, rollout, iteration)
 
-    def _reject(self, message: Received, error: WireError) -> None:
-        """Has the service count a message that is not what it should be."""
-        self._service.reject(message.actor, MALFORMED, str(error))
+    def _reject(self, actor: int, error: WireError, quota: bool = False) -> None:
+        """Has the service count a message that is not what it should be, and tell its sender."""
+        self._service.reject(actor, MALFORMED, str(error), quota)
 
     def _take_quota(self, message: Received, rollout: Rollout, iteration: _Iteration) -> None:
         """Keeps a quota for this iteration or a later one, unless it is too old or was there before."""
+        self._late.discard(message.actor)
         quota = _Quota(message.actor, rollout.header.version, rollout.header.part)
         if not self._oldest <= quota.version <= iteration.version:
             self.dropped["stale_decisions"] += len(rollout.decisions)
@@ -360,6 +412,8 @@ class Gatherer:
 
     def _add(self, iteration: _Iteration, quota: _Quota, decisions: DecisionBatch) -> None:
         iteration.quotas.append(quota)
+        if iteration.first_s is None:
+            iteration.first_s = time.monotonic() - iteration.began
         if len(decisions):
             iteration.batches[quota.actor] = decisions
 
@@ -390,7 +444,9 @@ class Gatherer:
         return decisions.select(torch.nonzero(keep)[:, 0])
 
     def _everybody(self, version: int) -> list[_Quota]:
-        return [_Quota(info.actor, version) for info in self._service.actors.connected()]
+        """A quota of each actor that is waited for."""
+        connected = {info.actor for info in self._service.actors.connected()}
+        return [_Quota(actor, version) for actor in sorted(connected - self._late)]
 
     def _wait_for_statistics(self, kind: str, wanted: list[_Quota], timeout_s: float) -> None:
         """Waits for statistics of actors that are there to send them.
@@ -425,8 +481,9 @@ class Gatherer:
             by_task = [name for name in values if name.startswith(PER_TASK)]
             for name in (*STATISTICS[str(kind)], *by_task):
                 _check_statistic(name, values.get(name))
+            _check_consistent(str(kind), values)
         except WireError as error:
-            self._reject(message, error)
+            self._reject(message.actor, error)
             return
         if kind == "collection":
             self._add_told(message.actor, values)
@@ -455,12 +512,32 @@ class Gatherer:
             self._statistics.pop(key) | {"actor": key[1].actor} for key in keys if key in self._statistics
         ]
 
+    def _with_known_tasks(self, rows: list[dict[str, Scalar]]) -> list[dict[str, Scalar]]:
+        """Those statistics that name no task but those of decisions; the others are rejected."""
+        known = []
+        for row in rows:
+            strange = sorted(of_tasks(row, EPISODES).keys() - self._tasks)
+            if strange and len(self._tasks) < MOST_TASKS:
+                problem = (
+                    f"interaction: {len(strange)} tasks that no decision has, such as {short(strange[0])!r}"
+                )
+                self._reject(int(row["actor"]), WireError(problem))
+            else:
+                known.append(row)
+        return known
+
     def _pop_evaluations(self, version: int) -> list[dict[str, Scalar]]:
         """Takes every evaluation of a version, also of actors that have left."""
         found = [
             quota for kind, quota in self._statistics if kind == "evaluation" and quota.version == version
         ]
-        return self._pop_statistics("evaluation", found)
+        rows = self._pop_statistics("evaluation", found)
+        # An episode of an evaluation may have a text of its own; what is said of it by name is then left out.
+        strange = {
+            EPISODES + task for row in rows for task in of_tasks(row, EPISODES) if task not in self._tasks
+        }
+        strange |= {SUCCESSES + name.removeprefix(EPISODES) for name in strange}
+        return [{name: value for name, value in row.items() if name not in strange} for row in rows]
 
     def _forget_statistics(self) -> None:
         """Forgets those that nobody will ask for any more."""
@@ -471,6 +548,36 @@ class Gatherer:
 
 
 def _check_statistic(name: str, value: Scalar | None) -> None:
-    """A statistic is a number that a metric can be made of."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= 2**63:
-        raise WireError(f"interaction {name}: {ascii(value)[:80]} is not a number of a usable size")
+    """A statistic is a number that a metric can be made of: a count, or a sum, or how long something took."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) >= MOST:
+        raise WireError(f"interaction {short(name)}: {ascii(value)[:80]} is not a number of a usable size")
+    if value < 0 and name not in SIGNED:
+        raise WireError(f"interaction {short(name)}: {value} is below 0")
+    if not isinstance(value, int) and (name in COUNTED or name.startswith(PER_TASK)):
+        raise WireError(f"interaction {short(name)}: {value} is not a whole number")
+
+
+def _check_consistent(kind: str, values: Mapping[str, Scalar]) -> None:
+    """No more episodes were solved than there were, of no task either; the tasks' episodes are all episodes.
+
+    Raises:
+        WireError: If not.
+    """
+    if kind == "control":
+        return
+    episodes, solved = of_tasks(values, EPISODES), of_tasks(values, SUCCESSES)
+    _check_solved("", values["successes"], values["episodes"])
+    if episodes.keys() != solved.keys():
+        raise WireError("interaction: the tasks that have episodes are not those that have successes")
+    for task, count in episodes.items():
+        _check_solved(f" of the task {short(task)!r}", solved[task], count)
+    if episodes and (sum(episodes.values()), sum(solved.values())) != (
+        values["episodes"],
+        values["successes"],
+    ):
+        raise WireError("interaction: the episodes of the tasks are not those of all tasks together")
+
+
+def _check_solved(what: str, solved: Scalar, episodes: Scalar) -> None:
+    if solved > episodes:  # type: ignore[operator]
+        raise WireError(f"interaction: {solved} of {episodes} episodes{what} were solved")

@@ -7,10 +7,11 @@ from typing import Any
 
 from .packing import WireError, read_json, short
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the messages (`wire`) and of the calls that carry them; actor and learner must agree."""
 
 MAX_SESSION_CHARACTERS = 64
+MAX_SETTINGS_BYTES = 64 * 2**10
 MAX_DIFFERENCE_LINES = 20
 
 OWN_METADATA = (("pi-rl-protocol", str(PROTOCOL)),)
@@ -26,6 +27,8 @@ STATUS_METADATA = ("pi-rl-status", "1")
 
 HEARTBEAT_METADATA = ("pi-rl-heartbeat", "1")
 """With it a call of `SendInteractions` carries signs of life, empty chunks, instead of statistics."""
+WEIGHTS_AGAIN = b"weights again"
+"""A sign of life with these bytes asks for the newest weights once more: they did not arrive whole."""
 HEARTBEAT_SECONDS = 1.0
 """How often an actor sends one, whatever it is at: it may collect for minutes and have nothing else to say."""
 
@@ -46,15 +49,18 @@ class Handshake:
     settings: dict[str, Any] | None = None
 
     def to_metadata(self) -> list[Any]:
-        """The pairs for gRPC's `metadata` argument."""
+        """The pairs for gRPC's `metadata` argument.
+
+        Raises:
+            WireError: The settings are too long.
+        """
         pairs: list[Any] = [
             ("pi-rl-protocol", str(PROTOCOL)),
             ("pi-rl-actor", str(self.actor)),
             ("pi-rl-session", self.session),
         ]
         if self.settings is not None:
-            text = json.dumps(flat_settings(self.settings), sort_keys=True, separators=(",", ":"))
-            pairs.append(("pi-rl-settings-bin", text.encode()))
+            pairs.append(("pi-rl-settings-bin", encode_settings(self.settings)))
         return pairs
 
     @classmethod
@@ -81,8 +87,27 @@ class Handshake:
         return cls(int(actor), session, None if settings is None else _checked_settings(settings))
 
 
+def encode_settings(settings: Mapping[str, Any]) -> bytes:
+    """Settings as they travel.
+
+    Raises:
+        WireError: They are too long.
+    """
+    data = json.dumps(flat_settings(settings), sort_keys=True, separators=(",", ":")).encode()
+    _check_length(data)
+    return data
+
+
+def _check_length(data: bytes) -> None:
+    if len(data) > MAX_SETTINGS_BYTES:
+        raise WireError(
+            f"the settings that actor and learner compare are {len(data)} bytes, at most {MAX_SETTINGS_BYTES} are taken"
+        )
+
+
 def _checked_settings(data: bytes) -> dict[str, Any]:
     """Settings from the bytes of a handshake."""
+    _check_length(data)
     settings = read_json(data, "the settings")
     if not isinstance(settings, dict):
         raise WireError("the settings must be a JSON object")

@@ -153,6 +153,8 @@ class Learner:
         self._server = LearnerServer(self._service, link.learner_host, link.learner_port, access)
         self._gatherer = Gatherer(self._service, spec, algorithm_cfg.collection, stop, self._report)
         self._pushed_bytes = 0
+        # Read once: it is looked up in a file.
+        self._package = package_version(checkpoint.PACKAGE)
         self._started_at = time.monotonic()
         # When each of the newest versions was sent, by the same clock.
         self._published_at: dict[int, float] = {}
@@ -162,7 +164,7 @@ class Learner:
         self._since_restart: list[dict[str, Scalar]] = []
         self._validation: float | None = None
         self._newest_row: Mapping[str, Any] = {}
-        self._began = False
+        self._began, self._report_failed = False, False
         self._first_look = FirstLook(algorithm_cfg.collection, resumed=cfg.resume)
         # What makes the run end early, in one line; none yet.
         self._stopped_by: str | None = None
@@ -634,6 +636,7 @@ class Learner:
             "actors/reconnected": traffic.reconnected,
             "actors/replaced": traffic.replaced,
             "actors/left": self._gatherer.actors_left,
+            "actors/late_quotas": self._gatherer.late_quotas,
             "actors/slowed": traffic.slowed,
             "actors/refused": sum(traffic.rejected.values()),
             "actors/failed_attempts": self._gatherer.told["failed_attempts"],
@@ -667,7 +670,21 @@ class Learner:
         return min(max(float(collection["latency"]), 0.0), ago)
 
     def _report(self) -> None:
-        """Tells the service how the run stands, for whoever asks; also while an iteration is waited for."""
+        """Tells the service how the run stands, for whoever asks; also while an iteration is waited for.
+
+        A machine that has run out of something must not lose the run over it: the service then keeps the report before.
+        """
+        try:
+            self._service.report(self._status())
+        except Exception as error:
+            if not self._report_failed:
+                logger.warning("The status of the run cannot be told: %r; training goes on", error)
+            self._report_failed = True
+        else:
+            self._report_failed = False
+
+    def _status(self) -> dict[str, Any]:
+        """How the run stands, as JSON can hold it."""
         row, progress = self._newest_row, self._progress
         last = self._output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
         rates = {actor: rate for actor, rate in self._rates.items() if actor in self._gatherer.newest}
@@ -675,35 +692,31 @@ class Learner:
             str(actor): {"version": version, "sent_at": at, "env_steps_per_s": rates.get(actor, 0.0)}
             for actor, (version, at) in self._gatherer.newest.items()
         }
-        self._service.report(
-            {
-                "package": package_version(checkpoint.PACKAGE),
-                "state": "training"
-                if self._began and self._service.actors.connected()
-                else "waiting for actors",
-                "started_at": self._started_at,
-                "progress": {
-                    **{
-                        name: getattr(progress, name)
-                        for name in ("version", "env_steps", "decisions", "episodes")
-                    },
-                    "steps": self._cfg.steps,
-                    "online_steps": self._online_steps,
-                    "env_steps_per_s": row.get("speed/env_steps_per_s", 0.0),
+        return {
+            "package": self._package,
+            "state": "training" if self._began and self._service.actors.connected() else "waiting for actors",
+            "started_at": self._started_at,
+            "progress": {
+                **{
+                    name: getattr(progress, name)
+                    for name in ("version", "env_steps", "decisions", "episodes")
                 },
-                "success": {
-                    "exploring": row.get("rollout/success"),
-                    "validation": self._validation,
-                    "best": progress.best_success,
-                    "best_version": progress.best_version,
-                },
-                "staleness": {
-                    "mean": row.get("rollout/staleness", 0.0),
-                    "max": row.get("rollout/staleness_max", 0.0),
-                },
-                "last_checkpoint": str(last.resolve()) if last.exists() else None,
-                "sent": sent,
-                "actors_left": self._gatherer.actors_left,
-                "dropped": {name.partition("/")[2]: count for name, count in self._dropped().items()},
-            }
-        )
+                "steps": self._cfg.steps,
+                "online_steps": self._online_steps,
+                "env_steps_per_s": row.get("speed/env_steps_per_s", 0.0),
+            },
+            "success": {
+                "exploring": row.get("rollout/success"),
+                "validation": self._validation,
+                "best": progress.best_success,
+                "best_version": progress.best_version,
+            },
+            "staleness": {
+                "mean": row.get("rollout/staleness", 0.0),
+                "max": row.get("rollout/staleness_max", 0.0),
+            },
+            "last_checkpoint": str(last.resolve()) if last.exists() else None,
+            "sent": sent,
+            "actors_left": self._gatherer.actors_left,
+            "dropped": {name.partition("/")[2]: count for name, count in self._dropped().items()},
+        }

@@ -15,9 +15,16 @@ from lerobot.transport.utils import grpc_channel_options, receive_bytes_in_chunk
 
 from .access import Access
 from .chunks import whole_messages
-from .handshake import HEARTBEAT_METADATA, HEARTBEAT_SECONDS, NEXT_VERSION, PROTOCOL, Handshake
+from .handshake import (
+    HEARTBEAT_METADATA,
+    HEARTBEAT_SECONDS,
+    NEXT_VERSION,
+    PROTOCOL,
+    WEIGHTS_AGAIN,
+    Handshake,
+)
 from .outbox import STOP_POLL_SECONDS, Outbox
-from .wire import Weights
+from .wire import Weights, decode_rejection
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +32,17 @@ CALL_SECONDS = 5.0
 """How long one attempt to reach the learner may take."""
 LAST_WEIGHTS_SECONDS = 2.0
 MAX_VERSION_DIGITS = 18
+MAX_DAMAGED = 5
+"""With so many pushes in a row that did not arrive whole, an actor ends: it is not the network."""
+THREADS = 10
+"""A connection's threads: our own five, and those that gRPC makes for its calls."""
 
 # Whether whoever waits has been asked to leave.
 Stopping = Callable[[], bool]
 
 
 class ActorRefused(ConnectionError):
-    """The learner does not want this actor, and asking again will not help."""
+    """The learner does not want this actor, or what it sends, and asking again will not help."""
 
 
 class Link:
@@ -59,6 +70,10 @@ class Link:
         self._payload: bytes | None = None
         self._receiving = True
         self.broken: str | None = None
+        # Why this actor cannot go on, in one line.
+        self.hopeless: str | None = None
+        # Pushes in a row that did not arrive whole, and whether the next sign of life asks for the weights again.
+        self._damaged, self._again = 0, False
         self.decisions = Outbox(outbox_capacity)
         self.interactions = Outbox(outbox_capacity)
         self._handshake = handshake
@@ -125,7 +140,9 @@ class Link:
     def take(self, timeout: float | None) -> bytes | None:
         """The newest payload that was not taken yet; None when there is none in time, or the stream ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self._payload is not None or not self._receiving, timeout)
+            self._changed.wait_for(
+                lambda: self._payload is not None or not self._receiving or self.hopeless is not None, timeout
+            )
             payload, self._payload = self._payload, None
             return payload
 
@@ -169,13 +186,14 @@ class Link:
 
         def beats() -> Iterator[Any]:
             while not self._over.wait(HEARTBEAT_SECONDS):
-                yield services_pb2.InteractionMessage()
+                again, self._again = self._again, False
+                yield services_pb2.InteractionMessage(data=WEIGHTS_AGAIN if again else b"")
 
         self._call(self._stub.SendInteractions, beats(), self._over.is_set, [HEARTBEAT_METADATA])
 
     def _receive(self) -> None:
         """Keeps the newest payload of the parameters stream."""
-        chunks = whole_messages(self._parameters, self._max_weights_bytes, self._reject)
+        chunks = whole_messages(self._parameters, self._max_weights_bytes, self.ask_again)
         reason = "the learner ended the connection"
         try:
             receive_bytes_in_chunks(chunks, SimpleNamespace(put=self._keep), threading.Event())
@@ -187,13 +205,37 @@ class Link:
             self._changed.notify_all()
 
     def _keep(self, payload: bytes) -> None:
+        """Keeps a payload, or says what the learner has said of a message of this actor."""
+        if (rejection := decode_rejection(payload)) is not None:
+            logger.warning("The learner rejected a message of this actor: %s", rejection.text)
+            if rejection.quota:
+                self._give_up(f"the learner rejected its decisions: {rejection.text}")
+            return
         with self._changed:
             self._payload = payload
             self._changed.notify_all()
 
-    def _reject(self, reason: str) -> None:
+    def note_whole(self) -> None:
+        """Notes that weights have arrived as they were sent."""
+        self._damaged = 0
+
+    def ask_again(self, reason: str) -> None:
+        """Counts a push that did not arrive whole, and asks for it again; once, of whichever of its chunks it fails."""
+        if self._again:
+            return
         self._counts["rejected_pushes"] += 1
-        logger.warning("Rejected a message of the learner: %s", reason)
+        self._damaged += 1
+        logger.warning("Rejected a message of the learner: %s; asking for it again", reason)
+        if self._damaged >= MAX_DAMAGED:
+            self._give_up(
+                f"{self._damaged} pushes in a row did not arrive as weights of its policy: {reason}"
+            )
+        self._again = True
+
+    def _give_up(self, reason: str) -> None:
+        with self._changed:
+            self.hopeless = self.hopeless or reason
+            self._changed.notify_all()
 
     def _send(self, call: Callable[..., Any], message: Any, outbox: Outbox) -> None:
         """Sends an outbox until it ends."""
@@ -220,8 +262,9 @@ class Link:
             taken = finished()
         except grpc.RpcError as error:
             reason = reason_of(error)
-        except ValueError as error:
-            # The channel was closed before this thread came to its call.
+        except (ValueError, RuntimeError) as error:
+            # The channel was closed before this thread came to its call; or gRPC cannot make the thread that it
+            # needs for each stream.
             reason = str(error)
         if not finished():
             self.fail(reason)
@@ -248,6 +291,29 @@ def _patience(call: Any, stopping: Stopping) -> Iterator[None]:
         yield
     finally:
         answered.set()
+
+
+def check_threads() -> None:
+    """Tries whether the threads of a connection can be made: a channel of gRPC that lacks one can not even be closed.
+
+    Raises:
+        ActorRefused: They cannot.
+    """
+    over = threading.Event()
+    threads = [threading.Thread(target=over.wait, name="pi-rl-probe", daemon=True) for _ in range(THREADS)]
+    try:
+        for thread in threads:
+            thread.start()
+    except RuntimeError as error:
+        raise ActorRefused(
+            f"no connection can be made: {error}; raise this machine's limit of processes (ulimit -u, or the "
+            "container's limit of pids)"
+        ) from None
+    finally:
+        over.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def channel_options() -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import grpc
 
 from .handshake import HEARTBEAT_SECONDS, Handshake
 from .limits import BURST_SECONDS, Bucket, Limits
+from .wire import Rejection
 
 REMEMBERED = 1024
 """Most events that wait, and most sessions and numbers of each kind that are remembered: callers make new ones."""
@@ -21,6 +22,9 @@ ACCOUNT_SECONDS = 600.0
 
 MISSED_HEARTBEATS = 4
 """After so many in a row that did not come, an actor's number goes to another process that asks for it."""
+
+MAX_REJECTIONS = 16
+"""Most rejections that an actor has not been told of; of more it is told the newest."""
 
 Stream = Literal["parameters", "decisions", "interactions", "heartbeat"]
 
@@ -116,6 +120,12 @@ class Link:
         self.open = True
         # Chunks that it sent: any of them shows that it lives.
         self.heard = 0
+        # What its process has not been told of its rejected messages.
+        self.rejections: deque[Rejection] = deque(maxlen=MAX_REJECTIONS)
+        # It asks for the newest weights once more.
+        self.again = False
+        # Somebody who asks for its number waits for the next one.
+        self.questioned = False
         self.calls: dict[Stream, grpc.ServicerContext] = {"parameters": parameters}
 
     def cut(self) -> None:
@@ -204,7 +214,7 @@ class Register:
                     self._admitted.append((hello.actor, hello.session))
                     return
             taken = refusal.code == grpc.StatusCode.ALREADY_EXISTS
-            if not taken or holder is None or self._lives(holder):
+            if not taken or holder is None or self._lives_or_is_questioned(holder):
                 raise refusal
             if holder.open:
                 with self.changed:
@@ -299,6 +309,19 @@ class Register:
         self.disconnect(link)
         return link.account.rejected
 
+    def tell(self, actor: int, rejection: Rejection) -> None:
+        """Has an actor told of a message that was not taken, if it is still connected."""
+        with self.changed:
+            if (link := self._links.get(actor)) is not None:
+                link.rejections.append(rejection)
+                self.changed.notify_all()
+
+    def send_again(self, link: Link) -> None:
+        """Has the newest weights sent to an actor once more."""
+        with self.changed:
+            link.again = True
+            self.changed.notify_all()
+
     def end(self) -> None:
         """Lets everybody who waits see that the learner ends."""
         with self.changed:
@@ -320,6 +343,18 @@ class Register:
             text = f"all {self.max_actors} places are taken; raise the learner's number of actors"
             return Refusal(grpc.StatusCode.PERMISSION_DENIED, "no place", text)
         return None
+
+    def _lives_or_is_questioned(self, link: Link) -> bool:
+        """As `_lives`; one caller at a time finds out, so that those who ask never take all calls."""
+        with self.changed:
+            if link.questioned:
+                return True
+            link.questioned = True
+        try:
+            return self._lives(link)
+        finally:
+            with self.changed:
+                link.questioned = False
 
     def _lives(self, link: Link) -> bool:
         """Whether an actor gives a sign of life soon; while the learner ends, all of them live."""

@@ -29,20 +29,23 @@ from lerobot.transport.utils import (
 )
 
 from .access import Access, Gate
-from .chunks import whole_messages
+from .chunks import TOO_LARGE, whole_messages
 from .handshake import (
     HEARTBEAT_METADATA,
     NEXT_VERSION,
     OWN_METADATA,
     STATUS_METADATA,
+    WEIGHTS_AGAIN,
     Handshake,
+    encode_settings,
+    flat_settings,
     settings_differences,
 )
 from .inbox import Handover, Inbox, Received
 from .limits import NUMBERS_PER_PLACE, Bucket, Limits
 from .packing import WireError
 from .register import Link, Refusal, Register, Stream
-from .wire import MAX_INTERACTION_BYTES, is_of_demonstrations
+from .wire import MAX_INTERACTION_BYTES, Rejection, encode_rejection, is_of_demonstrations
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +165,9 @@ class PIRLLearnerService(LearnerService):
             transition_queue=self.decisions,
             interaction_message_queue=self.interactions,
         )
-        self._settings = dict(settings)
+        self._settings = flat_settings(settings)
+        # Fails here, and not for every actor, if they are too long.
+        encode_settings(self._settings)
         self._limits = limits
         self.actors = Register(max_actors, limits, self.shutdown_event, self._wake, self._warn)
         self._changed = self.actors.changed
@@ -218,17 +223,20 @@ class PIRLLearnerService(LearnerService):
         }
         return report | known | came | {"now": time.monotonic()}
 
-    def reject(self, actor: int, reason: str, detail: str = "") -> None:
-        """Counts and logs a message that was not taken, here or by whoever decodes it; too many end its sender.
+    def reject(self, actor: int, reason: str, detail: str = "", quota: bool = False) -> None:
+        """Counts and logs a message that was not taken, here or by whoever decodes it, and tells its sender.
+
+        Too many cut the sender off.
 
         Args:
             actor: Who sent it.
             reason: A few words, the same for all messages of a kind.
             detail: What exactly, one line.
+            quota: It was a quota of decisions.
         """
-        self._count_rejected(
-            reason, f"Rejected a message of actor {actor}: {f'{reason}: {detail}' if detail else reason}"
-        )
+        text = f"{reason}: {detail}" if detail else reason
+        self._count_rejected(reason, f"Rejected a message of actor {actor}: {text}")
+        self.actors.tell(actor, Rejection(text, quota))
         if (rejected := self.actors.note_rejected(actor)) is not None:
             self._count_rejected(
                 "cut off", f"Cut off actor {actor}: {rejected} of its messages were rejected"
@@ -269,7 +277,7 @@ class PIRLLearnerService(LearnerService):
         return services_pb2.Empty()
 
     def StreamParameters(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:  # noqa: N802
-        """Sends the newest weights whenever there are new ones, until either side ends.
+        """Sends the newest weights whenever there are new ones, and rejections, until either side ends.
 
         To a caller that asks for the status it sends that, once.
         """
@@ -283,10 +291,14 @@ class PIRLLearnerService(LearnerService):
         context.send_initial_metadata((*OWN_METADATA, (NEXT_VERSION, str(link.next_version))))
         sent = 0
         try:
-            while (newest := self._wait_newer(link, sent)) is not None:
-                yield from send_bytes_in_chunks(newest.payload, services_pb2.Parameters)
-                sent = newest.sequence
-                self._count("sent", "sent_bytes", len(newest.payload))
+            while (news := self._wait_news(link, sent)) is not None:
+                if isinstance(news, Rejection):
+                    payload = encode_rejection(news.text, news.quota)
+                    yield from send_bytes_in_chunks(payload, services_pb2.Parameters)
+                    continue
+                yield from send_bytes_in_chunks(news.payload, services_pb2.Parameters)
+                sent = news.sequence
+                self._count("sent", "sent_bytes", len(news.payload))
         finally:
             self.actors.leave(link)
 
@@ -313,17 +325,27 @@ class PIRLLearnerService(LearnerService):
         except WireError as error:
             self._refuse(context, grpc.StatusCode.FAILED_PRECONDITION, "not an actor", str(error))
 
-    def _wait_newer(self, link: Link, sent: int) -> _Published | None:
-        """The newest weights once they are newer than what was sent; None when the stream ends."""
+    def _wait_news(self, link: Link, sent: int) -> _Published | Rejection | None:
+        """The next rejection, or the newest weights once there is a reason to send them; None when the stream ends."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_newer(sent) or not link.open or self.shutdown_event.is_set()
+                lambda: (
+                    bool(link.rejections)
+                    or self._is_due(link, sent)
+                    or not link.open
+                    or self.shutdown_event.is_set()
+                )
             )
-            return self._newest if link.open and self._is_newer(sent) else None
+            if link.open and link.rejections:
+                return link.rejections.popleft()
+            if not link.open or not self._is_due(link, sent):
+                return None
+            link.again = False
+            return self._newest
 
-    def _is_newer(self, sent: int) -> bool:
-        """Whether there are weights that a stream has not sent. Needs the lock."""
-        return self._newest is not None and self._newest.sequence > sent
+    def _is_due(self, link: Link, sent: int) -> bool:
+        """Whether there are weights that a stream has not sent, or is to send again. Needs the lock."""
+        return self._newest is not None and (self._newest.sequence > sent or link.again)
 
     def _receive(
         self,
@@ -357,7 +379,7 @@ class PIRLLearnerService(LearnerService):
             # What is left of a connection that was given up is nobody's fault.
             if link.open:
                 progress.begun = False
-                self.reject(actor, reason)
+                self.reject(actor, reason, quota=stream == "decisions" and reason == TOO_LARGE)
 
         paced = self._paced(progress.of(chunks, over), link, stream, wanted)
         try:
@@ -407,8 +429,9 @@ class PIRLLearnerService(LearnerService):
             return services_pb2.Empty()
         link = self._attach(context, "heartbeat")
         try:
-            for _ in self._paced(chunks, link, "heartbeat", lambda: link.open):
-                pass
+            for chunk in self._paced(chunks, link, "heartbeat", lambda: link.open):
+                if chunk.data == WEIGHTS_AGAIN:
+                    self.actors.send_again(link)
         except grpc.RpcError:
             self._note_break(link, "heartbeat", context)
         return services_pb2.Empty()

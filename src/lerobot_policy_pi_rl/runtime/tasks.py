@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,16 @@ def count_by_task(tasks: Sequence[str], success: np.ndarray) -> dict[str, int]:
     successes = Counter(task for task, solved in zip(tasks, success.tolist(), strict=True) if solved)
     counts = {EPISODES + task: count for task, count in episodes.items()}
     return counts | {SUCCESSES + task: successes[task] for task in episodes}
+
+
+def of_tasks(statistics: Mapping[str, Scalar], prefix: str) -> dict[str, Any]:
+    """The statistics of each task, by its text.
+
+    Args:
+        statistics: What an actor reports.
+        prefix: `EPISODES` or `SUCCESSES`.
+    """
+    return {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
 
 
 def success_by_task(statistics: Iterable[Mapping[str, Scalar]]) -> dict[str, float]:

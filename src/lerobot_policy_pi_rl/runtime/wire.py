@@ -25,11 +25,13 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_DECISIONS_HEADER_BYTES = 2**20
 MAX_INTERACTION_BYTES = 64 * 2**10
 MAX_TASK_CHARACTERS = 4096
+MAX_REJECTION_CHARACTERS = 400
 # Most steps of a person in one message.
 MAX_DEMONSTRATION_ROWS = 1000
 
-# Kind of a message.
+# Kinds of messages.
 DEMONSTRATIONS = "demonstrations"
+REJECTION = "rejection"
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,19 @@ class Weights:
     header: WeightsHeader
     tensors: dict[str, Tensor]
     task_shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What a learner says of a message that it did not take.
+
+    Attributes:
+        text: Why, in one line.
+        quota: It was a quota of decisions: this actor's next ones would be rejected as well.
+    """
+
+    text: str
+    quota: bool
 
 
 @dataclass(frozen=True)
@@ -492,6 +507,26 @@ def decode_weights(data: bytes) -> Weights:
         raise WireError("the weights are not those that were sent: their checksum differs")
     shares = _checked_shares(parts.metadata.get("task_shares"))
     return Weights(read_record(WeightsHeader, parts.header), parts.tensors, shares)
+
+
+def encode_rejection(text: str, quota: bool) -> bytes:
+    """Encodes what the learner says on the parameters stream of a message that it did not take; see `Rejection`."""
+    return pack(
+        REJECTION, {}, {}, {"text": short(text, MAX_REJECTION_CHARACTERS), "quota": json.dumps(quota)}
+    )
+
+
+def decode_rejection(data: bytes) -> Rejection | None:
+    """Decodes a rejection; None if a message is something else."""
+    try:
+        metadata = read_header(data, MAX_HEADER_BYTES).get("__metadata__")
+    except WireError:
+        return None
+    if not isinstance(metadata, dict) or metadata.get("kind") != REJECTION:
+        return None
+    return Rejection(
+        short(metadata.get("text", ""), MAX_REJECTION_CHARACTERS), metadata.get("quota") == json.dumps(True)
+    )
 
 
 def _checked_shares(text: str | None) -> dict[str, float]:

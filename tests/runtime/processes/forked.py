@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -78,6 +79,12 @@ def _live(
             os.dup2(opened, descriptor)
         os.close(opened)
     target(*arguments)
+
+
+def run_with_few_files(files: int, name: str, *arguments: str) -> None:
+    """The same as `run_installed` in a process that may have this many files open."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files // 2, files))
+    run_installed(name, *arguments)
 
 
 def run_installed(name: str, *arguments: str) -> None:
