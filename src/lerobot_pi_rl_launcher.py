@@ -39,6 +39,8 @@ MAX_RESTARTS, RESTART_WINDOW_S = 3, 3600.0
 READY = "LEROBOT_PI_RL_READY"
 # prctl(PR_SET_PDEATHSIG): Linux sends the signal to a child whose parent dies.
 PR_SET_PDEATHSIG = 1
+# Back to the beginning of a terminal's line, and all of it cleared (ECMA-48).
+ERASE_LINE = "\r\x1b[K"
 
 TOKEN_VARIABLE, TOKEN_FILE = "LEROBOT_PI_RL_TOKEN", "algorithm.security.token_file"
 HOST, PORT = "policy.actor_learner_config.learner_host", "policy.actor_learner_config.learner_port"
@@ -176,12 +178,12 @@ class Actor:
                 if self._error or line.startswith(("error:", "Traceback")):
                     self._error.append(line)
                 elif not self.muted:
-                    print(line, end="", file=sys.stderr, flush=True)
+                    show(line)
 
     def show_error(self) -> None:
         """Prints the error with which it ended."""
         self._reader.join(POLL_S)
-        print(*self._error, sep="", end="", file=sys.stderr, flush=True)
+        show("".join(self._error))
 
 
 class Learner:
@@ -298,8 +300,14 @@ class Supervisor:
 
 
 def say(text: str) -> None:
-    """Prints a line beside the progress bar."""
-    print(f"lerobot-pi-rl-train: {text}", file=sys.stderr, flush=True)
+    """Prints a line of this process."""
+    show(f"lerobot-pi-rl-train: {text}\n")
+
+
+def show(text: str) -> None:
+    """Prints lines where the learner draws its progress bar: what there is of it is erased, and drawn anew below."""
+    erase = ERASE_LINE if text and sys.stderr.isatty() else ""
+    print(f"{erase}{text}", end="", file=sys.stderr, flush=True)
 
 
 def train() -> None:
@@ -390,9 +398,12 @@ def _run(name: str) -> None:
     """Imports and runs one of the package's commands, under its name.
 
     LeRobot warns at import, over forty lines, when FFmpeg is missing; no command here decodes video with it.
+    gRPC's core writes lines of its own to stderr, such as "Got goaway" at an ordinary end; what matters of them is an
+    error in Python, too.
     """
     try:
         sys.argv[1:] = _read(name)
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         logging.getLogger("lerobot.utils.import_utils").addFilter(
             lambda record: "torchcodec" not in record.getMessage()
         )

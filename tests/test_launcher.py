@@ -1,5 +1,6 @@
 """What `lerobot-pi-rl-train` does with processes that end; the processes here are small stand-ins."""
 
+import io
 import json
 import os
 import subprocess
@@ -377,3 +378,15 @@ def test_ctrl_c_during_the_imports_has_the_code_of_a_shell(
     with pytest.raises(SystemExit) as left:
         launcher.demos()
     assert left.value.code == 130
+
+
+@pytest.mark.parametrize(("terminal", "erased"), [(True, "\r\x1b[K"), (False, "")])
+def test_a_line_of_an_actor_does_not_tear_the_bar_of_the_learner(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, erased: str
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    launcher.show("actor 1 left\n")
+    launcher.show("")
+    assert stream.getvalue() == f"{erased}actor 1 left\n"
