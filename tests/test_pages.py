@@ -10,6 +10,7 @@ written in place of B. The blocks of a page run one after the other, in a folder
 supervised training have run. One that begins a run does so in an empty output folder.
 """
 
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from lerobot_pi_rl_cli.commands import COMMANDS, own_options
+from lerobot_pi_rl_cli.preflight import pairs
+from lerobot_pi_rl_cli.settings import look_up
 
 ROOT = Path(__file__).parent.parent
 OWN = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
@@ -103,6 +108,9 @@ class Block:
     def commands(self) -> list[list[str]]:
         """Its command lines, split into words."""
         joined = self.run_text.replace("\\\n", " ")
+        if not self.runs:
+            # What a reader is to fill in.
+            joined = re.sub(r"<[^<>\n]*>", "X", joined)
         lines = [line for line in joined.splitlines() if line.strip()]
         return [words for line in lines if (words := shlex.split(line, comments=True))]
 
@@ -218,6 +226,35 @@ def test_the_commands_of_a_page_run(page: Path, prepared: Path, tmp_path: Path) 
         done = page == PAGES[0] and block.commands()[0][0] in makers
         if block.runs and not done:
             run(block, tmp_path)
+
+
+def settings_commands(page: Path) -> Iterator[str]:
+    """Command lines of ours on a page that take settings: in blocks, whether they are run or not, and in sentences."""
+    text = page.read_text(encoding="utf-8")
+    lines = [shlex.join(words) for block in blocks(page) for words in block.commands()]
+    lines += [" ".join(code.split()) for code in re.findall(r"`(lerobot-pi-rl-[^`]*)`", text)]
+    taking = tuple(f"lerobot-pi-rl-{name} " for name, command in COMMANDS.items() if command.takes_settings)
+    yield from (line for line in lines if line.startswith(taking) and "--" in line)
+
+
+SETTINGS = sorted({(page, line) for page in PAGES for line in settings_commands(page)})
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), SETTINGS, ids=[f"{page.name}: {line[:80]}" for page, line in SETTINGS]
+)
+def test_a_command_names_settings_that_there_are(page: Path, line: str) -> None:
+    program, *words = (word for word in shlex.split(line, comments=True) if word != "...")
+    command = program.removeprefix("lerobot-pi-rl-")
+    given = dict(pairs(words, command))
+    recipe = ROOT / given.get("config_path", "")
+    content = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    chosen = {
+        section: given.get(f"{section}.type", content.get(section, {}).get("type"))
+        for section in ("env", "policy")
+    }
+    for name in given:
+        assert name in own_options(command) or look_up(name, chosen).node is not None, name
 
 
 def mentioned(page: Path) -> Iterator[str]:
