@@ -155,10 +155,8 @@ def test_settings_of_the_policy_are_taken_beside_a_recipe_that_names_its_path(
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe))
     run = make_run()
-    command = run.start(
-        "lerobot-pi-rl-train",
+    given = [
         f"--config_path={file}",
-        "--policy.online_steps=100",
         f"--policy.actor_learner_config.learner_port={run.port}",
         "--env.task=reach-v3",
         "--env.episode_length=30",
@@ -168,11 +166,15 @@ def test_settings_of_the_policy_are_taken_beside_a_recipe_that_names_its_path(
         "--algorithm.critic_hidden_dims=[16]",
         "--env_eval_freq=0",
         f"--output_dir={run.output_dir}",
-        alone=True,
-    )
-    assert command.wait(120) == 0, command.shown
-    assert command.errors() == []
+    ]
     # An iteration is 4 x 4 decisions of 5 steps, and the recipe's budget is a million.
-    assert len(run.rows()) == 2
+    for more, iterations in (
+        (["--policy.online_steps=100"], 2),
+        (["--policy.online_steps=200", "--resume=true"], 3),
+    ):
+        command = run.start("lerobot-pi-rl-train", *given, *more, alone=True)
+        assert command.wait(120) == 0, command.shown
+        assert command.errors() == []
+        assert len(run.rows()) == iterations
     config = json.loads((run.checkpoint() / "pretrained_model/config.json").read_text())
-    assert (config["online_steps"], config["push_to_hub"]) == (100, False)
+    assert (config["online_steps"], config["push_to_hub"]) == (200, False)

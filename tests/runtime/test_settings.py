@@ -126,6 +126,8 @@ def is_refused(name: str) -> bool:
 
 
 NAMES = sorted(settings(PIRLTrainConfig))
+# Of LeRobot's main; its release does not have them.
+NEWER = {"accelerator", "checkpoint_format", "ema", "parallelism"}
 
 
 def test_the_walk_finds_the_parts() -> None:
@@ -153,7 +155,7 @@ def test_a_setting_is_read_or_refused(name: str) -> None:
 def test_only_settings_that_are_there_are_refused() -> None:
     sections = {name.rpartition(".")[0] for name in NAMES}
     known = {*NAMES, *sections, "env.max_parallel_tasks", "env.multitask_eval"}
-    assert set(UNREAD) <= known
+    assert set(UNREAD) <= known | NEWER
 
 
 @pytest.mark.parametrize("kind", sorted(EnvConfig.get_known_choices()))
@@ -246,10 +248,12 @@ def test_a_setting_without_effect_is_refused_where_it_is_given(name: str, unchan
         owner = getattr(owner, section)
     # Its default may be written down.
     refuse_unread(unchanged, {name})
+    if name in NEWER - {one.name for one in dataclasses.fields(owner)}:
+        return
     if name == "policy.concurrency":
         owner.concurrency.actor = "processes"
     else:
-        setattr(owner, leaf, OTHER[name])
+        setattr(owner, leaf, "another" if name in NEWER else OTHER[name])
     with pytest.raises(ConfigError) as error:
         refuse_unread(unchanged, {name})
     assert str(error.value) == f"`{name}`: has no effect here: {UNREAD[name]}"
