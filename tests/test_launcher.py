@@ -79,8 +79,12 @@ def test_a_run_has_a_token_of_its_own_that_only_its_user_can_read(
     code = "import os; print(os.environ['LEROBOT_PI_RL_TOKEN'], flush=True)"
     started: list[list[str]] = []
 
-    def start(name: str, arguments: list[str], stderr: int | None = None) -> subprocess.Popen[bytes]:
+    def start(
+        name: str, arguments: list[str], stderr: int | None = None, ready: int | None = None
+    ) -> subprocess.Popen[bytes]:
         started.append(list(arguments))
+        if ready is not None:
+            os.write(ready, b"\n")
         return subprocess.Popen([sys.executable, "-c", code], stderr=stderr)
 
     monkeypatch.setattr(launcher, "start", start)
