@@ -126,6 +126,8 @@ def test_the_layout_is_lerobots(tmp_path: Path) -> None:
         f"{home}/training_state/rng_state.safetensors",
         f"{home}/training_state/counters.json",
         f"{home}/training_state/pi_rl.json",
+        f"{home}/training_state/checksums.json",
+        f"{home}/training_state/settings.json",
         f"{home}/training_state/critic/optimizer_state.safetensors",
         f"{home}/training_state/bias/optimizer_param_groups.json",
         f"{home}/algorithm/model.safetensors",
@@ -418,11 +420,11 @@ def corrupt_optimizer(place: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_short, r"algorithm/model\.safetensors is \d+ bytes, \d+ bytes were written"),
+        (cut_short, r"algorithm/model\.safetensors is damaged: its checksum is not that"),
         (remove_policy, r"pretrained_model/model\.safetensors is missing"),
         (remove_state, "training_state is missing"),
-        (corrupt_counters, "JSONDecodeError"),
-        (corrupt_optimizer, "SafetensorError"),
+        (corrupt_counters, r"training_state/counters\.json is damaged"),
+        (corrupt_optimizer, r"training_state/critic/optimizer_state\.safetensors is damaged"),
     ],
 )
 def test_a_broken_checkpoint_is_one_clear_line(
@@ -432,9 +434,143 @@ def test_a_broken_checkpoint_is_one_clear_line(
     algorithm.update()
     damage(checkpoint.save(tmp_path, make_state(algorithm)))
     with pytest.raises(CheckpointError, match=message) as error:
-        checkpoint.load(checkpoint.find_last(tmp_path), algorithm, algorithm.optimizers)
+        checkpoint.verify(checkpoint.find_last(tmp_path))
     assert "\n" not in str(error.value)
     assert "resume from an earlier one in" in str(error.value)
+
+
+def as_written_by_0_1_0(place: Path) -> None:
+    """Leaves the sizes of files where newer checkpoints have checksums and a copy of the settings."""
+    for name in ("checksums.json", "settings.json"):
+        (place / "training_state" / name).unlink()
+    files = [path for path in place.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(place).as_posix(): path.stat().st_size for path in files}
+    (place / "training_state/file_sizes.json").write_text(json.dumps(sizes))
+
+
+def test_a_checkpoint_of_0_1_0_still_loads(tmp_path: Path) -> None:
+    """By its sizes; what libraries say of a file whose size is right is one line as well."""
+    algorithm = Regression()
+    algorithm.update()
+    place = checkpoint.save(tmp_path, make_state(algorithm))
+    as_written_by_0_1_0(place)
+    assert checkpoint.load(place, algorithm, algorithm.optimizers).counters == COUNTERS
+    assert checkpoint.changed_settings(place, make_state(algorithm).config) == {}
+    config = place / "pretrained_model/train_config.json"
+    config.write_text(config.read_text() + "\n")
+    checkpoint.verify(place)
+    for damage, said in ((corrupt_counters, "JSONDecodeError"), (corrupt_optimizer, "SafetensorError")):
+        damage(place)
+        with pytest.raises(CheckpointError, match=said) as error:
+            checkpoint.load(place, algorithm, algorithm.optimizers)
+        assert "\n" not in str(error.value)
+        place = checkpoint.save(tmp_path, make_state(algorithm))
+        as_written_by_0_1_0(place)
+    cut_short(place)
+    with pytest.raises(CheckpointError, match=r"algorithm/model\.safetensors is \d+ bytes, \d+ bytes were"):
+        checkpoint.verify(place)
+
+
+@pytest.mark.parametrize("name", ["pretrained_model/train_config.json", "algorithm/config.json"])
+def test_settings_may_be_edited_and_must_be_settings(tmp_path: Path, name: str) -> None:
+    place = checkpoint.save(tmp_path, make_state(Regression()))
+    (place / name).write_text('{"steps": 5}')
+    checkpoint.verify(place)
+    for content in ("{", "[1]", '{"a": "\udcff"}'):
+        (place / name).write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(CheckpointError, match=re.escape(name)) as error:
+            checkpoint.verify(place)
+        assert "\n" not in str(error.value)
+
+
+# Copies that follow links, and file systems that have none
+
+
+@pytest.mark.parametrize("name", ["last", "best"])
+def test_a_copy_that_made_folders_of_links_is_mended(tmp_path: Path, name: str) -> None:
+    algorithm = Regression()
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "run", make_state(algorithm, step, float(step)))
+        checkpoint.mark_best(tmp_path / "run", make_state(algorithm, step, float(step)))
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy, symlinks=False)
+    folder = copy / "checkpoints"
+    assert (folder / name).is_dir()
+    assert not (folder / name).is_symlink()
+    checkpoint.verify(checkpoint.find_last(copy))
+    assert checkpoint.best_counters(copy) == COUNTERS
+
+    checkpoint.mend_links(copy)
+    assert (folder / name).readlink() == Path("000002")
+    assert sorted(path.name for path in folder.iterdir()) == ["000001", "000002", "best", "last"]
+    checkpoint.save(copy, make_state(algorithm, 3, 3.0))
+    assert saved_policy(checkpoint.find_last(copy)) == 3.0
+    checkpoint.mend_links(copy)
+    assert (folder / "last").readlink() == Path("000003")
+
+
+@pytest.mark.parametrize(("beside", "home"), [("gone", "000002"), ("another", "000002-last")])
+def test_a_folder_that_is_no_copy_of_a_numbered_checkpoint_becomes_one(
+    tmp_path: Path, beside: str, home: str
+) -> None:
+    """Nothing is lost, whichever of the two is the newer one."""
+    place = checkpoint.save(tmp_path, make_state(Regression(), 2, 2.0))
+    last = place.with_name("last")
+    last.unlink()
+    place.rename(last)
+    if beside == "another":
+        last.rename(tmp_path / "aside")
+        checkpoint.save(tmp_path, make_state(Regression(), 2, 5.0))
+        last.unlink()
+        (tmp_path / "aside").rename(last)
+    checkpoint.mend_links(tmp_path)
+    assert last.readlink() == Path(home)
+    assert saved_policy(checkpoint.find_last(tmp_path)) == 2.0
+    if beside == "another":
+        assert saved_policy(place) == 5.0
+
+
+def test_a_folder_that_is_no_checkpoint_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/last").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"last is a folder where a link .* move it away") as error:
+        checkpoint.mend_links(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_where_there_are_no_links_a_file_names_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on FAT; copied to where links are, the next checkpoint has one again."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    algorithm = Regression()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "symlink_to", refuse)
+        for step in (1, 2):
+            checkpoint.save(tmp_path, make_state(algorithm, step, float(step)))
+        checkpoint.mark_best(tmp_path, make_state(algorithm, 2, 2.0))
+        # Another one in the best one's place.
+        checkpoint.save(tmp_path, make_state(algorithm, 2, 2.5))
+    folder = tmp_path / "checkpoints"
+    assert [(folder / name).read_text() for name in ("last", "best")] == ["000002", "000002-best"]
+    assert saved_policy(checkpoint.find_last(tmp_path)) == 2.5
+    assert saved_policy(checkpoint.find_best(tmp_path)) == 2.0
+    assert checkpoint.load(checkpoint.find_last(tmp_path), algorithm, algorithm.optimizers).step == 2
+    checkpoint.mend_links(tmp_path)
+    checkpoint.save(tmp_path, make_state(algorithm, 3, 3.0))
+    assert (folder / "last").readlink() == Path("000003")
+
+
+def test_a_copy_without_links_names_the_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        place = checkpoint.save(tmp_path, make_state(Regression(), step))
+    place.with_name("last").unlink()
+    with pytest.raises(CheckpointError, match="which some copies of a run lose") as error:
+        checkpoint.find_last(tmp_path)
+    assert f"--config_path={place}/pretrained_model/train_config.json --resume=true" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_another_set_of_optimizers_is_refused(tmp_path: Path) -> None:

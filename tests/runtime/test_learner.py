@@ -862,8 +862,8 @@ def test_counters_that_this_version_does_not_know_are_one_line(
 ) -> None:
     train("--steps=1")
     counters = tmp_path / "run/checkpoints/last/training_state/counters.json"
-    # Of the same size: another one would be a broken checkpoint.
     counters.write_text(counters.read_text().replace('"runaways"', '"runabout"'))
+    checkpoint.write_checksums(counters.parents[1])
     with pytest.raises(
         CheckpointError, match=r"has other counters than this version reads.*runabout"
     ) as error:

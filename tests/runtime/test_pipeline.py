@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -328,10 +329,55 @@ def test_a_cut_checkpoint_is_not_resumed(make_cfg: MakeConfig, saved: Path) -> N
     file = saved / "pretrained_model" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(
-        CheckpointError, match=r"model.safetensors is \d+ bytes, \d+ bytes were written"
+        CheckpointError, match=r"pretrained_model/model.safetensors is damaged: its checksum"
     ) as error:
         make_cfg("--resume=true")
     one_line(error)
+
+
+# Settings that were edited in a checkpoint
+
+
+def test_edited_settings_of_a_checkpoint_are_in_force_and_named(
+    resume_by_file: MakeConfig, saved: Path
+) -> None:
+    """In the train config, also those of the policy, and in the policy's own file; the command line wins."""
+    train_config, config = saved / OWN_FILE, saved / "pretrained_model/config.json"
+    edited = json.loads(train_config.read_text())
+    edited["steps"] = 77
+    edited["algorithm"]["gamma"] = 0.5
+    edited["policy"]["online_steps"] = 5
+    edited["policy"]["explorer"]["noise_level"] = 0.25
+    edited["policy"]["optimizer_lr"] = 0.5
+    train_config.write_text(json.dumps(edited))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"scheduler_warmup_steps": 9, "optimizer_lr": 0.7})
+    )
+    cfg = resume_by_file(train_config, "--policy.online_steps=6")
+    policy, algorithm, _ = parts(cfg)
+    assert (cfg.steps, algorithm.gamma) == (77, 0.5)
+    assert (policy.online_steps, policy.explorer.noise_level) == (6, 0.25)
+    assert (policy.optimizer_lr, policy.scheduler_warmup_steps) == (0.5, 9)
+    changed = checkpoint.changed_settings(saved, cfg)
+    assert changed.keys() == {
+        "steps",
+        "algorithm.gamma",
+        "policy.online_steps",
+        "policy.explorer.noise_level",
+        "policy.optimizer_lr",
+        "policy.scheduler_warmup_steps",
+    }
+    assert changed["algorithm.gamma"].endswith(" -> 0.5")
+
+
+def test_a_resume_leaves_no_temporary_file(
+    resume_by_file: MakeConfig, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    resume_by_file(saved / OWN_FILE)
+    assert not list((tmp_path / "temporary").iterdir())
+    assert tempfile.tempdir == str(tmp_path / "temporary")
 
 
 # A run that was moved

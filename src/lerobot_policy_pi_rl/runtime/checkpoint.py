@@ -1,19 +1,25 @@
 """Checkpoints in LeRobot's layout, written aside and renamed into place: a killed write never costs the last one.
 
 checkpoints/000010/pretrained_model/   policy, processors, train config
-                   training_state/     optimizers, random state, counters, format, sizes of all files
+                   training_state/     optimizers, random state, counters, settings, format, checksums of all files
                    algorithm/          the algorithm's own tensors and config
 checkpoints/last -> 000010
 checkpoints/best -> 000008, or 000008-best if a resumed run has come to version 8 again
+
+Where a file system has no symbolic links, `last` and `best` are text files with the name of the folder.
 """
 
 import contextlib
+import errno
 import fcntl
+import filecmp
+import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +37,7 @@ from lerobot.utils.constants import (
     LAST_CHECKPOINT_LINK,
     PRETRAINED_MODEL_DIR,
     TRAINING_STATE_DIR,
+    TRAINING_STEP,
 )
 from lerobot.utils.io_utils import load_json, write_json
 from safetensors import SafetensorError
@@ -38,6 +45,7 @@ from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from ..lerobot_compat import load_training_state
+from .finite import first_not_finite
 from .handshake import flat_settings
 
 logger = logging.getLogger(__name__)
@@ -49,6 +57,11 @@ FORMAT_FILE = "pi_rl.json"
 COUNTERS = "counters.json"
 # The counters when the checkpoint became the best one, where it had been written before its validation.
 BEST_COUNTERS = "counters_when_best.json"
+# The train config as it was written; the one beside the weights may be edited.
+SETTINGS = "settings.json"
+# SHA-256 of each file by its path, null for one that may be edited.
+CHECKSUMS = "checksums.json"
+# What checkpoints of 0.1.0 have instead: bytes of each file.
 FILE_SIZES = "file_sizes.json"
 ALGORITHM_TENSORS = "model.safetensors"
 BEST_CHECKPOINT_LINK = "best"
@@ -83,6 +96,15 @@ UNTRAINED_SETTINGS = (
     "scheduler",
     "wandb",
 )
+
+# What reading a damaged file may raise, in this package and in the libraries that read it.
+DAMAGE = (
+    *(OSError, ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError),
+    *(ImportError, SafetensorError),
+)
+PARTS = (PRETRAINED_MODEL_DIR, TRAINING_STATE_DIR, ALGORITHM_DIR)
+# How file systems without symbolic links refuse one.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 # Names that no step has, for directories of a write that has not finished.
 ASIDE = ".writing-"
@@ -206,8 +228,8 @@ def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
         CheckpointNotWritten: As `save`.
     """
     folder = output_dir / CHECKPOINTS_DIR
-    best = folder / BEST_CHECKPOINT_LINK
-    before, last = best.is_dir() and best.resolve(), (folder / LAST_CHECKPOINT_LINK).resolve()
+    before, last = (pointed_at(folder / name) for name in (BEST_CHECKPOINT_LINK, LAST_CHECKPOINT_LINK))
+    had_one = before.is_dir()
     place = get_step_checkpoint_dir(output_dir, state.total_steps, state.step).resolve()
     if place == last:
         with _writing(output_dir, state.step):
@@ -215,12 +237,12 @@ def mark_best(output_dir: Path, state: TrainingState) -> Path | None:
             _point_at(place, BEST_CHECKPOINT_LINK)
     else:
         save(output_dir, state, BEST_CHECKPOINT_LINK)
-    return before if before and before not in (place, last) else None
+    return before if had_one and before not in (place, last) else None
 
 
 def best_counters(output_dir: Path) -> dict[str, Any] | None:
     """The counters with which the best checkpoint was chosen, or None if there is none that can be read."""
-    state_dir = output_dir / CHECKPOINTS_DIR / BEST_CHECKPOINT_LINK / TRAINING_STATE_DIR
+    state_dir = pointed_at(output_dir / CHECKPOINTS_DIR / BEST_CHECKPOINT_LINK) / TRAINING_STATE_DIR
     file = next((state_dir / name for name in (BEST_COUNTERS, COUNTERS) if (state_dir / name).exists()), None)
     try:
         return None if file is None else dict(load_json(file))
@@ -245,38 +267,143 @@ def find_last(output_dir: Path) -> Path:
         CheckpointError: There is none.
     """
     link = output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
-    place = link.resolve()
+    place = pointed_at(link)
+    if place.is_dir():
+        return place
     # A kill in the middle of its replacement left it beside its place.
     displaced = place.with_name(REPLACED + place.name)
-    if not place.is_dir() and link.is_symlink() and displaced.is_dir():
+    if (link.is_symlink() or link.is_file()) and displaced.is_dir():
         return displaced
-    if not link.is_dir():
+    numbered = sorted(path for path in link.parent.glob("*") if path.name.isdecimal() and path.is_dir())
+    if numbered:
         raise CheckpointError(
-            f"no checkpoint at {link}: start without --resume=true, or give the output_dir of a run that saved one"
+            f"no checkpoint at {link}, which some copies of a run lose: go on from another one, such as "
+            f"--config_path={pretrained_dir(numbered[-1]) / TRAIN_CONFIG_NAME} --resume=true"
         )
-    return place
+    raise CheckpointError(
+        f"no checkpoint at {link}: start without --resume=true, or give the output_dir of a run that saved one"
+    )
 
 
-def verify(checkpoint_dir: Path) -> None:
-    """Compares format and every file's size with what was written.
+def pointed_at(link: Path) -> Path:
+    """Where `last` or `best` leads, by a link or by a text file; the folder itself where a copy has made one of it."""
+    if link.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            name = link.read_text(encoding="utf-8").strip()
+            if name and name == Path(name).name:
+                return link.resolve().with_name(name)
+    return link.resolve()
 
-    Cheap, so that a learner can do it before anything slow starts.
+
+def mend_links(output_dir: Path) -> None:
+    """Makes links of `last` and `best` again where a copy of the run has made folders of them (`cp -rL`, buckets).
+
+    Args:
+        output_dir: The run's directory, which this process owns.
 
     Raises:
-        CheckpointError: A file is missing or has another size, or a version of this package wrote it that writes
-            another format.
+        CheckpointError: Such a folder is no checkpoint.
+    """
+    for name in (LAST_CHECKPOINT_LINK, BEST_CHECKPOINT_LINK):
+        copy = output_dir / CHECKPOINTS_DIR / name
+        if copy.is_symlink() or not copy.is_dir():
+            continue
+        home = _home_of(copy)
+        if home.exists():
+            aside = copy.with_name(f"{ASIDE}{name}-folder")
+            copy.rename(aside)
+            _point_at(home, name)
+            shutil.rmtree(aside)
+        else:
+            copy.rename(home)
+            _point_at(home, name)
+        logger.info(
+            "%s was a folder, as some copies of a run make it; it is a link to %s again", copy, home.name
+        )
+
+
+def _home_of(copy: Path) -> Path:
+    """The numbered checkpoint that a copy of one is, or a free name for it."""
+    for place in sorted(copy.parent.glob("0*")):
+        if place.is_dir() and _is_same(place, copy):
+            return place
+    try:
+        step = int(load_json(copy / TRAINING_STATE_DIR / TRAINING_STEP)["step"])
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{copy} is a folder where a link to a checkpoint belongs, and no whole checkpoint; move it away"
+        ) from error
+    names = (f"{step:06d}", f"{step:06d}-{copy.name}", f"{step:06d}-{copy.name}-{int(time.time())}")
+    return next(place for name in names if not (place := copy.with_name(name)).exists())
+
+
+def _is_same(one: Path, two: Path) -> bool:
+    """Whether two folders have the same files with the same content."""
+    names = [
+        {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (one, two)
+    ]
+    return names[0] == names[1] and all(
+        filecmp.cmp(one / name, two / name, shallow=False) for name in names[0]
+    )
+
+
+def verify(checkpoint_dir: Path, parts: Collection[str] = PARTS) -> None:
+    """Compares format and files with what was written, before anything slow starts.
+
+    Weights, optimizers and the rest of the training state must be what was written, by their checksums. Configurations
+    may be edited, and must be JSON.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        parts: Folders of it to look at.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or a version of this package wrote it that writes another format.
     """
     _check_format(checkpoint_dir)
+    for name, written in _written_files(checkpoint_dir).items():
+        if name.partition("/")[0] in parts:
+            _check_file(checkpoint_dir, name, written)
+
+
+def _written_files(checkpoint_dir: Path) -> dict[str, str | int | None]:
+    """Checksum of each file of a checkpoint, or its size if 0.1.0 wrote it; null for what may be edited."""
+    state_dir = checkpoint_dir / TRAINING_STATE_DIR
+    name = (
+        CHECKSUMS if (state_dir / CHECKSUMS).exists() or not (state_dir / FILE_SIZES).exists() else FILE_SIZES
+    )
     try:
-        sizes = load_json(checkpoint_dir / TRAINING_STATE_DIR / FILE_SIZES)
-        found = _file_sizes(checkpoint_dir)
-        wrong = [name for name, size in sizes.items() if found.get(name) != size]
-    except (OSError, ValueError, AttributeError) as error:
-        raise _broken(checkpoint_dir, f"{FILE_SIZES} cannot be read ({_line(error)})") from error
-    if wrong:
-        name = wrong[0]
-        size = f"{found[name]} bytes" if name in found else "missing"
-        raise _broken(checkpoint_dir, f"{name} is {size}, {sizes[name]} bytes were written")
+        return {
+            str(file): None if _may_be_edited(file) else written
+            for file, written in load_json(state_dir / name).items()
+        }
+    except DAMAGE as error:
+        raise _broken(
+            checkpoint_dir, f"{TRAINING_STATE_DIR}/{name} cannot be read ({_line(error)})"
+        ) from error
+
+
+def _check_file(checkpoint_dir: Path, name: str, written: str | int | None) -> None:
+    """Checks one file against its checksum or its size; one that may be edited is to be JSON."""
+    file = checkpoint_dir / name
+    if not file.is_file():
+        raise _broken(checkpoint_dir, f"{name} is missing")
+    try:
+        if written is None:
+            problem = None if isinstance(load_json(file), dict) else "holds no settings"
+        elif isinstance(written, int):
+            size = file.stat().st_size
+            problem = None if size == written else f"is {size} bytes, {written} bytes were written"
+        else:
+            problem = (
+                None
+                if _checksum(file) == written
+                else "is damaged: its checksum is not that of what was written"
+            )
+    except (*DAMAGE, RecursionError) as error:
+        problem = f"cannot be read ({_line(error)})"
+    if problem is not None:
+        raise _broken(checkpoint_dir, f"{name} {problem}")
 
 
 def _check_format(checkpoint_dir: Path) -> None:
@@ -286,7 +413,7 @@ def _check_format(checkpoint_dir: Path) -> None:
     try:
         found: Any = load_json(file) if file.exists() else {"format": 0, "version": "before 0.1.0"}
         number, writer = int(found["format"]), str(found["version"])[:40]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise _broken(checkpoint_dir, f"{FORMAT_FILE} cannot be read ({_line(error)})") from error
     if number != FORMAT:
         raise CheckpointError(
@@ -305,13 +432,25 @@ def changed_settings(checkpoint_dir: Path, config: TrainPipelineConfig) -> dict[
         checkpoint_dir: The checkpoint.
         config: The settings now.
     """
-    saved = load_json(pretrained_dir(checkpoint_dir) / TRAIN_CONFIG_NAME)
-    before, now = flat_settings(saved), flat_settings(json.loads(json.dumps(config.to_dict())))
+    before, now = (
+        flat_settings(saved_settings(checkpoint_dir)),
+        flat_settings(json.loads(json.dumps(config.to_dict()))),
+    )
     return {
         name: f"{name}: {before.get(name)} -> {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(UNTRAINED_SETTINGS)
     }
+
+
+def saved_settings(checkpoint_dir: Path) -> dict[str, Any]:
+    """The train config as it was saved. Of a checkpoint of 0.1.0 it is that which may have been edited since."""
+    kept = checkpoint_dir / TRAINING_STATE_DIR / SETTINGS
+    file = kept if kept.exists() else pretrained_dir(checkpoint_dir) / TRAIN_CONFIG_NAME
+    try:
+        return dict(load_json(file))
+    except DAMAGE as error:
+        raise _broken(checkpoint_dir, f"{file.name} cannot be read ({_line(error)})") from error
 
 
 def blame_settings(error: DoesNotLoad, changed: Mapping[str, str], checkpoint_dir: Path) -> CheckpointError:
@@ -354,7 +493,7 @@ def load(
         CheckpointError: The checkpoint is broken.
         DoesNotLoad: It is, or it belongs to another configuration.
     """
-    verify(checkpoint_dir)
+    verify(checkpoint_dir, (TRAINING_STATE_DIR, ALGORITHM_DIR))
     state_dir = checkpoint_dir / TRAINING_STATE_DIR
     # LeRobot's loader would skip an optimizer that it does not find.
     missing = [name for name in optimizers if not (state_dir / name).is_dir()]
@@ -366,8 +505,23 @@ def load(
             load_file(checkpoint_dir / ALGORITHM_DIR / ALGORITHM_TENSORS), device=device
         )
         step = load_training_state(checkpoint_dir, optimizers)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except DAMAGE as error:
         raise DoesNotLoad(_refusal(checkpoint_dir, _line(error))) from error
+    tensors = {
+        **{
+            f"{ALGORITHM_DIR}/{ALGORITHM_TENSORS}: {key}": value
+            for key, value in algorithm.state_dict().items()
+        },
+        **{
+            f"{TRAINING_STATE_DIR}/{name}: {key} of tensor {number}": value
+            for name, optimizer in optimizers.items()
+            for number, own in optimizer.state_dict()["state"].items()
+            for key, value in own.items()
+            if isinstance(value, torch.Tensor)
+        },
+    }
+    if (broken := first_not_finite(tensors.items())) is not None:
+        raise _broken(checkpoint_dir, f"{broken} is not finite")
     return Resumed(step, counters)
 
 
@@ -378,11 +532,12 @@ def find_best(output_dir: Path) -> Path:
         CheckpointError: It is gone.
     """
     link = output_dir / CHECKPOINTS_DIR / BEST_CHECKPOINT_LINK
-    if not link.is_dir():
+    place = pointed_at(link)
+    if not place.is_dir():
         raise CheckpointError(
             f"the policy collapsed and the best checkpoint {link} is gone: resume from an earlier one"
         )
-    return link.resolve()
+    return place
 
 
 def pretrained_dir(checkpoint_dir: Path) -> Path:
@@ -469,13 +624,27 @@ def _write(aside: Path, state: TrainingState) -> None:
     state_dir = aside / TRAINING_STATE_DIR
     write_json(dict(state.counters), state_dir / COUNTERS)
     write_json({"format": FORMAT, "version": version(PACKAGE)}, state_dir / FORMAT_FILE)
-    write_json(_file_sizes(aside), state_dir / FILE_SIZES)
+    shutil.copyfile(pretrained_dir(aside) / TRAIN_CONFIG_NAME, state_dir / SETTINGS)
+    write_checksums(aside)
 
 
-def _file_sizes(directory: Path) -> dict[str, Any]:
-    """Bytes of each file under a directory but the list itself, by relative path."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != FILE_SIZES)
-    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+def write_checksums(checkpoint_dir: Path) -> None:
+    """Writes down what the files of a checkpoint are now."""
+    state_dir = checkpoint_dir / TRAINING_STATE_DIR
+    files = [path for path in sorted(checkpoint_dir.rglob("*")) if path.is_file()]
+    named = {path.relative_to(checkpoint_dir).as_posix(): path for path in files if path.name != CHECKSUMS}
+    sums = {name: None if _may_be_edited(name) else _checksum(path) for name, path in named.items()}
+    write_json(sums, state_dir / CHECKSUMS)
+
+
+def _may_be_edited(name: str) -> bool:
+    """Whether a file of a checkpoint holds settings: they are in force as they are found."""
+    return name.endswith(".json") and not name.startswith(f"{TRAINING_STATE_DIR}/")
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _synchronise(directory: Path) -> None:
@@ -508,8 +677,8 @@ def _keep_best(place: Path) -> None:
 
     A resumed run comes to the version of a best checkpoint a second time, and not always as good.
     """
-    best = place.with_name(BEST_CHECKPOINT_LINK)
-    if not best.is_dir() or best.resolve() != place.resolve():
+    best = pointed_at(place.with_name(BEST_CHECKPOINT_LINK))
+    if not best.is_dir() or best != place.resolve():
         return
     kept = place.with_name(place.name + KEPT)
     aside = kept.with_name(ASIDE + kept.name)
@@ -539,7 +708,13 @@ def _point_at(place: Path, name: str) -> None:
     link = place.with_name(name)
     aside = place.with_name(ASIDE + name)
     aside.unlink(missing_ok=True)
-    aside.symlink_to(place.name)
+    try:
+        aside.symlink_to(place.name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        aside.write_text(place.name, encoding="utf-8")
+        _fsync(aside)
     aside.replace(link)
     _fsync(place.parent)
 

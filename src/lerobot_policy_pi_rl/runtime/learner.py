@@ -214,6 +214,7 @@ class Learner:
         ):
             logger.info("Listening on %s:%d", self._server.host, self._server.port)
             checkpoint.remove_unfinished(self._output_dir)
+            checkpoint.mend_links(self._output_dir)
             if self._interventions is not None:
                 self._interventions.trim()
             self._report()
@@ -686,7 +687,7 @@ class Learner:
     def _status(self) -> dict[str, Any]:
         """How the run stands, as JSON can hold it."""
         row, progress = self._newest_row, self._progress
-        last = self._output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK
+        last = checkpoint.pointed_at(self._output_dir / CHECKPOINTS_DIR / LAST_CHECKPOINT_LINK)
         rates = {actor: rate for actor, rate in self._rates.items() if actor in self._gatherer.newest}
         sent = {
             str(actor): {"version": version, "sent_at": at, "env_steps_per_s": rates.get(actor, 0.0)}
@@ -715,7 +716,7 @@ class Learner:
                 "mean": row.get("rollout/staleness", 0.0),
                 "max": row.get("rollout/staleness_max", 0.0),
             },
-            "last_checkpoint": str(last.resolve()) if last.exists() else None,
+            "last_checkpoint": str(last) if last.is_dir() else None,
             "sent": sent,
             "actors_left": self._gatherer.actors_left,
             "dropped": {name.partition("/")[2]: count for name, count in self._dropped().items()},

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 import draccus
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import CONFIG_NAME
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HfHubHTTPError
 
 # Robots, cameras and teleoperators as LeRobot's own commands know them, so that `env.robot.type` is found.
 from lerobot.cameras import opencv  # noqa: F401
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig, parser
 from lerobot.configs.default import DatasetConfig
+from lerobot.configs.train import TRAIN_CONFIG_NAME
 from lerobot.datasets.utils import INFO_PATH
 from lerobot.envs import EnvConfig
 from lerobot.envs.configs import HILSerlRobotEnvConfig, LiberoEnv, ResetConfig
@@ -43,7 +44,8 @@ from ..configuration_pi_rl import PIRLConfig
 from ..errors import ConfigError, check, config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .access import is_loopback
-from .checkpoint import CheckpointError, find_last, verify
+from .checkpoint import DAMAGE, PARTS, CheckpointError, find_last, saved_settings, verify
+from .finite import first_not_finite
 from .observations import ObservationPath, offered_features
 from .packages import missing_simulator
 from .robots import SIMULATION, is_robot
@@ -319,9 +321,19 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
     def _resume_policy(self) -> None:
         """Takes the policy from the checkpoint to resume from."""
         self.checkpoint_path = self.find_checkpoint()
-        verify(self.checkpoint_path)
+        # An actor loads nothing but the policy.
+        verify(self.checkpoint_path, (PRETRAINED_MODEL_DIR,) if self.is_actor else PARTS)
         folder = self.checkpoint_path / PRETRAINED_MODEL_DIR
-        self.policy = self._read_policy(folder / CONFIG_NAME, stated_policy())
+        named = named_checkpoint()
+        stated = stated_policy() if named is None else edited_policy(self.checkpoint_path)
+        try:
+            self.policy = self._read_policy(folder / CONFIG_NAME, stated)
+        except DAMAGE as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME} cannot be read ({problem}); put it back as it was, or resume from another "
+                f"checkpoint in {self.checkpoint_path.parent}"
+            ) from error
         self.policy.pretrained_path = folder
 
     def _resume_folder(self) -> None:
@@ -379,7 +391,7 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
         """
         given = parser.get_cli_overrides("policy") or []
         overrides = [one for one in given if one.removeprefix("--").partition("=")[0] not in BEGINNINGS]
-        with tempfile.TemporaryDirectory() as aside:
+        with tempfile.TemporaryDirectory() as aside, _temporary_files_in(aside):
             write_json(with_stated({**load_json(file), **PUSH_DEFAULTS}, stated), Path(aside) / CONFIG_NAME)
             return PreTrainedConfig.from_pretrained(aside, cli_overrides=overrides)
 
@@ -435,6 +447,38 @@ def stated_policy() -> dict[str, Any]:
     content = None if is_of_checkpoint(path) else read_configuration(path)
     stated = (content or {}).get("policy") or {}
     return {name: value for name, value in stated.items() if name not in BEGINNINGS}
+
+
+def edited_policy(checkpoint_dir: Path) -> dict[str, Any]:
+    """What was edited of the policy in the file of a checkpoint by which a run is resumed, beside where it began."""
+    now = load_json(checkpoint_dir / PRETRAINED_MODEL_DIR / TRAIN_CONFIG_NAME).get("policy") or {}
+    edits = _edits(saved_settings(checkpoint_dir).get("policy") or {}, now)
+    return {name: value for name, value in edits.items() if name not in BEGINNINGS}
+
+
+def _edits(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are not what they were, section by section."""
+    edits: dict[str, Any] = {}
+    for name, value in now.items():
+        was = before.get(name)
+        if isinstance(was, Mapping) and isinstance(value, Mapping) and name not in WHOLE_SETTINGS:
+            value = _edits(was, value)
+            if not value:
+                continue
+        elif name in before and was == value:
+            continue
+        edits[name] = value
+    return edits
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: str) -> Iterator[None]:
+    """Has LeRobot put the file in which it hands settings to its parser, and which it leaves there, into a folder."""
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def with_stated(saved: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -515,18 +559,46 @@ def make_player(cfg: PIRLTrainConfig) -> Player:
         offered = offered_features(env_cfg, policy_cfg, cfg.rename_map)
         policy_cfg.input_features = {k: f for k, f in offered.items() if f.type != FeatureType.ACTION}
     torch.manual_seed(cfg.seed or 0)
-    policy = _make_policy(policy_cfg, env_cfg, cfg.rename_map)
-    preprocessor, postprocessor = make_pre_post_processors(
-        policy_cfg,
-        pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
-        pretrained_revision=policy_cfg.pretrained_revision if policy_cfg.pretrained_path else None,
-        preprocessor_overrides={
-            "device_processor": {"device": policy_cfg.device},
-            **preprocessor_settings(policy_cfg.base),
-        },
+    begins_with = policy_cfg.pretrained_path or policy_cfg.base_path
+    with _reading(begins_with, SAFETENSORS_SINGLE_FILE):
+        policy = _make_policy(policy_cfg, env_cfg, cfg.rename_map)
+    broken = first_not_finite(policy.named_parameters())
+    check(
+        broken is None,
+        "policy",
+        f"{begins_with} has weights that are not finite, in {broken}; take another checkpoint, such as an earlier one",
     )
+    with _reading(begins_with, "policy_preprocessor.json or policy_postprocessor.json"):
+        preprocessor, postprocessor = make_pre_post_processors(
+            policy_cfg,
+            pretrained_path=str(policy_cfg.pretrained_path) if policy_cfg.pretrained_path else None,
+            pretrained_revision=policy_cfg.pretrained_revision if policy_cfg.pretrained_path else None,
+            preprocessor_overrides={
+                "device_processor": {"device": policy_cfg.device},
+                **preprocessor_settings(policy_cfg.base),
+            },
+        )
     path = ObservationPath(policy_cfg.input_features or {}, env_cfg, policy_cfg, cfg.rename_map)
     return Player(policy.eval(), preprocessor, postprocessor, path)
+
+
+@contextlib.contextmanager
+def _reading(folder: str | Path | None, file: str) -> Iterator[None]:
+    """Makes one line of what libraries raise over a damaged file of a checkpoint.
+
+    Raises:
+        ConfigError: If reading fails, and there is such a folder: of the hub LeRobot tells itself.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        if folder is None or not Path(folder).is_dir():
+            raise
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise config_error(
+            "policy",
+            f"{file} of {folder} cannot be loaded ({problem}); put it back, or take another checkpoint",
+        ) from error
 
 
 def _make_policy(policy_cfg: PIRLConfig, env_cfg: EnvConfig, renamed: dict[str, str]) -> PIRLPolicy:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lerobot.utils.random_utils import get_rng_state, set_rng_state
 from torch import Tensor
 
 from ..algorithm.pi_rl import PIRLAlgorithm
+from .finite import first_not_finite
 
 # Largest part of the free memory that a copy may take, unless it is small (bytes).
 MEMORY_SHARE, SMALL = 0.5, 10**8
@@ -85,18 +86,6 @@ def check_trained(algorithm: PIRLAlgorithm, what: str, fix: str) -> None:
     """
     if (name := first_not_finite(_trained(algorithm).items())) is not None:
         raise NotFinite(f"{what} {name} not finite; {fix}")
-
-
-def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Name of the first tensor with a number that is not finite; None if all are.
-
-    On a GPU it waits for the device once, unless there is one.
-    """
-    named = [(name, tensor.detach()) for name, tensor in tensors if tensor.is_floating_point()]
-    finite = [tensor.isfinite().all() for _, tensor in named]
-    if not finite or bool(torch.stack([one.to(finite[0].device) for one in finite]).all()):
-        return None
-    return next(name for (name, _), one in zip(named, finite, strict=True) if not bool(one))
 
 
 def _trained(algorithm: PIRLAlgorithm) -> dict[str, Tensor]:
