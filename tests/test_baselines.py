@@ -84,6 +84,7 @@ class CountingEnvs:
             now,
             np.zeros_like(done),
             np.zeros_like(ones),
+            *[np.full(self.num_envs, "")] * 3,
         )
 
 

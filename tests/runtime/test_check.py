@@ -349,7 +349,9 @@ def test_only_what_was_executed_from_the_given_starts_counts_as_clipped() -> Non
     """Two environments, chunks of three steps with one component; the range is -1 to 1."""
     tally = check._Tally((np.array([-1.0]), np.array([1.0])), lambda count: None)
     none = np.zeros(2, dtype=bool)
-    outcome = ChunkStep(np.zeros(2), np.array([4, 5]), none, none, none, {}, {}, none, np.zeros(2))
+    outcome = ChunkStep(
+        np.zeros(2), np.array([4, 5]), none, none, none, {}, {}, none, np.zeros(2), *[np.array(["", ""])] * 3
+    )
     action = np.array([[[1.5], [1.0], [-1.0], [-2.0], [9.0]], [[9.0]] * 5])
     tally.watch(Turn(action, outcome, np.array([True, False]), 0.0, 0.0))
     # Of the first environment's four executed steps, two are out of range, one on each side; the second has no start.
@@ -496,10 +498,10 @@ def test_first_impression(solved: int, ode: tuple[int, int] | None, level: int, 
 
 def test_the_first_look_waits_for_enough_episodes_and_speaks_once() -> None:
     look = FirstLook(CollectionConfig(num_envs=4, num_actors=2), resumed=False)
-    half = {"episodes": 6, "successes": 3}
-    assert look.add([{"episodes": 8, "successes": 5}, {"episodes": 8, "successes": 5}], [half, half]) is None
+    half = {"judged": 6, "successes": 3}
+    assert look.add([{"judged": 8, "successes": 5}, {"judged": 8, "successes": 5}], [half, half]) is None
     # A later evaluation is not one from before training.
-    note = look.add([{"episodes": 16, "successes": 16}], [half, half])
+    note = look.add([{"judged": 16, "successes": 16}], [half, half])
     assert note is not None
     assert note.text.startswith("First 24 episodes: success 0.50 exploring, 0.62 by the ODE")
     assert look.add([], [half]) is None
@@ -507,12 +509,12 @@ def test_the_first_look_waits_for_enough_episodes_and_speaks_once() -> None:
 
 def test_an_evaluation_after_training_has_begun_is_not_the_one_before() -> None:
     look = FirstLook(CollectionConfig(num_envs=4), resumed=False)
-    assert look.add([], [{"episodes": 6, "successes": 3}]) is None
-    note = look.add([{"episodes": 16, "successes": 16}], [{"episodes": 6, "successes": 3}])
+    assert look.add([], [{"judged": 6, "successes": 3}]) is None
+    note = look.add([{"judged": 16, "successes": 16}], [{"judged": 6, "successes": 3}])
     assert note is not None
     assert "by the ODE" not in note.text
 
 
 def test_a_resumed_run_had_its_first_look() -> None:
     look = FirstLook(CollectionConfig(num_envs=1), resumed=True)
-    assert look.add([], [{"episodes": 100, "successes": 0}]) is None
+    assert look.add([], [{"judged": 100, "successes": 0}]) is None

@@ -1,10 +1,10 @@
 """The collector, on an environment that is stepped again by hand."""
 
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -12,13 +12,27 @@ from lerobot.envs import EnvConfig
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from lerobot_policy_pi_rl.algorithm.advantages import has_successor, time_order
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import CollectionConfig, PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 from lerobot_policy_pi_rl.algorithm.pi_rl import PIRLAlgorithm
+from lerobot_policy_pi_rl.algorithm.storage import prepare
+from lerobot_policy_pi_rl.runtime import environments
 from lerobot_policy_pi_rl.runtime.check import first_ratio_error
-from lerobot_policy_pi_rl.runtime.collector import Collector
+from lerobot_policy_pi_rl.runtime.collector import Collector, SuccessReports
+from lerobot_policy_pi_rl.runtime.pipeline import wire_spec
+from lerobot_policy_pi_rl.runtime.pool import ChunkStep
 from lerobot_policy_pi_rl.runtime.seeds import stream
-from lerobot_policy_pi_rl.runtime.wire import encode_interaction, finite_rows
+from lerobot_policy_pi_rl.runtime.wire import (
+    RolloutHeader,
+    decode_decisions,
+    encode_decisions,
+    encode_interaction,
+    finite_rows,
+)
+from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
+
+from .conftest import Line, LineConfig
 
 MakeCollector = Callable[..., Collector]
 Simulate = Callable[..., dict[str, Any]]
@@ -293,44 +307,276 @@ def test_environments_are_numbered_over_all_actors(make_collector: MakeCollector
     assert first.task == ["move right"] * 16
 
 
-def test_statistics_are_those_of_the_episodes_that_ended(make_collector: MakeCollector) -> None:
+def test_every_end_and_every_step_is_told(make_collector: MakeCollector) -> None:
     collector = make_collector(LONG)
     collector.restart(0)
     collected = [collector.collect(version) for version in range(2)]
     batch = DecisionBatch.concatenate([part.decisions for part in collected])
-    done = batch.terminated | batch.truncated
     statistics = [part.statistics for part in collected]
-    assert sum(part.episodes for part in statistics) == int(done.sum())
-    assert sum(part.successes for part in statistics) == int(batch.success.sum())
+    assert sum(part.ended for part in statistics) == int((batch.terminated | batch.truncated).sum())
     assert sum(part.env_steps for part in statistics) == int(batch.executed.sum())
-    # The episodes that still run are not in the sums yet.
-    running = [int(np.flatnonzero(done[batch.env == env].numpy())[-1]) + 1 for env in range(4)]
-    ended = torch.cat([(batch.env == env).nonzero()[:last, 0] for env, last in enumerate(running)])
-    assert sum(part.length_sum for part in statistics) == int(batch.executed[ended].sum())
-    assert sum(part.return_sum for part in statistics) == pytest.approx(
-        float(batch.reward[ended].sum()), rel=1e-5
+
+
+class Coin(Line):
+    """Solved at its first step from an odd start, never from an even one: half of the starts."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.lucky = bool(seed % 2)
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        return super().step(action)[0], float(self.lucky), self.lucky, False, {"is_success": self.lucky}
+
+
+@EnvConfig.register_subclass("test_coin")
+@dataclass
+class CoinConfig(LineConfig):
+    episode_length: int = 8
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        return {"coin": {0: gym.vector.SyncVectorEnv([lambda: Coin(self.limit)] * n_envs)}}
+
+
+COIN = ("--env.type=test_coin", "--policy.n_action_steps=1", "--algorithm.collection.num_envs=32")
+
+
+def test_success_is_that_of_all_episodes_that_began_early_enough(make_collector: MakeCollector) -> None:
+    """Solved episodes end at once and failed ones after 8 decisions: of those that have ended, too many are solved."""
+    collector = make_collector(*COIN)
+    collector.restart(0)
+    collected = [collector.collect(version) for version in range(8)]
+    statistics = [part.statistics for part in collected]
+    # Nothing that has begun must have ended in the first quota of four decisions.
+    assert statistics[0].episodes == 0
+    assert statistics[0].ended > 16
+    batch = DecisionBatch.concatenate([part.decisions for part in collected])
+    began, solved = [], []
+    for env in range(32):
+        rows = (batch.env == env).nonzero()[:, 0]
+        done = (batch.terminated | batch.truncated)[rows]
+        # Where an episode begins; the first one of an environment may be cut and does not count where it would be.
+        starts = [int(row) + 1 for row in done.nonzero()[:, 0]]
+        cut_after = int(env * (1 + 5**0.5) / 2 % 1 * 8)
+        began += [0] * (cut_after == 0) + starts
+        firsts = [0] * (cut_after == 0) + starts
+        solved += [bool(batch.success[rows[first]]) if first < len(rows) else None for first in firsts]
+    for quota in range(8):
+        due = [row for row, first in enumerate(began) if 4 * quota < first + 8 <= 4 * quota + 4]
+        assert statistics[quota].episodes == statistics[quota].judged == len(due)
+        assert statistics[quota].successes == sum(bool(solved[row]) for row in due)
+        # A solved one has one step and a return of 1, another one 8 steps and none.
+        assert statistics[quota].length_sum == 8 * len(due) - 7 * statistics[quota].successes
+        assert statistics[quota].return_sum == statistics[quota].successes
+    counted = sum(part.episodes for part in statistics)
+    assert counted > 100
+    assert sum(part.successes for part in statistics) / counted == pytest.approx(0.5, abs=0.1)
+    assert collected[-1].by_task == {"episodes/move right": 0, "successes/move right": 0} | {
+        "episodes/move right": statistics[-1].episodes,
+        "successes/move right": statistics[-1].successes,
+    }
+
+
+def test_a_restart_forgets_episodes_that_do_not_count_yet(make_collector: MakeCollector) -> None:
+    collector = make_collector(*COIN)
+    for version in (0, 1):
+        collector.restart(version)
+        assert collector.collect(version).statistics.episodes == 0
+
+
+class Faulty(Line):
+    """Fails at the third step of an episode whose start is divisible by three."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.faulty = seed % 3 == 0
+        return super().reset(seed=seed)
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        observation, reward, _, over, _ = super().step(np.zeros(2, np.float32))
+        if self.faulty and observation["agent_pos"][1] == 3:
+            raise OSError("the simulator has crashed")
+        return observation, reward, False, over, {"is_success": over}
+
+
+@EnvConfig.register_subclass("test_faulty")
+@dataclass
+class FaultyConfig(LineConfig):
+    episode_length: int = 5
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        return {"faulty": {0: gym.vector.SyncVectorEnv([lambda: Faulty(5)] * n_envs)}}
+
+
+FAULTY = ("--env.type=test_faulty", "--policy.n_action_steps=1", "--algorithm.collection.decisions=9")
+
+
+@pytest.mark.parametrize("envs", [1, 3])
+def test_what_an_environment_failed_in_is_not_collected(
+    make_collector: MakeCollector, monkeypatch: pytest.MonkeyPatch, envs: int
+) -> None:
+    monkeypatch.setattr(environments, "MAX_FAILURES", 1000)
+    collector = make_collector(*FAULTY, f"--algorithm.collection.num_envs={envs}")
+    collector.restart(0)
+    quotas = 20 if envs == 1 else 6
+    collected = [collector.collect(version) for version in range(quotas)]
+    batch = DecisionBatch.concatenate([part.decisions for part in collected])
+    assert collector.failures > 2
+    # Where every environment has failed in a decision, one more is made.
+    assert len(batch) == quotas * 9 if envs == 1 else len(batch) == quotas * 9 * envs - collector.failures
+    assert (batch.executed == 1).all()
+    # After two steps of a faulty start the third is missing, and its number with it: what came before has lost it.
+    ordered = batch.select(time_order(batch.env, batch.index))
+    steps = ordered.observation[OBS_STATE][:, 1].tolist()
+    follows = has_successor(ordered).tolist()
+    lost = [
+        row
+        for row in range(len(ordered) - 1)
+        if steps[row] == 1 and steps[row + 1] == 0 and ordered.env[row] == ordered.env[row + 1]
+    ]
+    assert len(lost) > 1
+    assert not any(follows[row] for row in lost)
+    # Only whole episodes count, and those are solved.
+    statistics = [part.statistics for part in collected]
+    assert sum(part.ended for part in statistics) == int(batch.terminated.sum() + batch.success.sum())
+    assert sum(part.successes for part in statistics) == sum(part.episodes for part in statistics) > 0
+    assert sum(part.length_sum for part in statistics) == 5 * sum(part.episodes for part in statistics)
+
+
+class Silent(Line):
+    """Says nothing of success."""
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        observation, reward, _, over, _ = super().step(action)
+        return observation, reward, False, over, {"speed": 1.0, "height": 2.0}
+
+
+@EnvConfig.register_subclass("test_silent")
+@dataclass
+class SilentConfig(LineConfig):
+    episode_length: int = 5
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        return {"silent": {0: gym.vector.SyncVectorEnv([lambda: Silent(5)] * n_envs)}}
+
+
+def test_an_environment_that_does_not_tell_success_is_named_once(
+    make_collector: MakeCollector, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector = make_collector("--env.type=test_silent", LONG)
+    collector.restart(0)
+    collected = [collector.collect(version) for version in range(2)]
+    assert [part.statistics.judged for part in collected] == [0, 0]
+    assert collected[0].statistics.episodes > 0
+    assert [part.by_task for part in collected] == [{}, {}]
+    (line,) = [record.message for record in caplog.records if record.name.endswith("collector")]
+    assert "none said whether its task was solved" in line
+    assert "the last info had: height, speed; training goes on by the environment's reward" in line
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [("--algorithm.collection.reward=success",), ("--algorithm.collection.task_focus=0.5", "--save_freq=1")],
+)
+def test_where_success_is_needed_an_environment_without_it_is_refused(
+    make_collector: MakeCollector, setting: tuple[str, ...]
+) -> None:
+    collector = make_collector("--env.type=test_silent", LONG, *setting)
+    collector.restart(0)
+    name = setting[0].removeprefix("--")
+    with pytest.raises(EnvironmentFailed, match=f"had: height, speed; {name} cannot work without") as caught:
+        collector.collect(0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_report_of_success_alone_makes_silence_a_failure() -> None:
+    none, both = np.zeros(2, dtype=bool), np.ones(2, dtype=bool)
+    plain = ChunkStep(
+        np.zeros(2), np.ones(2), none, both, none, {}, {}, none, np.zeros(2), *[np.array(["", ""])] * 3
     )
+    reports = SuccessReports(CollectionConfig(num_envs=4, reward="success"))
+    silent = replace(plain, unjudged=np.array(["x", ""]), success=np.array([False, False]), truncated=~both)
+    for _ in range(3):
+        reports.take(silent)
+        assert not reports.known
+    reports.take(replace(plain, success=np.array([False, True]), truncated=none))
+    assert reports.known
+    for _ in range(9):
+        reports.take(silent)
+
+
+def test_the_text_of_each_episode_travels_with_its_decisions(
+    make_collector: MakeCollector, make_cfg: Callable
+) -> None:
+    collector = make_collector("--env.type=test_named", LONG, "--algorithm.collection.num_workers=2")
+    collector.restart(0)
+    batch = collector.collect(0).decisions
+    # The start tells the seed, which the text names.
+    for row, text in enumerate(batch.task):
+        assert text == f"start {int(batch.observation[OBS_STATE][row, 0])}"
+    assert len(set(batch.task)) > 8
+    sent = decode_decisions(
+        encode_decisions(batch, RolloutHeader(0, 0, 0)),
+        wire_spec(make_cfg("--env.type=test_named", LONG), collector._player),
+    )
+    assert sent.decisions.task == batch.task
+    seen: list[list[str]] = []
+
+    def preprocess(observation: dict[str, Tensor], task: list[str]) -> dict[str, Any]:
+        seen.append(task)
+        return dict(observation)
+
+    rollout = prepare(batch, preprocess)
+    assert seen[0] == rollout.decisions.task
+    # What follows is read with the text of its own episode.
+    for place, row in enumerate(rollout.decisions.next_row.tolist()):
+        assert seen[1][place] == rollout.decisions.task[row]
+        final = rollout.decisions.next_observation[OBS_STATE][place]
+        assert seen[1][place] == f"start {int(final[0])}"
+    # Statistics are by the name that stays.
+    assert collector._groups[0].envs.names == ["count"] * 2
+
+
+class NamedStart(Line):
+    """Names its task at each reset; its state says which start it has."""
+
+    task, task_description = "count", ""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        self.state = np.array([seed % 1000, 0], np.float32)
+        self.task_description = f"start {seed % 1000}"
+        return {"agent_pos": self.state}, {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        observation, _, _, over, _ = super().step(np.zeros(2, np.float32))
+        return observation, 0.0, False, over, {"is_success": False}
+
+
+@EnvConfig.register_subclass("test_named")
+@dataclass
+class NamedConfig(LineConfig):
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        return {"named": {0: gym.vector.SyncVectorEnv([lambda: NamedStart(5)] * n_envs)}}
 
 
 def test_a_reward_that_is_no_number_is_in_no_sum(
     make_collector: MakeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The actor goes on; the learner drops and counts the decision."""
-    line = sys.modules[EnvConfig.get_choice_class("test_line").__module__].Line
-    plain, taken = line.step, []
+    plain, taken = Coin.step, []
 
     def step(self: Any, action: np.ndarray) -> tuple:
         observation, reward, *others = plain(self, action)
         taken.append(reward)
-        return observation, float("nan") if len(taken) == 5 else reward, *others
+        # Every environment's third step, which is no first one of each.
+        return observation, float("nan") if 64 <= len(taken) < 96 else reward, *others
 
-    monkeypatch.setattr(line, "step", step)
-    collector = make_collector(LONG)
+    monkeypatch.setattr(Coin, "step", step)
+    collector = make_collector(*COIN, "--algorithm.collection.num_workers=0", LONG)
     collector.restart(0)
     collected = collector.collect(0)
-    assert int((~finite_rows(collected.decisions)).sum()) == 1
+    assert int((~finite_rows(collected.decisions)).sum()) == 32
     assert np.isfinite(collected.statistics.return_sum)
-    assert collected.statistics.return_sum != 0
+    assert collected.statistics.return_sum > 0
     assert encode_interaction(asdict(collected.statistics))
 
 

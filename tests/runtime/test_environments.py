@@ -5,17 +5,20 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
+import torch
 from gymnasium import spaces
 from lerobot.envs.configs import EnvConfig
 
 from lerobot_policy_pi_rl.envs.configuration_metaworld_state import MetaworldStateEnv
-from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv, first_ready
-from lerobot_policy_pi_rl.runtime.pool import ChunkStep, nested
+from lerobot_policy_pi_rl.runtime.environments import MAX_FAILURES, ChunkedVectorEnv, first_ready
+from lerobot_policy_pi_rl.runtime.pool import ChunkStep, _Slot, nested, reported_success
+from lerobot_policy_pi_rl.runtime.workers import EnvironmentFailed
 
 WORKERS = [0, 1, 2]
 
@@ -32,6 +35,8 @@ class Counter(gym.Env):
         self.seen = np.zeros(1)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        if seed == -9:
+            raise ValueError("no such start")
         self.steps = 0
         self.seen[0] = seed
         return {"pixels": {"top": self.seen}}, {}
@@ -238,43 +243,209 @@ def test_metaworld_is_the_same_in_one_process_or_in_several() -> None:
             np.testing.assert_array_equal(here, there)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_environments_error_arrives_in_one_line(workers: int) -> None:
-    vector = ChunkedVectorEnv(CounterConfig(), 3, workers)
-    vector.reset(np.arange(3))
-    with pytest.raises(RuntimeError, match="failed: ValueError: the gripper fell off") as caught:
-        vector.step(chunk(2, command=-1), np.arange(3))
+def commands(*ones: float) -> np.ndarray:
+    """One action for each environment."""
+    actions = np.zeros((len(ones), 1, 2))
+    actions[:, 0, 0] = ones
+    return actions
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_an_environment_that_raises_is_made_anew_and_the_others_go_on(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ChunkedVectorEnv(CounterConfig(limit=3), 3, workers, first=6) as vector:
+        vector.reset(np.array([100, 200, 300]))
+        vector.step(commands(0, 0, 0), np.arange(3))
+        step = vector.step(commands(0, -1, 0), np.array([400, 500, 600]))
+        assert step.failure.tolist() == ["", "ValueError: the gripper fell off", ""]
+        assert step.executed.tolist() == [1, 0, 1]
+        assert (step.truncated.tolist(), step.terminated.any()) == ([False, True, False], False)
+        np.testing.assert_array_equal(step.observation["pixels/top"].ravel(), [102, 500, 302])
+        assert vector.failures == 1
+        # The new one begins with no step behind it, the others have had two.
+        step = vector.step(chunk(2), np.arange(3))
+        assert step.executed.tolist() == [1, 2, 1]
+    (line,) = [record.message for record in caplog.records if record.name.endswith("environments")]
+    assert line.startswith(
+        "environment 7 failed: ValueError: the gripper fell off; 1 running episode(s) dropped"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_environment_that_always_raises_ends_in_one_line(workers: int) -> None:
+    with ChunkedVectorEnv(CounterConfig(), 2, workers) as vector:
+        vector.reset(np.arange(2))
+        for _ in range(MAX_FAILURES):
+            vector.step(commands(-1, 0), np.arange(2))
+        with pytest.raises(
+            EnvironmentFailed, match=r"failed 11 times within an hour.*gripper fell off"
+        ) as caught:
+            vector.step(commands(-1, 0), np.arange(2))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(RuntimeError, match="are closed"):
+            vector.reset(np.arange(2))
+
+
+def test_an_environment_that_cannot_begin_is_one_line() -> None:
+    with pytest.raises(EnvironmentFailed, match="failed: ValueError: no such start") as caught:
+        ChunkedVectorEnv(CounterConfig(), 3, 1).reset(np.array([1, -9, 1]))
     assert "\n" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="are closed"):
-        vector.reset(np.arange(3))
 
 
-def test_a_worker_that_dies_in_a_chunk_is_reported() -> None:
-    with ChunkedVectorEnv(CounterConfig(), 3, 2) as vector:
-        vector.reset(np.arange(3))
-        with pytest.raises(RuntimeError, match=r"died \(SIGKILL\)"):
-            vector.step(chunk(2, command=-2), np.arange(3))
+def test_workers_that_are_stuck_or_die_are_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    """One that stands still in a chunk, then one that is killed before a reset; what replaces them is spawned."""
+    config = MetaworldStateEnv(task="reach-v3,push-v3", episode_length=20)
+    seeds, actions = np.array([10, 20, 30]), np.zeros((3, 2, 4), np.float32)
+    with ChunkedVectorEnv(config, 3, 2, step_timeout=2.0) as vector, ChunkedVectorEnv(config, 3, 0) as alone:
+        for each in (vector, alone):
+            each.deal(np.array([0, 1, 1]))
+            each.reset(np.arange(3))
+        stuck = psutil.Process(vector._workers[1].process.pid)
+        stuck.suspend()
+        step, expected = vector.step(actions, seeds), alone.step(actions, seeds)
+        # Environments 1 and 2 share a worker.
+        assert step.failed.tolist() == [False, True, True]
+        assert (step.executed.tolist(), step.truncated.tolist()) == ([2, 0, 0], [False, True, True])
+        np.testing.assert_array_equal(step.observation["agent_pos"][0], expected.observation["agent_pos"][0])
+        # Their next episodes have begun, in the tasks that they were dealt.
+        begun = alone.reset(seeds)["agent_pos"]
+        np.testing.assert_array_equal(step.observation["agent_pos"][1:], begun[1:])
+        assert vector.tasks == alone.tasks
+        assert vector.failures == 2
+        assert not stuck.is_running()
 
-
-def test_a_worker_killed_between_chunks_is_reported() -> None:
-    with ChunkedVectorEnv(CounterConfig(), 3, 2) as vector:
-        vector.reset(np.arange(3))
-        process = vector._workers[1].process
+        process = vector._workers[0].process
         process.kill()
         process.join()
-        with pytest.raises(RuntimeError, match=r"environments 1 to 2 .* died \(SIGKILL\)"):
-            vector.step(chunk(2), np.arange(3))
+        np.testing.assert_array_equal(vector.reset(seeds)["agent_pos"], begun)
+        assert not vector.step(actions, seeds).failed.any()
+        assert vector.failures == 3
+    assert "environments 1 to 2" in caplog.text
+    assert "did not answer in time" in caplog.text
+    assert "died (SIGKILL)" in caplog.text
 
 
-def test_a_stuck_worker_is_given_up() -> None:
-    vector = ChunkedVectorEnv(CounterConfig(), 2, 2, step_timeout=0.5)
-    vector.reset(np.arange(2))
-    actions = chunk(1, num_envs=2)
-    actions[1, 0, 0] = -3
-    processes = [psutil.Process(worker.process.pid) for worker in vector._workers]
-    with pytest.raises(RuntimeError, match="did not answer in time"):
-        vector.step(actions, np.arange(2))
-    assert not any(process.is_running() for process in processes)
+class Boxed(Counter):
+    """Accepts only what is in its action space, as environments that check it do, and shows what it was given."""
+
+    action_space = spaces.Box(np.array([-0.1, -np.inf]), np.array([0.5, np.inf]), dtype=np.float64)
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        assert self.action_space.contains(action)
+        observation, _, *others = super().step(np.zeros(2))
+        return observation, float(action[0] + action[1]), *others
+
+
+def test_what_is_executed_is_within_the_action_space() -> None:
+    slot = _Slot(lambda: Boxed(5, 100), None, "environment", 0)
+    slot.reset(0)
+    actions = np.array([[2.0, 100.0], [-2.0, 0.0], [0.25, -7.0]], dtype=np.float32)
+    assert slot.step(actions, 0, False).reward == 0.5 + 100 - 0.1 + 0.25 - 7
+
+
+class Renamed(Counter):
+    """Names its task at each reset, as LeRobot's robocasa, vlabench and robotwin do."""
+
+    def __init__(self, length: int = 0) -> None:
+        super().__init__(limit=2, cut=100)
+        self.task, self.task_description, self.length = "pick", "", length
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.task_description = f"pick number {seed}" + "!" * self.length
+        return super().reset(seed=seed)
+
+
+@EnvConfig.register_subclass("test_renamed")
+@dataclass
+class RenamedConfig(CounterConfig):
+    length: int = 0
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
+        return {"renamed": {0: gym.vector.SyncVectorEnv([lambda: Renamed(self.length)] * n_envs)}}
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_the_task_is_what_the_environment_calls_it_in_each_episode(workers: int) -> None:
+    with ChunkedVectorEnv(RenamedConfig(), 2, workers) as vector:
+        assert vector.names == ["pick", "pick"]
+        vector.reset(np.array([4, 5]))
+        assert vector.tasks == ["pick number 4", "pick number 5"]
+        vector.step(commands(0, 0), np.array([6, 7]))
+        assert vector.tasks == ["pick number 4", "pick number 5"]
+        step = vector.step(commands(0, -1), np.array([8, 9]))
+        assert step.task.tolist() == vector.tasks == ["pick number 8", "pick number 9"]
+        assert vector.names == ["pick", "pick"]
+
+
+def test_a_task_text_that_no_learner_takes_is_one_line() -> None:
+    with (
+        ChunkedVectorEnv(RenamedConfig(length=5000), 2, 0) as vector,
+        pytest.raises(
+            EnvironmentFailed, match=r"task text has 5,013 characters, at most 4,096.*'pick number 4"
+        ),
+    ):
+        vector.reset(np.array([4, 5]))
+
+
+# Success
+
+
+@pytest.mark.parametrize(
+    ("info", "solved"),
+    [
+        ({}, None),
+        ({"reward": 1.0, "successes": 1}, None),
+        ({"is_success": True}, True),
+        ({"is_success": np.bool_(False)}, False),
+        ({"success": 1.0}, True),
+        ({"success": np.float32(0.0)}, False),
+        ({"succeed": np.array([True])}, True),
+        ({"success": torch.tensor([False])}, False),
+        ({"success": np.nan}, None),
+        ({"success": "no"}, None),
+        ({"is_success": False, "final_info": {"is_success": True}}, True),
+        ({"final_info": {"success": np.array([1.0]), "_success": np.array([True])}}, True),
+        ({"final_info": {"success": np.array([1.0]), "_success": np.array([False])}}, None),
+        ({"final_info": [None, {"is_success": True}]}, True),
+        ({"final_info": np.array([None, {"success": False}], dtype=object)}, False),
+        ({"final_info": None}, None),
+    ],
+)
+def test_success_is_understood_as_environments_spell_it(info: dict, solved: bool | None) -> None:
+    assert reported_success(info) is solved
+
+
+class Silent(Counter):
+    """Says nothing of success, but for what `says` gives."""
+
+    says: ClassVar[dict[int, dict]] = {}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        *others, _ = super().step(action)
+        return *others, {"speed": 3, "distance": 0.1} | self.says.get(self.steps, {})
+
+
+class AtTheEnd(Silent):
+    says: ClassVar = {2: {"final_info": {"success": True}}}
+
+
+class InTheMiddle(Silent):
+    says: ClassVar = {1: {"success": np.float64(0)}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "success", "unjudged"),
+    [(Silent, False, "distance, speed"), (AtTheEnd, True, ""), (InTheMiddle, False, "")],
+)
+def test_an_episode_without_a_word_on_success_names_what_there_was(
+    kind: type[Counter], success: bool, unjudged: str
+) -> None:
+    slot = _Slot(lambda: kind(2, 100), None, "environment", 0)
+    slot.reset(0)
+    assert slot.step(np.zeros((1, 2)), 0, False).unjudged == ""
+    done = slot.step(np.zeros((1, 2)), 0, False)
+    assert (done.success, done.unjudged) == (success, unjudged)
 
 
 def test_workers_ignore_ctrl_c() -> None:

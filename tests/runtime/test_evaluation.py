@@ -1,19 +1,21 @@
 """The evaluation during training: every start once, in order, by the ODE."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import OBS_STATE
 
 from lerobot_policy_pi_rl.runtime.collector import Collector, Interrupted
 from lerobot_policy_pi_rl.runtime.evaluation import evaluate
 from lerobot_policy_pi_rl.runtime.seeds import torch_seed
 
-from .conftest import Fate
+from .conftest import Fate, LineConfig
 
 MakeCollector = Callable[..., Collector]
 FATE = "--env.fate=true"
@@ -52,8 +54,15 @@ def test_success_counts_at_any_step(make_collector: MakeCollector, early_success
     np.testing.assert_array_equal(result.success, seeds % 2 == 1)
 
 
+@EnvConfig.register_subclass("test_limited_fate")
+@dataclass
+class LimitedFateConfig(LineConfig):
+    fate: bool = True
+    episode_length: int = 8
+
+
 def test_success_of_training_counts_at_any_step(make_collector: MakeCollector, early_success: None) -> None:
-    collector = make_collector(FATE, "--algorithm.collection.num_envs=16")
+    collector = make_collector("--env.type=test_limited_fate", "--algorithm.collection.num_envs=16")
     collector.restart(0)
     found = [collector.collect(version).statistics for version in range(4)]
     episodes, successes = (sum(getattr(one, name) for one in found) for name in ("episodes", "successes"))
@@ -109,3 +118,30 @@ def test_one_environment_is_what_a_loop_by_hand_gives(
         success.append(outcome["success"])
     assert result.success.tolist() == success
     assert result.env_steps == steps
+
+
+def test_a_start_in_which_the_environment_fails_is_run_again(
+    make_collector: MakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three starts fail once each: in the middle, as the last one of an environment, and as the only one."""
+    fails, step = {503, 507, 521}, Fate.step
+
+    def fail_once(self: Any, action: np.ndarray) -> tuple:
+        if self.state[1] == 1 and self.seed in fails:
+            fails.remove(self.seed)
+            raise OSError("the simulator has crashed")
+        return step(self, action)
+
+    def reset(self: Any, *, seed: int, options: dict | None = None) -> tuple[dict, dict]:
+        self.seed, self.last, self.lucky = seed, 2 + seed % 7, bool(seed % 2)
+        return super(Fate, self).reset(seed=seed)
+
+    monkeypatch.setattr(Fate, "step", fail_once)
+    monkeypatch.setattr(Fate, "reset", reset)
+    collector = make_collector(FATE)
+    for seeds in (np.arange(500, 510), np.array([520, 521])):
+        result = evaluate(collector._player, collector._groups, seeds)
+        np.testing.assert_array_equal(result.success, seeds % 2 == 1)
+        np.testing.assert_array_equal(result.length, 2 + seeds % 7)
+    assert not fails
+    assert collector.failures == 3

@@ -30,7 +30,9 @@ from lerobot_policy_pi_rl.runtime.wire import (
 
 VERSION, QUOTA, SOON = 7, 16, 20.0
 PLAIN = {
+    "ended": 3,
     "episodes": 2,
+    "judged": 2,
     "successes": 1,
     "return_sum": 3.5,
     "length_sum": 40,
@@ -438,7 +440,7 @@ def test_a_missing_statistic_is_rejected(scene: Scene) -> None:
     scene.room.interactions.put(Received(0, told), lambda: True)
     scene.deliver(0)
     assert len(gather(scene).collections) == 1
-    assert "episodes" in scene.room.rejected[0][2]
+    assert "ended" in scene.room.rejected[0][2]
 
 
 def test_evaluations_come_with_the_iteration_they_were_asked_for(scene: Scene) -> None:

@@ -41,7 +41,7 @@ from lerobot_policy_pi_rl.runtime.snapshot import NotFinite
 from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
 from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
-from .conftest import SOON, MakeConfig, Train, as_actor, run_actor
+from .conftest import SOON, Line, MakeConfig, Train, as_actor, run_actor
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -353,7 +353,7 @@ def test_a_validation_of_few_starts_decides_nothing(
     def send_a_share(client: LearnerClient, values: dict[str, Any], *rest: Any) -> None:
         """As the one actor of three that is left, which has four of the ten starts."""
         if values["kind"] == "evaluation":
-            values = values | {"episodes": 4, "successes": found.pop(0) if found else 0}
+            values = values | {"episodes": 4, "judged": 4, "successes": found.pop(0) if found else 0}
         send(client, values, *rest)
 
     monkeypatch.setattr(LearnerClient, "send_interaction", send_a_share)
@@ -932,3 +932,23 @@ def test_rollouts_are_read_once() -> None:
 def test_metrics_have_the_names_of_their_page() -> None:
     stats = TrainingStats(losses={"value_loss": 1.0}, grad_norms={"policy": 2.0}, extra={"approx_kl": 3.0})
     assert learning_metrics(stats) == {"loss/value": 1.0, "gradient/policy_norm": 2.0, "ppo/approx_kl": 3.0}
+
+
+def test_a_run_without_success_has_no_success_in_its_metrics(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Absent, not 0; nothing is the best, and a wanted success ends the run."""
+    step = Line.step
+    monkeypatch.setattr(Line, "step", lambda self, action: (*step(self, action)[:4], {"speed": 1.0}))
+    rows = train("--steps=4", "--algorithm.collection.num_workers=0", *VALIDATED)
+    assert len(iterations(rows)) == 4
+    assert iterations(rows)[-1]["progress/episodes"] > 0
+    assert not any(name.startswith(("rollout/success", "eval/")) for row in rows for name in row)
+    assert not (tmp_path / "run" / "checkpoints" / "best").exists()
+    assert caplog.text.count("none said whether its task was solved") == 1
+    caplog.clear()
+    rows = train("--steps=4", "--algorithm.stop_success=0.9", *VALIDATED, folder="wanted")
+    assert len(iterations(rows)) == 1
+    assert (
+        "Training ends early: the environments do not say which validation starts were solved" in caplog.text
+    )

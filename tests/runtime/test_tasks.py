@@ -54,6 +54,8 @@ class Chore(Line):
 class ChoresConfig(LineConfig):
     """Three chores, the last of which nobody can do."""
 
+    episode_length: int = 2
+
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict:
         makers = [[lambda number=number: Chore(number)] * n_envs for number in range(3)]
         return {"chores": {number: gym.vector.SyncVectorEnv(make) for number, make in enumerate(makers)}}

@@ -183,7 +183,8 @@ class Actor:
             # Before all that takes long, because it forks: no thread of gRPC or torch may run yet.
             groups = make_groups(env_cfg, self._collection, policy_cfg.device or "cpu", stop)
             made.callback(_close, groups)
-            own = make_eval_groups(env_cfg, self._collection) if cfg.env_eval_freq > 0 else []
+            reports = groups[0].reports
+            own = make_eval_groups(env_cfg, self._collection, reports) if cfg.env_eval_freq > 0 else []
             made.callback(_close, own)
             # Where the policy is validated.
             self._groups, self._eval_groups = groups, own or groups
@@ -278,10 +279,11 @@ class Actor:
                 "version": version,
                 "part": 0,
                 "episodes": len(share),
+                "judged": len(share) if result.known else 0,
                 "successes": int(result.success.sum()),
                 "env_steps": result.env_steps,
                 "seconds": time.perf_counter() - began,
-                **count_by_task(result.tasks, result.success),
+                **(count_by_task(result.tasks, result.success) if result.known else {}),
             },
             self._stop,
         )
@@ -309,7 +311,14 @@ class Actor:
     def _counted(self) -> dict[str, Scalar]:
         """What this process has dropped and tried again since it started."""
         unkept = self._shown.given_up + self._collector.unkept_steps
-        return {"process": self._process, **self._client.counts, "unkept_steps": unkept}
+        own = 0 if self._eval_groups is self._groups else sum(g.envs.failures for g in self._eval_groups)
+        failed = self._collector.failures + own
+        return {
+            "process": self._process,
+            **self._client.counts,
+            "unkept_steps": unkept,
+            "failed_episodes": failed,
+        }
 
     def _send_message(self, payload: bytes) -> None:
         self._client.send_decisions(payload, self._stop)

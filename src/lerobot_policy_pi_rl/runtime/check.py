@@ -17,6 +17,7 @@ from .evaluation import Choose, Evaluation, Turn, by_exploring, by_ode, play
 from .findings import LATE, Findings
 from .pipeline import PIRLTrainConfig, Player, parts
 from .seeds import VALIDATION_SEED
+from .workers import EnvironmentFailed
 
 # How exploration is measured: each of the starts this often. Eight tries tell a start that is never solved from one
 # that is solved every third time in 19 of 20 cases.
@@ -61,7 +62,7 @@ class _Tally:
 
 def count_starts(groups: list[Group]) -> int:
     """How many starts are tried with the noise of exploration."""
-    tasks = {task for group in groups for task in group.envs.tasks}
+    tasks = {task for group in groups for task in group.envs.names}
     return max(STARTS, STARTS_PER_TASK * len(tasks))
 
 
@@ -81,6 +82,9 @@ def measure(
 
     It uses the starts of validation and of training, never those of a reported evaluation.
 
+    Raises:
+        EnvironmentFailed: The environments do not tell success.
+
     Args:
         cfg: Validated configuration, with at least one start for the ODE (`eval.n_episodes`).
         player: The policy.
@@ -94,6 +98,11 @@ def measure(
     ode, exploring = _Tally(limits, progress), _Tally(limits, progress)
     starts = VALIDATION_SEED + np.arange(max(count, explored))
     deployed = play(player, eval_groups, starts[:count], ode.guard(by_ode(player)), watch=ode.watch)
+    if not deployed.known:
+        raise EnvironmentFailed(
+            "the environments do not say which starts were solved, and that is what is measured; add "
+            "info['is_success'] in a wrapper"
+        )
     # One round after the other, so that a start always has the same environment and with it the same task.
     choose = exploring.guard(by_exploring(player))
     rounds = [

@@ -1,6 +1,7 @@
 """Turns weights into decisions: a policy that explores in a vector of environments."""
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,9 @@ from .pool import ChunkStep, Observation
 from .robots import RobotVector, is_robot
 from .seeds import TRAINING_SEEDS, stream, torch_seed
 from .tasks import count_by_task, deal
+from .workers import EnvironmentFailed
+
+logger = logging.getLogger(__name__)
 
 GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
@@ -36,18 +40,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EpisodeStatistics:
-    """What the episodes that ended during one collection were like; those cut on demand do not count.
+    """What the episodes were like whose time limit has passed during one collection, however long they took.
+
+    Counted when they end, the short ones would come first after a restart, and those are mostly solved. An episode that
+    is cut on demand does not count, nor does one whose environment failed. Without a time limit one counts at its end.
 
     Attributes:
-        episodes: How many ended.
+        ended: How many episodes ended, counted or not.
+        episodes: How many count.
+        judged: Of how many of these it is known whether they were solved: of all, or of none.
         successes: How many of them were solved.
-        return_sum: Sum of their returns.
+        return_sum: Sum of the returns of those that count.
         length_sum: Sum of their lengths, in environment steps.
         env_steps: Environment steps executed, of ended and running episodes.
         seconds: How long the collection took.
     """
 
+    ended: int
     episodes: int
+    judged: int
     successes: int
     return_sum: float
     length_sum: int
@@ -79,29 +90,104 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """Return, length, success and task of the episodes that one decision of a group ended, `[n]` each."""
+class _Episode:
+    """An episode that has ended.
 
-    returns: np.ndarray
-    lengths: np.ndarray
-    success: np.ndarray
-    tasks: list[str]
+    Attributes:
+        total: Its return.
+        length: In environment steps.
+        solved: Whether it was a success.
+        name: Of its task.
+        due: Decision of its environment, counted since the restart, by which it must have ended.
+    """
+
+    total: float
+    length: int
+    solved: bool
+    name: str
+    due: int
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One decision of every environment of a group, before the rows are joined, and the episodes that it ended."""
+    """One decision of every environment of a group, before the rows are joined.
+
+    Attributes:
+        tasks: Task text of each environment when it decided.
+        ended: How many episodes ended in it by themselves.
+        counted: Episodes that count from now on.
+    """
 
     observation: dict[str, Tensor]
     sample: Sample
     action: Tensor
     delay: np.ndarray
+    tasks: list[str]
     outcome: ChunkStep
-    ended: _Ended
+    ended: int
+    counted: list[_Episode]
 
     def cut(self) -> "_Step":
         """The same, but with what came after it in a person's hands."""
         return replace(self, outcome=replace(self.outcome, taken_over=~self.outcome.done))
+
+
+class SuccessReports:
+    """Whether the environments of an actor say which episodes were solved.
+
+    One report is enough to take silence for a failure: some environments only say where a task was solved. Silence in
+    as many episodes as there are environments is taken for silence for ever.
+
+    Attributes:
+        known: Whether there was a report.
+    """
+
+    def __init__(self, collection: CollectionConfig) -> None:
+        """Nothing was said yet.
+
+        Args:
+            collection: How many environments there are, and which settings read success.
+        """
+        self.known = False
+        self._silent, self._patience = 0, collection.num_envs
+        self._needed_by = [
+            name
+            for name, needed in (
+                ("algorithm.collection.reward=success", collection.reward == "success"),
+                (f"algorithm.collection.task_focus={collection.task_focus:g}", collection.task_focus > 0),
+            )
+            if needed
+        ]
+
+    def take(self, outcome: ChunkStep) -> None:
+        """Looks at what environments did.
+
+        Raises:
+            EnvironmentFailed: There is no success, and a setting reads it.
+        """
+        if self.known:
+            return
+        judged = outcome.done & ~outcome.failed & (outcome.unjudged == "")
+        # A chunk that a person has ended says nothing.
+        self.known = bool((outcome.success | (judged & ~outcome.taken_over)).any())
+        silent = outcome.unjudged[outcome.unjudged != ""]
+        before, self._silent = self._silent, self._silent + len(silent)
+        if self.known or not before < self._patience <= self._silent:
+            return
+        found = (
+            f"{self._silent} episodes ended and none said whether its task was solved (info['is_success'], ['success'] "
+            f"or ['succeed'], also in ['final_info']); the last info had: {silent[-1]}"
+        )
+        if self._needed_by:
+            raise EnvironmentFailed(
+                f"{found}; {' and '.join(self._needed_by)} cannot work without: add info['is_success'] in a wrapper, "
+                "or train on the environment's reward (algorithm.collection.reward=environment, task_focus=0)"
+            )
+        logger.warning(
+            "%s; training goes on by the environment's reward, without success, validation and a best checkpoint: "
+            "add info['is_success'] in a wrapper to have them",
+            found,
+        )
 
 
 class Group:
@@ -119,6 +205,7 @@ class Group:
         num_envs: int,
         num_workers: int,
         same_start: int,
+        reports: SuccessReports,
         device: str = "cpu",
         stop: Event | None = None,
     ) -> None:
@@ -132,10 +219,11 @@ class Group:
             num_envs: How many.
             num_workers: Processes for them.
             same_start: How many neighbouring environments begin their episodes from the same starts.
+            reports: Whether the actor's environments tell success.
             device: Where a robot's reward classifier computes.
             stop: Set from outside to end a robot's chunk at the next step.
         """
-        self.number, self.first, self._same_start = number, first, same_start
+        self.number, self.first, self._same_start, self.reports = number, first, same_start, reports
         self._starts: list[np.random.Generator] = []
         # Seed of each environment's next episode.
         self.next_start = np.zeros(num_envs, dtype=np.int64)
@@ -154,6 +242,12 @@ class Group:
             )
         # Decisions after which a running episode is cut on demand, counted down; 0 is never.
         self._cut_after = np.zeros(num_envs, dtype=np.int64)
+        # Decisions since the restart, the one at which each running episode began, and the most that it can take; 0 is
+        # without a limit.
+        self._decision = 0
+        self._began, self._longest = np.zeros((2, num_envs), dtype=np.int64)
+        # Episodes that have ended before they must.
+        self._ended: list[_Episode] = []
         # What to act on next, and how many steps old that is.
         self.raw: Observation = {}
         self.delay = np.zeros(num_envs, dtype=np.int64)
@@ -187,6 +281,9 @@ class Group:
         self.episode_return[:] = 0
         self.episode_success[:] = False
         self.episode_length[:] = 0
+        self._decision, self._began[:] = 0, 0
+        self._longest = -(-self.envs.time_limits // steps)
+        self._ended.clear()
 
     def begin(self, seeds: np.ndarray) -> None:
         """Begins the episodes of seeds `[E]`."""
@@ -222,29 +319,45 @@ class Group:
         """
         outcome = self.envs.receive(think) if isinstance(self.envs, RobotVector) else self.envs.receive()
         self.raw, self.delay = outcome.observation, outcome.delay
+        self.reports.take(outcome)
         return outcome
 
     def _draw_starts(self, where: np.ndarray) -> None:
         for place in where.nonzero()[0]:
             self.next_start[place] = self._starts[place].integers(*TRAINING_SEEDS)
 
-    def account(self, outcome: ChunkStep) -> _Ended:
-        """Adds a chunk to the running episodes; what is known of those that ended by themselves."""
+    def account(self, outcome: ChunkStep) -> tuple[int, list[_Episode]]:
+        """Adds a chunk to the running episodes.
+
+        Returns:
+            How many ended by themselves, and those that count from now on, since their time limit has passed.
+        """
+        self._decision += 1
         self.episode_return += outcome.reward
         self.episode_success |= outcome.success
         self.episode_length += outcome.executed
         done = outcome.done
-        ended = done & ~((self._cut_after == 1) & outcome.truncated)
-        tasks = [self.envs.tasks[place] for place in ended.nonzero()[0]]
-        known = _Ended(
-            self.episode_return[ended], self.episode_length[ended], self.episode_success[ended], tasks
-        )
+        ended = done & ~outcome.failed & ~((self._cut_after == 1) & outcome.truncated)
+        # An episode that will be cut counts only if it is short, so it does not count at all.
+        for place in (ended & (self._cut_after == 0)).nonzero()[0]:
+            self._ended.append(
+                _Episode(
+                    float(self.episode_return[place]),
+                    int(self.episode_length[place]),
+                    bool(self.episode_success[place]),
+                    self.envs.names[place],
+                    int(self._began[place] + self._longest[place]),
+                )
+            )
+        counted = [episode for episode in self._ended if episode.due <= self._decision]
+        self._ended = [episode for episode in self._ended if episode.due > self._decision]
         self.episode_return[done] = 0
         self.episode_success[done] = False
         self.episode_length[done] = 0
+        self._began[done] = self._decision
         self._cut_after[:] = np.where(done, 0, np.maximum(self._cut_after - 1, 0))
         self._draw_starts(done)
-        return known
+        return int(ended.sum()), counted
 
 
 def make_groups(
@@ -276,9 +389,19 @@ def make_groups(
     return groups
 
 
-def make_eval_groups(env_cfg: EnvConfig, collection: CollectionConfig) -> list[Group]:
-    """The same for the environments of validation alone; none if there are none."""
-    return _split(env_cfg, collection, collection.eval_envs, 1) if collection.eval_envs else []
+def make_eval_groups(
+    env_cfg: EnvConfig, collection: CollectionConfig, reports: SuccessReports | None = None
+) -> list[Group]:
+    """The same for the environments of validation alone; none if there are none.
+
+    Args:
+        env_cfg: Which environments.
+        collection: How many, and how they are spread.
+        reports: What the actor's other environments have told of success.
+    """
+    return (
+        _split(env_cfg, collection, collection.eval_envs, 1, reports=reports) if collection.eval_envs else []
+    )
 
 
 def _split(
@@ -288,13 +411,26 @@ def _split(
     same_start: int,
     device: str = "cpu",
     stop: Event | None = None,
+    reports: SuccessReports | None = None,
 ) -> list[Group]:
+    reports = reports or SuccessReports(collection)
     first = collection.actor_id * num_envs
     count = max(1, min(collection.num_workers, num_envs))
     bounds = np.linspace(0, num_envs, count + 1).astype(int).tolist()
     workers = min(collection.num_workers, 1)
     groups = [
-        Group(env_cfg, collection, number, first + start, end - start, workers, same_start, device, stop)
+        Group(
+            env_cfg,
+            collection,
+            number,
+            first + start,
+            end - start,
+            workers,
+            same_start,
+            reports,
+            device,
+            stop,
+        )
         for number, (start, end) in enumerate(itertools.pairwise(bounds))
     ]
     if not is_robot(env_cfg):
@@ -309,7 +445,7 @@ def _check_time_limits(env_cfg: EnvConfig, groups: list[Group]) -> None:
         ConfigError: If one may not; the environments are closed.
     """
     limits = [
-        limit for group in groups for limit in zip(group.envs.tasks, group.envs.time_limits, strict=True)
+        limit for group in groups for limit in zip(group.envs.names, group.envs.time_limits, strict=True)
     ]
     endless = sorted({task for task, limit in limits if not limit})
     if not endless:
@@ -358,11 +494,11 @@ class Collector:
         # Each group has its own randomness, so that it does not matter which one is ready first.
         self._generators = [torch.Generator(device=str(player.policy.config.device)) for _ in groups]
         self._index = 0
-        # Task texts by number; all of them are there before the environments are dealt anew.
-        texts = {
-            n: text for group in groups for n, text in zip(group.envs.numbers, group.envs.tasks, strict=True)
+        # Names of the tasks by number; all of them are there before the environments are dealt anew.
+        names = {
+            n: name for group in groups for n, name in zip(group.envs.numbers, group.envs.names, strict=True)
         }
-        self._tasks = [texts[number] for number in sorted(texts)]
+        self._tasks = [names[number] for number in sorted(names)]
 
     @property
     def actor(self) -> int:
@@ -373,7 +509,7 @@ class Collector:
         """Deals the environments to the tasks anew; `restart` must follow.
 
         Args:
-            shares: How large a part of all actors' environments each task gets, by its text.
+            shares: How large a part of all actors' environments each task gets, by its name.
         """
         collection = self._collection
         units = collection.num_envs // collection.group_size
@@ -416,10 +552,10 @@ class Collector:
                 torch_seed(self._seed, self.actor, version, number + part * len(self._groups))
             )
         steps: list[list[_Step]] = [[] for _ in self._groups]
-        ended: list[_Ended] = []
+        ended, counted = 0, list[_Episode]()
         for number, step in self._steps():
-            ended.append(step.ended)
-            if step.outcome.executed.any():
+            ended, counted = ended + step.ended, counted + step.counted
+            if step.outcome.executed.any() or step.outcome.failed.any():
                 steps[number].append(step)
             elif steps[number]:
                 # A person took over before anything of the decision was executed: it never happened.
@@ -427,23 +563,35 @@ class Collector:
         decisions = DecisionBatch.concatenate(
             [self._join(group, part, version) for group, part in zip(self._groups, steps, strict=True)]
         )
-        self._index += self._collection.decisions
+        self._index += max(len(part) for part in steps)
+        known = self._groups[0].reports.known
+        returns = [episode.total for episode in counted]
         statistics = EpisodeStatistics(
-            episodes=sum(len(part.returns) for part in ended),
-            successes=sum(int(part.success.sum()) for part in ended),
+            ended=ended,
+            episodes=len(counted),
+            judged=len(counted) if known else 0,
+            successes=sum(episode.solved for episode in counted),
             # One that is not finite would not cross the wire; the learner drops and counts its decision.
-            return_sum=float(sum(part.returns[np.isfinite(part.returns)].sum() for part in ended)),
-            length_sum=sum(int(part.lengths.sum()) for part in ended),
+            return_sum=float(sum(total for total in returns if math.isfinite(total))),
+            length_sum=sum(episode.length for episode in counted),
             env_steps=decisions.steps,
             seconds=time.perf_counter() - began,
         )
-        tasks = [task for part in ended for task in part.tasks]
-        by_task = count_by_task(tasks, np.concatenate([part.success for part in ended]))
+        solved = np.array([episode.solved for episode in counted], dtype=bool)
+        names = [episode.name for episode in counted]
+        # The learner knows tasks by the texts of decisions; where each episode has its own, nothing is told by task.
+        tells = known and set(names) <= set(decisions.task)
+        by_task = count_by_task(names, solved) if tells else {}
         # A robot is the only environment of its actor.
         envs = self._groups[0].envs
         if not isinstance(envs, RobotVector):
             return Collected(decisions, statistics, by_task, None, None)
         return Collected(decisions, statistics, by_task, envs.take_statistics(), self.take_demonstrations())
+
+    @property
+    def failures(self) -> int:
+        """Episodes that were dropped since their environment failed."""
+        return sum(group.envs.failures for group in self._groups)
 
     @property
     def unkept_steps(self) -> int:
@@ -474,20 +622,20 @@ class Collector:
             group, decided = self._groups[number], pending[number]
             # The weights change after a quota, and with them the policy: nothing is chosen ahead then.
             outcome = group.receive(partial(self._think, group) if left[number] > 1 else None)
-            ended = group.account(outcome)
+            ended, counted = group.account(outcome)
             if self._stop.is_set():
                 raise Interrupted
             left[number] -= int(outcome.executed.any())
             if left[number]:
                 pending[number] = self._decide(group)
-            yield number, _Step(*decided, outcome, ended)
+            yield number, _Step(*decided, outcome, ended, counted)
 
-    def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor, np.ndarray]:
+    def _decide(self, group: Group) -> tuple[dict[str, Tensor], Sample, Tensor, np.ndarray, list[str]]:
         """Explores for one group and hands its chunks to the workers."""
         observation, sample, action = group.choose(partial(self._think, group))
-        delay = group.delay
+        delay, tasks = group.delay, list(group.envs.tasks)
         group.send(group.due(action.numpy(), self._actions))
-        return observation, sample, action, delay
+        return observation, sample, action, delay, tasks
 
     def _think(self, group: Group, raw: Observation) -> tuple[dict[str, Tensor], Sample, Tensor]:
         """Explores for what one group has seen: the packed observation, what was recorded, and the chunks."""
@@ -503,7 +651,10 @@ class Collector:
         return player.path.env_postprocessor({ACTION: action})[ACTION].float().cpu()
 
     def _join(self, group: Group, steps: list[_Step], version: int) -> DecisionBatch:
-        """Joins T steps of E environments to T * E rows."""
+        """Joins T steps of E environments to T * E rows, without those whose environment failed.
+
+        A row that is missing keeps its index, so the one before it is known to have lost what followed.
+        """
         envs, count = group.envs.num_envs, len(steps) * group.envs.num_envs
         rows = torch.arange(count)
         outcome = {
@@ -512,9 +663,9 @@ class Collector:
         }
         outcome["truncated"] |= outcome.pop("taken_over")
         own_next = outcome["truncated"] | ((rows >= count - envs) & ~outcome["terminated"])
-        return DecisionBatch(
+        joined = DecisionBatch(
             observation=_cat([step.observation for step in steps]),
-            task=list(group.envs.tasks) * len(steps),
+            task=[task for step in steps for task in step.tasks],
             chain=torch.cat([step.sample.chain for step in steps]).float().cpu(),
             step=torch.cat([step.sample.step for step in steps]).cpu(),
             log_prob=torch.cat([step.sample.log_prob for step in steps]).float().cpu(),
@@ -524,16 +675,19 @@ class Collector:
             env=group.first + rows % envs,
             index=self._index + rows // envs,
             next_row=own_next.nonzero()[:, 0],
-            next_observation=self._next_observations(group, steps, own_next),
+            next_observation=self._next_observations(steps, own_next),
             **outcome,
         )
+        executed = joined.executed > 0
+        return joined if bool(executed.all()) else joined.select(executed.nonzero()[:, 0])
 
-    def _next_observations(self, group: Group, steps: list[_Step], own_next: Tensor) -> dict[str, Tensor]:
+    def _next_observations(self, steps: list[_Step], own_next: Tensor) -> dict[str, Tensor]:
         """Packed true last observations of the rows that carry their own."""
         finals = [step.outcome.final_observation for step in steps]
         raw = {key: np.concatenate([final[key] for final in finals]) for key in finals[0]}
         keep = own_next.numpy()
-        tasks = [task for task, kept in zip(list(group.envs.tasks) * len(steps), keep, strict=True) if kept]
+        texts = (task for step in steps for task in step.tasks)
+        tasks = [task for task, kept in zip(texts, keep, strict=True) if kept]
         path = self._player.path
         return path.pack(path.from_environment({key: value[keep] for key, value in raw.items()}, tasks))
 

@@ -4,11 +4,15 @@ The policy decides once per chunk, so that is how often the parent and its worke
 until it is used up or the episode ends, and resets in the same trip.
 """
 
+import contextlib
 import itertools
+import logging
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -16,13 +20,28 @@ from typing import Any, Protocol, Self
 import numpy as np
 from lerobot.envs.configs import EnvConfig
 
-from .pool import ChunkStep, EnvDescription, Observation, Pool, concatenate, concatenate_observations
-from .workers import CLOSE_TIMEOUT, EnvironmentFailed, Worker, work
+from .pool import (
+    ChunkStep,
+    EnvDescription,
+    Observation,
+    Pool,
+    concatenate,
+    concatenate_observations,
+    failed_step,
+)
+from .tasks import check_text
+from .workers import CLOSE_TIMEOUT, EnvironmentFailed, Worker, WorkerLost, work
+
+logger = logging.getLogger(__name__)
 
 # Seconds. Loading a simulator on a busy machine takes tens of seconds; a chunk takes milliseconds, except with
 # software rendering.
 START_TIMEOUT = 300.0
 STEP_TIMEOUT = 300.0
+# Failures of environments and workers within `FAILURE_SECONDS` that are mended; the next one ends the actor.
+MAX_FAILURES, FAILURE_SECONDS = 10, 3600.0
+# Failure of environments whose worker was replaced.
+REPLACED = "the worker was lost"
 
 
 class Vector(Protocol):
@@ -31,8 +50,10 @@ class Vector(Protocol):
     num_envs: int
     num_tasks: int
     numbers: np.ndarray
+    names: list[str]
     tasks: list[str]
     time_limits: np.ndarray
+    failures: int
 
     def reset(self, seeds: np.ndarray) -> Observation:
         """Starts the episodes of N seeds; see `ChunkedVectorEnv`, also for the other methods."""
@@ -58,6 +79,10 @@ class ChunkedVectorEnv:
     threads (gRPC, torch), because on Linux the workers are forked, which costs no imports; and in a thread that stays,
     because Linux ends them with the thread that made them.
 
+    An environment that raises, and a worker that dies or is stuck, is replaced: the running episodes are dropped and
+    the next ones begin, see `ChunkStep.failure`. A worker that replaces another one is spawned: threads of gRPC may
+    be running by then.
+
     Args:
         env_cfg: Any LeRobot environment configuration.
         num_envs: How many environments, N.
@@ -70,15 +95,17 @@ class ChunkedVectorEnv:
             its policy thinks; at most the chunk's length.
 
     Attributes:
-        tasks: Task text of each environment.
+        names: Name of each environment's task, the same in every episode.
+        tasks: Task text of the episode that each environment is in; known after a reset.
         numbers: Number of the task of each among those of the configuration, `[N]`.
         num_tasks: How many tasks the configuration has.
         time_limits: Steps after which its episodes are truncated, `[N]` int64: the smaller one of the configuration's
             (`episode_length`) and the environment's own; 0 is never.
+        failures: Episodes that were dropped, since the environment or its worker failed.
 
     Raises:
         ValueError: N < 1 or W < 0.
-        EnvironmentFailed: A worker failed, died or did not answer; the vector is closed.
+        EnvironmentFailed: An environment cannot be made or reset, or failures are too frequent; the vector is closed.
     """
 
     def __init__(
@@ -96,24 +123,30 @@ class ChunkedVectorEnv:
             raise ValueError(
                 f"environments must be at least 1 and workers at least 0; got {num_envs} and {num_workers}"
             )
-        self.num_envs = num_envs
+        self.num_envs, self._first = num_envs, first
         self._step_timeout = step_timeout
         self._workers: list[Worker] = []
         self._local: Pool | None = None
         self._pending: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        places = [number // per_task for number in range(first, first + num_envs)]
+        self.failures = 0
+        # When something failed and was replaced, by the monotonic clock.
+        self._replaced_at: deque[float] = deque(maxlen=MAX_FAILURES + 1)
+        self._places = [number // per_task for number in range(first, first + num_envs)]
+        self._made_of = (env_cfg, reward, lookahead)
         if num_workers == 0:
-            self._local = Pool(env_cfg, places, reward, lookahead)
+            self._local = Pool(env_cfg, self._places, reward, lookahead)
             self._describe(self._local.described())
         else:
-            self._start(min(num_workers, num_envs), env_cfg, places, reward, lookahead)
-            self._describe(itertools.chain(*self._gather("described", START_TIMEOUT)))
+            self._start(min(num_workers, num_envs))
+            self._ask("described")
+            self._describe(itertools.chain(*self._answers(START_TIMEOUT)))
+        self.tasks = self.names
 
     def _describe(self, described: Iterable[EnvDescription]) -> None:
         known = list(described)
         self.num_tasks = known[0].num_tasks
         self.numbers = np.array([one.number for one in known])
-        self.tasks = [one.task for one in known]
+        self.names = [one.task for one in known]
         self.time_limits = np.array([one.time_limit for one in known], dtype=np.int64)
 
     def deal(self, numbers: np.ndarray) -> None:
@@ -126,47 +159,100 @@ class ChunkedVectorEnv:
         if self._local is not None:
             self._describe(self._local.deal(numbers.tolist()))
         else:
-            self._describe(itertools.chain(*self._gather("deal", START_TIMEOUT, numbers)))
+            self._describe(itertools.chain(*self._gather("deal", numbers)))
+        self.tasks = self.names
 
-    def _start(
-        self, num_workers: int, env_cfg: EnvConfig, places: list[int], reward: str, lookahead: int
-    ) -> None:
-        forks = sys.platform == "linux"
-        context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
+    def _start(self, num_workers: int) -> None:
         bounds = np.linspace(0, self.num_envs, num_workers + 1).astype(int)
         for start, stop in itertools.pairwise(bounds):
-            here, there = context.Pipe()
-            inherited = [here, *(worker.pipe for worker in self._workers)] if forks else []
-            process = context.Process(
-                target=work,
-                args=(there, inherited, env_cfg, places[start:stop], reward, lookahead),
-                daemon=True,
-            )
-            process.start()
-            there.close()
-            self._workers.append(Worker(process, here, slice(int(start), int(stop))))
+            self._workers.append(self._launch(slice(int(start), int(stop)), forks=sys.platform == "linux"))
 
-    def _gather(self, name: str, timeout: float, *arguments: np.ndarray) -> list[Any]:
-        """Asks every worker for its rows of the arguments, then collects the answers in order."""
-        self._ask(name, *arguments)
-        return self._answers(timeout)
+    def _launch(self, rows: slice, forks: bool) -> Worker:
+        """Starts a worker for some of the environments."""
+        context = multiprocessing.get_context("fork") if forks else multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        inherited = [here, *(worker.pipe for worker in self._workers)] if forks else []
+        env_cfg, *others = self._made_of
+        process = context.Process(
+            target=work, args=(there, inherited, env_cfg, self._places[rows], *others), daemon=True
+        )
+        process.start()
+        there.close()
+        return Worker(process, here, rows)
 
     def _ask(self, name: str, *arguments: np.ndarray) -> None:
-        try:
-            for worker in self._workers:
+        """Asks every worker about its rows of the arguments; of one that is lost, `_answers` learns it as well."""
+        for worker in self._workers:
+            with contextlib.suppress(WorkerLost):
                 worker.ask(name, *(argument[worker.rows] for argument in arguments))
-        except EnvironmentFailed:
-            self.close()
-            raise
 
-    def _answers(self, timeout: float) -> list[Any]:
+    def _answers(self, timeout: float, instead: Callable[[int, WorkerLost], Any] | None = None) -> list[Any]:
+        """Collects the answers in order.
+
+        Args:
+            timeout: Seconds that the workers get.
+            instead: Gives the answer of a worker, by its number, that is lost; None where that is an error.
+        """
         deadline = time.monotonic() + timeout
+        answers = []
         try:
-            return [worker.answer(deadline) for worker in self._workers]
+            for number, worker in enumerate(self._workers):
+                try:
+                    answers.append(worker.answer(deadline))
+                except WorkerLost as lost:
+                    if instead is None:
+                        raise
+                    answers.append(instead(number, lost))
         except BaseException:
             # Answers still on their way would be taken for those to the next request.
             self.close()
             raise
+        return answers
+
+    def _gather(self, name: str, *arguments: np.ndarray) -> list[Any]:
+        """Asks every worker about its rows of the arguments, and one that takes the place of a lost worker again."""
+
+        def again(number: int, lost: WorkerLost) -> Any:
+            worker = self._replace(number, lost)
+            worker.ask(name, *(argument[worker.rows] for argument in arguments))
+            return worker.answer(time.monotonic() + START_TIMEOUT)
+
+        self._ask(name, *arguments)
+        return self._answers(START_TIMEOUT, again)
+
+    def _replace(self, number: int, lost: WorkerLost) -> Worker:
+        """Starts another worker in the place of one that is lost, with the same environments."""
+        before = self._workers[number]
+        self._note_failure(str(lost), before.rows.stop - before.rows.start)
+        before.process.kill()
+        self._workers[number] = worker = self._launch(before.rows, forks=False)
+        before.end(time.monotonic() + CLOSE_TIMEOUT)
+        worker.ask("deal", self.numbers[before.rows])
+        worker.answer(time.monotonic() + START_TIMEOUT)
+        return worker
+
+    def _note_failure(self, failure: str, episodes: int) -> None:
+        """Counts something that is replaced.
+
+        Raises:
+            EnvironmentFailed: It happens too often.
+        """
+        self.failures += episodes
+        self._replaced_at.append(time.monotonic())
+        recent = sum(self._replaced_at[-1] - at < FAILURE_SECONDS for at in self._replaced_at)
+        if recent > MAX_FAILURES:
+            self.close()
+            raise EnvironmentFailed(
+                f"environments failed {recent} times within an hour, the last time: {failure}; what fails "
+                f"{MAX_FAILURES} times is not replaced any more: find out why it fails"
+            )
+        logger.warning(
+            "%s; %d running episode(s) dropped, environment(s) made anew (%d of at most %d times an hour)",
+            failure,
+            episodes,
+            recent,
+            MAX_FAILURES,
+        )
 
     def reset(self, seeds: np.ndarray) -> Observation:
         """Starts the episodes of N seeds.
@@ -178,9 +264,9 @@ class ChunkedVectorEnv:
             Raw observations in the environment's own keys, `[N, ...]`; nested keys are joined by `/` (see `nested`).
         """
         seeds = self._checked(seeds, "seeds")
-        if self._local is not None:
-            return self._local.reset(seeds)
-        return concatenate_observations(self._gather("reset", START_TIMEOUT, seeds))
+        parts = [self._local.reset(seeds)] if self._local is not None else self._gather("reset", seeds)
+        self._take_tasks([task for _, tasks in parts for task in tasks])
+        return concatenate_observations([observation for observation, _ in parts])
 
     def step(self, chunks: np.ndarray, reset_seeds: np.ndarray, cut: np.ndarray | None = None) -> ChunkStep:
         """Executes one chunk in every environment.
@@ -214,8 +300,34 @@ class ChunkedVectorEnv:
             raise RuntimeError("nothing to receive: call send first")
         sent, self._pending = self._pending, None
         if self._local is not None:
-            return self._local.step(*sent)
-        return concatenate(self._answers(self._step_timeout))
+            step = self._local.step(*sent)
+        else:
+            step = concatenate(self._answers(self._step_timeout, partial(self._begin_anew, sent[1])))
+        for number in (step.failed & (step.failure != REPLACED)).nonzero()[0]:
+            self._note_failure(f"environment {self._first + number} failed: {step.failure[number]}", 1)
+        self._take_tasks(step.task.tolist())
+        return step
+
+    def _begin_anew(self, reset_seeds: np.ndarray, number: int, lost: WorkerLost) -> ChunkStep:
+        """What a lost worker's environments have done: their next episodes begin in another one's."""
+        worker = self._replace(number, lost)
+        worker.ask("reset", reset_seeds[worker.rows])
+        observation, tasks = worker.answer(time.monotonic() + START_TIMEOUT)
+        return failed_step(observation, tasks, REPLACED)
+
+    def _take_tasks(self, tasks: list[str]) -> None:
+        """Notes the task texts of the running episodes.
+
+        Raises:
+            EnvironmentFailed: One is too long to reach the learner.
+        """
+        try:
+            for task in tasks:
+                check_text(task)
+        except EnvironmentFailed:
+            self.close()
+            raise
+        self.tasks = tasks
 
     @property
     def answers(self) -> list[Connection]:

@@ -1,6 +1,7 @@
 """Episodes from given starts: by the ODE, as the policy is deployed, or however else chunks are to be chosen."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
@@ -18,6 +19,9 @@ from .seeds import torch_seed
 # Chooses normalised chunks `[E, H, A]` for the preprocessed observations of E environments.
 Choose = Callable[[dict[str, Tensor], torch.Generator], Tensor]
 
+# An environment that has no start left idles in some episode.
+IDLE = -1
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -26,12 +30,14 @@ class Evaluation:
     Attributes:
         success: Whether each start was solved, `[n]` bool.
         length: Environment steps of each episode, `[n]` int64.
-        tasks: Task text of each.
+        tasks: Name of the task of each.
+        known: Whether the environments say what is a success; `success` is all false where they do not.
     """
 
     success: np.ndarray
     length: np.ndarray
     tasks: list[str]
+    known: bool = True
 
     @property
     def env_steps(self) -> int:
@@ -59,7 +65,10 @@ class Turn:
 
 
 class _Share:
-    """The starts of one group: environment e runs starts e, e + E, e + 2E, ... of its share, one after another."""
+    """The starts of one group: environment e runs starts e, e + E, e + 2E, ... of its share, one after another.
+
+    A start in which the environment failed is run again as its last one.
+    """
 
     def __init__(
         self, player: Player, group: Group, seeds: np.ndarray, choose: Choose, noise: tuple[int, ...]
@@ -69,15 +78,19 @@ class _Share:
         self._player, self._group, self._seeds, self._choose = player, group, seeds, choose
         self._generator = torch.Generator(device=str(player.policy.config.device))
         self._generator.manual_seed(torch_seed(*map(int, seeds[:4]), len(seeds), *noise))
-        self._running = np.arange(group.envs.num_envs)
+        envs = group.envs.num_envs
+        self._left = [deque(range(first, len(seeds), envs)) for first in range(envs)]
+        self._running = self._following()
         group.begin(self._start(self._running))
+        self._begin(np.ones(envs, dtype=bool), self._running)
+        self._next = self._running
         self._action = np.zeros(0)
         self._asked = self._sent = 0.0
 
     @property
     def unfinished(self) -> bool:
         """Whether a start is still running."""
-        return bool((self._running < len(self._seeds)).any())
+        return bool((self._running != IDLE).any()) or any(self._left)
 
     def send(self) -> None:
         """Decides and hands the chunks to the workers."""
@@ -85,23 +98,40 @@ class _Share:
         group = self._group
         chunks = group.choose(self._think)
         self._action = group.due(chunks, self._player.policy.config.n_action_steps)
-        group.envs.send(self._action, self._start(self._running + group.envs.num_envs))
+        self._next = self._following()
+        # Whoever idles ends that episode for a start that must be run again.
+        waits = (self._running == IDLE) & (self._next != IDLE)
+        group.envs.send(self._action, self._start(self._next), waits)
         self._sent = time.perf_counter()
 
     def receive(self) -> Turn:
         """Takes in what the chunks did."""
         outcome = self._group.receive(self._think)
         env_seconds = time.perf_counter() - self._sent
-        counted = self._running < len(self._seeds)
+        counted = self._running != IDLE
         self.length[self._running[counted]] += outcome.executed[counted]
         # At any step, as LeRobot's evaluation counts it.
         self.success[self._running[counted]] |= outcome.success[counted]
-        self._running[outcome.done] += self._group.envs.num_envs
+        for place in (counted & outcome.failed).nonzero()[0]:
+            start = self._running[place]
+            self.length[start], self.success[start] = 0, False
+            self._left[place].append(int(start))
+        self._begin(outcome.done, self._next)
         return Turn(self._action, outcome, counted, self._sent - self._asked, env_seconds)
+
+    def _following(self) -> np.ndarray:
+        """Number of the start that each environment begins next, `[E]`."""
+        return np.array([left[0] if left else IDLE for left in self._left])
+
+    def _begin(self, where: np.ndarray, numbers: np.ndarray) -> None:
+        """Notes that some environments have begun numbered starts, `[E]` each."""
+        self._running = np.where(where, numbers, self._running)
+        for place in (where & (numbers != IDLE)).nonzero()[0]:
+            self._left[place].popleft()
 
     def _start(self, numbers: np.ndarray) -> np.ndarray:
         """Seeds of numbered starts; an environment that has none left idles in one of the others'."""
-        return self._seeds[numbers % len(self._seeds)]
+        return self._seeds[np.where(numbers == IDLE, 0, numbers)]
 
     def _think(self, raw: Observation) -> np.ndarray:
         """Chunks in the environment's units, `[E, H, A]`."""
@@ -199,11 +229,12 @@ def play(
     success, length = np.zeros(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=np.int64)
     for number, share in shares.items():
         success[places[number]], length[places[number]] = share.success, share.length
-    return Evaluation(success, length, [_task(groups, start) for start in range(len(seeds))])
+    tasks = [_task(groups, start) for start in range(len(seeds))]
+    return Evaluation(success, length, tasks, groups[0].reports.known)
 
 
 def _task(groups: list[Group], start: int) -> str:
-    """Task of a numbered start: the groups take starts in turn, and so do the environments of each."""
+    """Name of the task of a numbered start: the groups take starts in turn, and so do the environments of each."""
     place, number = divmod(start, len(groups))
-    tasks = groups[number].envs.tasks
-    return tasks[place % len(tasks)]
+    names = groups[number].envs.names
+    return names[place % len(names)]

@@ -326,7 +326,7 @@ def first_impression(solved: int, episodes: int, ode: tuple[int, int] | None) ->
 class FirstLook:
     """Waits for the first episodes of a run and says once what they mean.
 
-    Solved episodes are short and end first, so it waits until every environment has had some.
+    It waits until there are several of each environment: fewer say little.
     """
 
     EPISODES_PER_ENV = 3
@@ -349,9 +349,9 @@ class FirstLook:
         """Takes in the statistics of one iteration; the note comes with the one that completes it."""
         if self._over:
             return None
-        if not self._episodes and (tried := _total(evaluations, "episodes")):
+        if not self._episodes and (tried := _total(evaluations, "judged")):
             self._ode = self._ode or (_total(evaluations, "successes"), tried)
-        self._episodes += _total(collections, "episodes")
+        self._episodes += _total(collections, "judged")
         self._solved += _total(collections, "successes")
         if self._episodes < self._wanted:
             return None

@@ -53,14 +53,15 @@ DROPPED = (
     "statistics",
 )
 # What an actor counts itself since its process started.
-TOLD = ("failed_attempts", "rejected_pushes", "unsent_messages", "unkept_steps")
+TOLD = ("failed_attempts", "rejected_pushes", "unsent_messages", "unkept_steps", "failed_episodes")
 # What the learner reads of an actor's statistics, beside their kind and version.
 STATISTICS = {
     "collection": (
-        *("episodes", "successes", "return_sum", "length_sum", "env_steps", "seconds", "latency"),
+        *("ended", "episodes", "judged", "successes"),
+        *("return_sum", "length_sum", "env_steps", "seconds", "latency"),
         *("process", *TOLD),
     ),
-    "evaluation": ("episodes", "successes"),
+    "evaluation": ("episodes", "judged", "successes"),
     "control": tuple(field.name for field in fields(ControlStatistics)),
 }
 
@@ -71,7 +72,7 @@ MOST = 2**40
 """No count, sum or number of seconds of one collection is as large."""
 SIGNED = ("return_sum", "margin_seconds")
 """The statistics that may be below 0."""
-COUNTED = ("episodes", "successes", "length_sum", "env_steps", "process", *TOLD)
+COUNTED = ("ended", "episodes", "judged", "successes", "length_sum", "env_steps", "process", *TOLD)
 
 
 class NothingUsable(RuntimeError):

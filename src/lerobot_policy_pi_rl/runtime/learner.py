@@ -435,7 +435,7 @@ class Learner:
             progress.decisions += len(gathered.decisions)
         else:
             self._gatherer.dropped["rolled_back_decisions"] += len(gathered.decisions)
-        progress.episodes += int(total(gathered.collections, "episodes"))
+        progress.episodes += int(total(gathered.collections, "ended"))
 
     def _finished(self) -> bool:
         progress, config = self._progress, self._config
@@ -486,8 +486,13 @@ class Learner:
         Returns:
             Whether the version is so bad that the best one should be brought back.
         """
-        episodes = total(evaluations, "episodes")
+        episodes = total(evaluations, "judged")
         if not episodes:
+            if total(evaluations, "episodes") and self._config.stop_success is not None:
+                self._stopped_by = (
+                    "the environments do not say which validation starts were solved, so algorithm.stop_success="
+                    f"{self._config.stop_success:g} cannot be reached; add info['is_success'] in a wrapper"
+                )
             return False
         progress, success = self._progress, total(evaluations, "successes") / episodes
         conclusive = is_conclusive(int(episodes), self._cfg.eval.n_episodes)
@@ -660,6 +665,7 @@ class Learner:
             "dropped/unfinished_messages": traffic.unfinished,
             "dropped/unsent_messages": gatherer.told["unsent_messages"],
             "dropped/demonstration_steps": gatherer.told["unkept_steps"],
+            "dropped/failed_episodes": gatherer.told["failed_episodes"],
         }
 
     def _latency(self, collection: Mapping[str, Scalar]) -> float:

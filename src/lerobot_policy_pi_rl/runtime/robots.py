@@ -29,6 +29,7 @@ from torch import Tensor
 from ..bases.untrusted import forbid_remote_code
 from .control import Clock, ControlStatistics
 from .pool import ChunkStep, Observation
+from .tasks import check_text
 from .workers import EnvironmentFailed
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,10 @@ class RobotVector:
         """
         # A reward classifier is a checkpoint, too.
         forbid_remote_code()
-        self.tasks = [env_cfg.task or ""]
+        self.names = self.tasks = [env_cfg.task or ""]
+        check_text(self.tasks[0])
+        # A driver that fails ends the actor: only a person can mend a robot.
+        self.failures = 0
         self.numbers, self.num_tasks = np.zeros(1, dtype=np.int64), 1
         self._cfg = env_cfg
         self._clock = Clock(env_cfg.fps)
@@ -234,6 +238,9 @@ class RobotVector:
             observation=following,
             taken_over=np.array([taken_over]),
             delay=np.array([delay]),
+            task=np.array(self.tasks),
+            unjudged=np.array([""]),
+            failure=np.array([""]),
         )
 
     def thought(self) -> Any:

@@ -15,7 +15,7 @@ def total(rows: list[dict[str, Scalar]], name: str) -> float:
 
 
 def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
-    """Success and return of the episodes that ended, exploration included, and the age of the data."""
+    """Success and return of the episodes that count, exploration included, and the age of the data."""
     episodes = total(gathered.collections, "episodes")
     metrics: dict[str, float] = {
         "rollout/episodes": episodes,
@@ -23,9 +23,10 @@ def rollout_metrics(gathered: Gathered, version: int) -> dict[str, float]:
         "rollout/staleness_max": float(version - int(gathered.decisions.version.min())),
     }
     if episodes:
-        metrics["rollout/success"] = total(gathered.collections, "successes") / episodes
         metrics["rollout/return"] = total(gathered.collections, "return_sum") / episodes
         metrics["rollout/episode_length"] = total(gathered.collections, "length_sum") / episodes
+    if judged := total(gathered.collections, "judged"):
+        metrics["rollout/success"] = total(gathered.collections, "successes") / judged
     by_task = success_by_task(gathered.collections)
     return metrics | {f"rollout/success/{task}": share for task, share in by_task.items()}
 

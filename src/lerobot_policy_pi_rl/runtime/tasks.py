@@ -6,11 +6,25 @@ from typing import Any
 
 import numpy as np
 
-from .wire import Scalar
+from .wire import MAX_TASK_CHARACTERS, Scalar
+from .workers import EnvironmentFailed
 
 # What a statistic of one task is called: one of these and the task's text.
 EPISODES, SUCCESSES = "episodes/", "successes/"
 PER_TASK = (EPISODES, SUCCESSES)
+
+
+def check_text(task: str) -> None:
+    """Checks that a task's text can be sent to the learner.
+
+    Raises:
+        EnvironmentFailed: It is too long.
+    """
+    if len(task) > MAX_TASK_CHARACTERS:
+        raise EnvironmentFailed(
+            f"the environment's task text has {len(task):,} characters, at most {MAX_TASK_CHARACTERS:,} are sent to "
+            f"the learner; shorten it (it begins {task[:40]!r})"
+        )
 
 
 def count_by_task(tasks: Sequence[str], success: np.ndarray) -> dict[str, int]:

@@ -21,7 +21,11 @@ PR_SET_PDEATHSIG = 1
 
 
 class EnvironmentFailed(RuntimeError):
-    """A worker failed, died or did not answer; the text is one line."""
+    """Environments cannot go on; the text is one line."""
+
+
+class WorkerLost(EnvironmentFailed):
+    """A worker died or did not answer; another one can take its place."""
 
 
 def _become_worker() -> None:
@@ -78,7 +82,7 @@ class Worker:
         try:
             self.pipe.send((name, arguments))
         except OSError as error:
-            raise EnvironmentFailed(self._death()) from error
+            raise WorkerLost(self._death()) from error
 
     def answer(self, deadline: float) -> Any:
         """Waits for the answer to the request sent before.
@@ -88,12 +92,12 @@ class Worker:
         """
         try:
             if not self.pipe.poll(max(deadline - time.monotonic(), 0.0)):
-                raise EnvironmentFailed(
+                raise WorkerLost(
                     f"environment worker {self._name} did not answer in time; see docs/environments.md"
                 )
             result, message = self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise EnvironmentFailed(self._death()) from error
+            raise WorkerLost(self._death()) from error
         if message is not None:
             raise EnvironmentFailed(f"environment worker {self._name} failed: {message}")
         return result
