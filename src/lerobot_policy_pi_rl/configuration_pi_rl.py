@@ -45,7 +45,7 @@ class ExplorerConfig:
     # units of the normalised action.
     noise_level: float = 1.0
     # Correlation of the noise between neighbouring steps of a chunk, 0 to below 1 (flow_sde only).
-    noise_correlation: float = 0.5
+    noise_correlation: float = 0.0
     # Range of the standard deviation that flow_noise learns, in units of the normalised action.
     noise_std_min: float = 0.15
     noise_std_max: float = 0.6

@@ -20,6 +20,7 @@ from lerobot_policy_pi_rl.algorithm.advantages import (
     time_order,
     usable_rows,
 )
+from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig, discount_within
 from lerobot_policy_pi_rl.algorithm.decisions import DecisionBatch
 
 MakeDecisions = Callable[..., DecisionBatch]
@@ -345,3 +346,17 @@ def test_group_advantages_match_a_plain_loop(data: st.DataObject) -> None:
             assert float(targets.advantage[row]) == pytest.approx(float(expected), abs=1e-5)
         else:
             assert targets.advantage[row] == 0
+
+
+@pytest.mark.parametrize(
+    ("decisions", "discount"),
+    [(40, 0.975), (8, 0.875), (2, 0.5), (1, 0.0), (0.5, 0.0), (100, 0.99), (1000, 0.99)],
+)
+def test_the_discount_has_the_time_limit_as_its_horizon(decisions: float, discount: float) -> None:
+    assert discount_within(decisions) == pytest.approx(discount)
+    assert PIRLAlgorithmConfig(gamma=discount).discount == discount
+
+
+def test_without_a_time_limit_the_discount_is_the_largest() -> None:
+    assert PIRLAlgorithmConfig().gamma is None
+    assert PIRLAlgorithmConfig().discount == 0.99

@@ -61,6 +61,23 @@ def saved(make_cfg: MakeConfig, tmp_path: Path) -> Path:
 # Validation
 
 
+@pytest.mark.parametrize(
+    ("arguments", "gamma"),
+    [
+        # 30 steps are 6 decisions of 5.
+        (["--env.episode_length=30"], 1 - 1 / 6),
+        (["--env.episode_length=200"], 0.975),
+        (["--env.episode_length=200", "--algorithm.gamma=0.95"], 0.95),
+    ],
+)
+def test_the_discount_follows_from_the_time_limit_unless_it_is_given(
+    make_cfg: MakeConfig, arguments: list[str], gamma: float
+) -> None:
+    sizes = ["--policy.chunk_size=5", "--policy.n_action_steps=5"]
+    cfg = make_cfg("--env.type=metaworld_state", "--env.task=reach-v3", *sizes, *arguments)
+    assert cfg.algorithm.gamma == pytest.approx(gamma)
+
+
 def test_no_data_set_is_needed(make_cfg: MakeConfig) -> None:
     cfg = make_cfg()
     assert cfg.dataset is None

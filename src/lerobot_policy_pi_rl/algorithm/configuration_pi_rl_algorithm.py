@@ -13,6 +13,20 @@ ADVANTAGES = ("gae", "group")
 REWARDS = ("environment", "success")
 LOG_PROB_REDUCTIONS = ("sum", "mean_steps", "mean_chain", "mean")
 RATIO_LEVELS = ("chunk", "action", "token")
+# Of a decision, where no time limit asks for a smaller one.
+LARGEST_DISCOUNT = 0.99
+
+
+def discount_within(decisions: float) -> float:
+    """The discount per decision whose horizon is a time limit of so many decisions.
+
+    An episode that the limit cuts is bootstrapped: it is worth what would have come after it. With a discount near 1 a
+    success after the limit is then worth as much as one before it, and the policy has no reason to be in time.
+
+    Args:
+        decisions: Decisions until an episode is cut.
+    """
+    return min(LARGEST_DISCOUNT, max(0.0, 1 - 1 / decisions))
 
 
 @dataclass
@@ -127,8 +141,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Of `group`: groups whose mean return lies outside of these two bounds are left out, as those are that are all
     # alike; null is off.
     group_bounds: tuple[float, float] | None = None
-    # Discount per decision (not per environment step).
-    gamma: float = 0.99
+    # Discount per decision (not per environment step). Null: 1 - 1 / L for a time limit of L decisions
+    # (env.episode_length), at most 0.99, so that what comes after the limit counts little; 0.99 without a limit.
+    gamma: float | None = None
     # Exponential weight of generalised advantage estimation.
     gae_lambda: float = 0.95
 
@@ -179,7 +194,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     intervention_megabytes: int = 4000
 
     # Learning rate of the policy at the start.
-    lr: float = 2e-4
+    lr: float = 1e-4
     # Learning rate of the critic.
     critic_lr: float = 1e-3
     # Largest norm of the policy's and of the critic's gradient.
@@ -203,7 +218,7 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     lr_max: float = 1e-3
     # Wanted divergence between the policies before and after an iteration, in nats per decision; measured after the
     # last gradient step of each epoch.
-    target_kl: float = 0.2
+    target_kl: float = 0.1
     # The remaining epochs of an iteration are skipped once its divergence passes this multiple of target_kl.
     kl_stop: float = 3.0
 
@@ -322,7 +337,9 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     def _check_ranges(self) -> None:
         for name in ("gamma", "gae_lambda"):
             value = getattr(self, name)
-            check(0 <= value <= 1, f"algorithm.{name}", f"must be between 0 and 1, got {value}")
+            check(
+                value is None or 0 <= value <= 1, f"algorithm.{name}", f"must be between 0 and 1, got {value}"
+            )
         for name in (
             "epochs",
             "minibatch_size",
@@ -356,6 +373,11 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
             value = getattr(self, name)
             check(value >= 0, f"algorithm.{name}", f"must be 0 or above, got {value}")
         check(self.lr_factor > 1, "algorithm.lr_factor", f"must be above 1, got {self.lr_factor}")
+
+    @property
+    def discount(self) -> float:
+        """The discount per decision: the setting, or the one of an environment without a time limit."""
+        return LARGEST_DISCOUNT if self.gamma is None else self.gamma
 
     @classmethod
     def from_policy_config(cls, policy_cfg: PIRLConfig) -> "PIRLAlgorithmConfig":

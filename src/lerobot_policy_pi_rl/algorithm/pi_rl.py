@@ -430,7 +430,7 @@ class PIRLAlgorithm(RLAlgorithm):
 
         def estimate() -> tuple[Tensor, Targets]:
             value, after = critic.value(features), critic.value(next_features)
-            return value, advantages(rollout.decisions, value, after, config.gamma, config.gae_lambda)
+            return value, advantages(rollout.decisions, value, after, config.discount, config.gae_lambda)
 
         value, targets = estimate()
         rows = trained.to(self.device)

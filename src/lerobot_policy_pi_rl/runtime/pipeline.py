@@ -37,7 +37,7 @@ from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.io_utils import load_json, write_json
 from torch import Tensor
 
-from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
+from ..algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig, discount_within
 from ..bases.configuration import STOCK, has_optional_cameras, preprocessor_settings
 from ..bases.untrusted import check_processors, forbid_remote_code
 from ..configuration_pi_rl import PIRLConfig
@@ -136,6 +136,9 @@ class PIRLTrainConfig(TrainRLServerPipelineConfig):
             raise config_error("env.type", missing)
         check_features(self.policy, self.env, self.rename_map)  # type: ignore[has-type]  # as above
         self._check_algorithm(self.algorithm, self.policy, self.env)
+        limit = getattr(self.env, "episode_length", None)
+        if self.algorithm.gamma is None and limit:
+            self.algorithm.gamma = discount_within(int(limit) / self.policy.n_action_steps)
         if not self.is_actor:
             check_round_trip(self)
 
