@@ -38,10 +38,11 @@ SMALL_SETTINGS, SIDE_BY_SIDE, NOT_RUN = "small settings", ", side by side", "not
 PREPARED = ("outputs/metaworld/demonstrations", "outputs/metaworld/supervised")
 # Seconds for the blocks of a page.
 LIMIT_S = 600
-# A policy that was trained for two steps solves nothing within ten steps: what is seen is that the commands work.
+# A policy that was trained for two steps solves nothing within ten steps: what is seen is that the commands work. The
+# pages have up to ten tasks, each of which needs an environment.
 RUN = (
     "--env.episode_length=10 --steps=2 --env_eval_freq=1 --save_freq=1 --eval.n_episodes=2 "
-    "--algorithm.collection.num_envs=4 --algorithm.collection.decisions=2 --algorithm.minibatch_size=8 "
+    "--algorithm.collection.num_envs=10 --algorithm.collection.decisions=2 --algorithm.minibatch_size=8 "
     "--policy.actor_learner_config.learner_port={port}"
 )
 SMALL = {
@@ -51,7 +52,7 @@ SMALL = {
         "--batch_size=8"
     ),
     "lerobot-train": "--env_eval_freq=0 --steps=2 --save_freq=1 --batch_size=8",
-    "lerobot-pi-rl-check": "--env.episode_length=10 --eval.n_episodes=2 --algorithm.collection.num_envs=4",
+    "lerobot-pi-rl-check": "--env.episode_length=10 --eval.n_episodes=2 --algorithm.collection.num_envs=10",
     "lerobot-pi-rl-train": RUN,
     "lerobot-pi-rl-learner": RUN,
     "lerobot-pi-rl-actor": RUN,
