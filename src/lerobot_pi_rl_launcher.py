@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import datetime as dt
 import importlib
+import importlib.metadata
 import io
 import locale
 import logging
@@ -413,6 +414,14 @@ def _run(name: str) -> None:
         code = module.main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "lerobot" or "cannot import name" not in str(error):
+            raise
+        found = importlib.metadata.version("lerobot")
+        raise SystemExit(
+            f"error: LeRobot {found} has moved what this package uses ({error.name}: {str(error).partition(' (')[0]}); "
+            "take a newer release of lerobot_policy_pi_rl, or pip install 'lerobot==0.6.1'"
+        ) from None
     if code:
         raise SystemExit(code)
 

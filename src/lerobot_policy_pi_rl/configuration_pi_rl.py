@@ -1,5 +1,6 @@
 """Configuration of the `pi_rl` policy: a base flow policy and an explorer."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,10 +26,14 @@ from .bases.configuration import (
 )
 from .errors import check, config_error, refuse_stock_command
 
+logger = logging.getLogger(__name__)
+
 EXPLORERS = ("flow_sde", "flow_cps", "flow_noise")
 RECORDINGS = ("hybrid", "joint")
 # Part of the names that stock policies give to cameras that are not there.
 EMPTY_CAMERA = ".empty_camera_"
+# Kinds of a data set's columns that the compact base reads. LeRobot rounds the statistics of integers and booleans.
+READABLE = ("image", "video", "float16", "float32", "float64")
 TRAINABLE = ("expert", "expert_lora", "lora", "all")
 
 
@@ -316,6 +321,32 @@ class PIRLConfig(PreTrainedConfig):
             return self.stock.get_scheduler_preset()
         return CosineAnnealingWithWarmupSchedulerConfig(num_warmup_steps=self.scheduler_warmup_steps)
 
+    def set_dataset_feature_metadata(self, features: Mapping[str, Mapping[str, Any]]) -> None:
+        """Leaves out what the compact base cannot read; LeRobot calls it with what a data set says of its columns.
+
+        Args:
+            features: By name, with their `dtype`.
+        """
+        if self.stock is not None or not self.input_features:
+            return
+        action = features.get(ACTION, {}).get("dtype", "float32")
+        check(
+            action in READABLE,
+            "policy.output_features",
+            f"{ACTION!r} is stored as {action}; store it as float32",
+        )
+        unread = sorted(
+            name
+            for name in self.input_features
+            if name in features and features[name]["dtype"] not in READABLE
+        )
+        if unread:
+            logger.warning(
+                "The compact base reads floats and pictures; it leaves out %s (store numbers as float32)",
+                ", ".join(f"{name} ({features[name]['dtype']})" for name in unread),
+            )
+            self.input_features = {k: v for k, v in self.input_features.items() if k not in unread}
+
     def validate_features(self) -> None:
         """Checks that there is something to see and something to do.
 
@@ -330,3 +361,8 @@ class PIRLConfig(PreTrainedConfig):
             raise config_error(
                 "policy.output_features", f"has no {ACTION!r}; the data set or environment must give it"
             )
+        check(
+            len(self.action_feature.shape) == 1,
+            "policy.output_features",
+            f"{ACTION!r} has the shape {tuple(self.action_feature.shape)}; actions are vectors: store it with one axis",
+        )

@@ -106,11 +106,11 @@ class CompactBase(FlowBase):
         self.action_dim = self.real_action_dim = config.action_feature.shape[0]
         self.images = sorted(config.image_features)
         self.vectors = sorted(set(config.input_features) - set(config.image_features) - {TASK_EMBEDDING})
-        vector_dim = sum(config.input_features[key].shape[0] for key in self.vectors)
+        self.sizes = [math.prod(config.input_features[key].shape) for key in self.vectors]
         self.encoders = nn.ModuleList(
             ImageEncoder(config.image_features[key].shape[0], self.settings.image_dim) for key in self.images
         )
-        observed = vector_dim + self.settings.task_dim + len(self.images) * self.settings.image_dim
+        observed = sum(self.sizes) + self.settings.task_dim + len(self.images) * self.settings.image_dim
         self.critic_dims = {"observation": observed}
         self.feature_dim = hidden = self.settings.hidden_dim
         self.time = TimeFeatures(self.settings.time_dim)
@@ -127,7 +127,9 @@ class CompactBase(FlowBase):
     def observation_features(self, batch: dict[str, Tensor]) -> Tensor:
         """Concatenates clipped vectors, the task embedding and image features, `[B, F]`."""
         clip = self.settings.state_clip
-        parts = [batch[key].clamp(-clip, clip) for key in self.vectors]
+        # LeRobot's data sets give a feature of one number without an axis of its own.
+        vectors = zip(self.vectors, self.sizes, strict=True)
+        parts = [batch[key].float().reshape(-1, size).clamp(-clip, clip) for key, size in vectors]
         if self.settings.task_dim:
             parts.append(batch[TASK_EMBEDDING])
         parts += [
@@ -175,14 +177,14 @@ class CompactBase(FlowBase):
 
         Source: Lipman et al., arXiv 2210.02747, with pi0's Beta(1.5, 1) distribution of the time.
         """
-        action = batch[ACTION]
+        action = batch[ACTION].float().reshape(-1, self.chunk_size, self.action_dim)
         noise = torch.randn_like(action)
         beta = torch.distributions.Beta(torch.tensor(1.5), torch.tensor(1.0))
         t = (beta.sample((action.shape[0],)) * 0.999 + 0.001).to(action)
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * action
         error = (self.velocity(self.encode(batch), x_t, t).velocity - (noise - action)) ** 2
         real = (
-            ~batch["action_is_pad"]
+            ~batch["action_is_pad"].view(error.shape[:2])
             if "action_is_pad" in batch
             else torch.ones_like(error[..., 0], dtype=torch.bool)
         )

@@ -1,6 +1,7 @@
 """Which base policies exist: a registry of their configurations."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from lerobot.policies.xvla.configuration_xvla import XVLAConfig
 
 from ..errors import check, config_error
 from .extras import naming_extra, require_transformers
+
+logger = logging.getLogger(__name__)
 
 # Observation key under which the preprocessor puts the hashed task text.
 TASK_EMBEDDING = "observation.task_embedding"
@@ -290,11 +293,12 @@ def _check_multi_task_dit(config: Any) -> None:
         f"{base.objective!r} has no flow whose steps could be scored; take a policy that was trained with "
         "objective=flow_matching",
     )
-    check(
-        base.integration_method == "euler",
-        "policy.base.integration_method",
-        f"{base.integration_method!r} has no step that could be made a Gaussian; set it to 'euler'",
-    )
+    if base.integration_method != "euler":
+        # Only a step of Euler's can be made a Gaussian; the export has what was trained.
+        logger.warning(
+            "PI-RL acts by Euler steps, in place of integration_method=%s", base.integration_method
+        )
+        base.integration_method = "euler"
     check(
         base.n_obs_steps == 1,
         "policy.base.n_obs_steps",
