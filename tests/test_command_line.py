@@ -387,7 +387,7 @@ def test_a_simulator_that_is_not_installed_is_one_line(monkeypatch: pytest.Monke
     for command in ("train", "learner", "actor", "check"):
         assert refusal("--env.type=libero", command=command) == (
             "`env.type`: 'libero' needs the package 'libero', which is not installed: "
-            "pip install 'lerobot_policy_pi_rl[libero]'"
+            "CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install 'lerobot_policy_pi_rl[libero]'"
         )
     # A learner whose actors are elsewhere needs no simulator.
     elsewhere = ["--env.type=libero", "--policy.actor_learner_config.learner_host=192.0.2.1"]

@@ -125,7 +125,7 @@ RELATIVE = {
 
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_relative_actions_are_those_of_the_stock_policy(
-    save_stock: Callable[..., Path], name: str, tmp_path: Path
+    save_stock: Callable[..., Path], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the checkpoint, a `pi_rl` one and the export: chunks are added to the state that they were chosen in."""
     folder = save_stock(name, **RELATIVE)
@@ -133,6 +133,8 @@ def test_relative_actions_are_those_of_the_stock_policy(
     policy = PIRLPolicy(config)
     save_pi_rl(config, tmp_path / "pi_rl")
     export(tmp_path / "pi_rl", tmp_path / "stock")
+    # lerobot-eval would add each of a chunk's actions to another state.
+    assert "relative to the state, and it executes 3 of them at a time" in capsys.readouterr().err
     stock = get_policy_class(name).from_pretrained(folder)
     theirs = make_pre_post_processors(stock.config, str(folder))
     seen = raw_observation(name)

@@ -27,7 +27,8 @@ INSTALL = {
     "gym_pusht": "pip install 'lerobot_policy_pi_rl[pusht]'",
     "metaworld": "pip install 'lerobot_policy_pi_rl[metaworld]'",
 }
-LIBERO = "pip install 'lerobot_policy_pi_rl[libero]'"
+# Its dependency `egl-probe` is built with a CMake that LeRobot brings, and asks for an older one than that knows.
+LIBERO = "CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install 'lerobot_policy_pi_rl[libero]'"
 
 
 def missing_simulator(env: EnvConfig) -> str | None:

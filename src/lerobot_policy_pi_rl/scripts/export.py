@@ -26,6 +26,11 @@ from ..errors import config_error
 from ..modeling_pi_rl import PIRLPolicy
 from .console import run_command
 
+RELATIVE = (
+    "warning: its actions are relative to the state, and it executes {steps} of them at a time; lerobot-eval adds each "
+    "to the state of its own step, not to the one that they were chosen in: evaluate it with "
+    "--policy.n_action_steps=1, or run it by lerobot-rollout --inference.type=rtc"
+)
 PROCESSORS = (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME)
 
 
@@ -68,6 +73,8 @@ def export(path: Path, output_dir: Path) -> str:
     _copy_processors(path, output_dir)
     del base, stock
     _check_loads(output_dir)
+    if getattr(config.stock, "use_relative_actions", False) and config.n_action_steps > 1:
+        print(RELATIVE.format(steps=config.n_action_steps), file=sys.stderr, flush=True)
     return f"{config.stock.type} written to {output_dir}; it needs nothing of this package any more"
 
 
