@@ -196,6 +196,26 @@ def test_all_stages_are_in_the_environment_of_the_recipe(tmp_path: Path) -> None
     assert "metaworld_camera" in camera.demonstrations.folder.parent.name
 
 
+def test_a_grid_in_another_packages_environment_records_and_runs_there(tmp_path: Path) -> None:
+    content = changed(environment="small", tasks={"Arm-v0": {"demonstrations": 2}})
+    made = stages.stages(plan.parse(content).cells[0], tmp_path)
+    recorder, *rest = made.demonstrations.command[:3], *made.demonstrations.command[3:]
+    assert recorder == ("python", "-m", "lerobot_env_small.record")
+    assert {"--task=Arm-v0", "--num_episodes=2"} <= set(rest)
+    for stage in (made.supervised, made.before, made.train, made.best, made.last):
+        given = [argument for argument in stage.command if argument.startswith("--env.")]
+        assert sorted(given) == [
+            "--env.discover_packages_path=lerobot_env_small",
+            "--env.task=Arm-v0",
+            "--env.type=small",
+        ]
+    assert made.last.twin is not None
+    assert made.last.twin.command == made.best.command
+    # The 200 steps of 0.1.0 validate nowhere.
+    before = stages.stages(plan.parse({**content, "start": "steps_200"}).cells[0], tmp_path)
+    assert not any(argument.startswith("--env.") for argument in before.supervised.command)
+
+
 def test_co_training_gets_the_demonstrations_of_its_cell(tmp_path: Path) -> None:
     content = changed(
         tasks={"reach-v3": {"demonstrations": 1}},

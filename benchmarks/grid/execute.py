@@ -78,7 +78,8 @@ class Processes:
         """
         self._stop = stop
         # The sources beside this runner, also from a second work tree that shares the first one's installation.
-        paths = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+        own = [str(ROOT / "src"), str(ROOT / "benchmarks/small_environments")]
+        paths = os.pathsep.join(filter(None, [*own, os.environ.get("PYTHONPATH")]))
         self._environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": paths}
         if jobs > 1:
             # Threads of several processes that wait for each other cost more than they bring.

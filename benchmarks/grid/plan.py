@@ -18,6 +18,8 @@ STARTS = ("converged", "steps_200")
 # What a cell does with it: PI-RL, or one of the controls. Self-imitation keeps its own successes and trains on them;
 # supervised training goes on, on the same demonstrations, for the minutes that PI-RL takes.
 PI_RL, SELF_IMITATION, SUPERVISED = METHODS = ("pi_rl", "self_imitation", "supervised")
+# Environments of a grid beside those of the recipes: by type, the package that brings and records them.
+PACKAGES = {"small": "lerobot_env_small"}
 # MetaWorld's demonstrations know this many blocks of starts.
 NUM_SEEDS = 50
 # What the runner sets itself, in every command.
@@ -76,6 +78,7 @@ class Cell:
         overrides: Of the task and the variant.
         start: One of `STARTS`.
         method: One of `METHODS`.
+        environment: Type of the environment, one of `PACKAGES`; None is that of the recipe.
     """
 
     task: str
@@ -87,6 +90,7 @@ class Cell:
     overrides: Overrides
     start: str = STARTS[0]
     method: str = PI_RL
+    environment: str | None = None
 
     def __str__(self) -> str:
         """How the cell is called in what is printed."""
@@ -156,7 +160,7 @@ def parse(content: Any) -> Grid:
         "the grid",
         content,
         required=("name", "tasks", "seeds"),
-        optional=("variants", "num_evaluations", "start"),
+        optional=("variants", "num_evaluations", "start", "environment"),
     )
     name = grid["name"]
     _check(isinstance(name, str) and slug([name]) == name, f"name: {name!r} is no name for a folder")
@@ -166,6 +170,9 @@ def parse(content: Any) -> Grid:
         _whole(count) and count >= 1, f"num_evaluations: must be a whole number of at least 1, got {count!r}"
     )
     start = _one_of("start", grid.get("start", STARTS[0]), STARTS)
+    environment = grid.get("environment")
+    if environment is not None:
+        _one_of("environment", environment, list(PACKAGES))
     tasks = _named("tasks", grid["tasks"])
     variants = _named("variants", grid.get("variants", {"default": {}}))
     stages = [f.name for f in fields(Overrides)]
@@ -196,6 +203,7 @@ def parse(content: Any) -> Grid:
             + _overrides(f"variants.{variant}", variants[variant], stages, more=("method",)),
             start=start,
             method=methods[variant],
+            environment=environment,
         )
         for place, variant, task in itertools.product(range(max(map(len, seeds.values()))), variants, tasks)
         if place < len(seeds[task])

@@ -31,7 +31,7 @@ from examples.metaworld_demo import (
     supervised_command,
 )
 
-from .plan import PI_RL, RECIPE, SELF_IMITATION, STARTS, Cell, slug
+from .plan import PACKAGES, PI_RL, RECIPE, SELF_IMITATION, STARTS, Cell, slug
 
 OUTPUT = ROOT / "outputs/grid"
 PORT = "--policy.actor_learner_config.learner_port"
@@ -153,6 +153,8 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
         output: Folder of all stages of all grids.
     """
     more = cell.overrides
+    if cell.environment is not None:
+        return _in_environment(cell.environment, cell, output)
     place = output / slug([cell.task]) / f"{cell.demonstrations}_demonstrations" / f"seed_{cell.seed}"
     place = place / _name("", more.demonstrations) if more.demonstrations else place
     environment = environment_arguments(cell.recipe)
@@ -193,6 +195,30 @@ def stages(cell: Cell, output: Path = OUTPUT) -> Stages:
         train=_train_stage(cell, train, data, start, output),
         best=best,
         last=evaluation("evaluation_last", "evaluation of the last", train, "last", best),
+    )
+
+
+def _in_environment(name: str, cell: Cell, output: Path) -> Stages:
+    """The stages of a cell whose environment is that of a package beside the recipes."""
+    same = stages(replace(cell, environment=None), output / name)
+    environment = (f"--env.type={name}", f"--env.discover_packages_path={PACKAGES[name]}")
+
+    def moved(stage: Stage) -> Stage:
+        kept = [a for a in stage.command if not a.startswith("--env.") or a.startswith("--env.task=")]
+        twin = None if stage.twin is None else moved(stage.twin)
+        # The supervised training of 0.1.0 names no environment: it validates nowhere.
+        added = environment if any(a.startswith("--env.task=") for a in kept) else ()
+        return replace(stage, command=(*kept, *added), twin=twin)
+
+    record = [a for a in same.demonstrations.command[1:] if not a.startswith("--env.")]
+    recorder = ("python", "-m", f"{PACKAGES[name]}.record", *record)
+    return Stages(
+        demonstrations=replace(same.demonstrations, command=recorder),
+        supervised=moved(same.supervised),
+        before=moved(same.before),
+        train=moved(same.train),
+        best=moved(same.best),
+        last=moved(same.last),
     )
 
 
