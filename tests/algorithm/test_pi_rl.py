@@ -494,6 +494,35 @@ def test_the_whole_first_minibatch_is_checked(make_algorithm: MakeAlgorithm, col
             algorithm.update(iter([rollout]))
 
 
+def test_an_actor_that_is_off_is_named_before_anything_changes(
+    make_algorithm: MakeAlgorithm, collect: Collect
+) -> None:
+    """Actor 2 of 4 has a quarter of 48 decisions; a minibatch of 8 holds two of them, all of which are off."""
+    algorithm = make_algorithm(minibatch_size=8, collection=CollectionConfig(num_envs=12))
+    assert algorithm.critic.is_cold
+    rollout, policy, critic = collect(algorithm, count=48), policy_of(algorithm), critic_of(algorithm)
+    rollout.decisions.log_prob[24:36] += 0.005
+    random_state = torch.get_rng_state()
+    with pytest.raises(RatioError, match=r"decisions of actor\(s\) \[2\] are not scored") as error:
+        algorithm.update(iter([rollout]))
+    assert error.value.actors == [2]
+    assert same(policy_of(algorithm), policy)
+    assert same(critic_of(algorithm), critic)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert algorithm.optimization_step == 0
+
+
+def test_some_decisions_of_every_actor_are_checked(make_algorithm: MakeAlgorithm, collect: Collect) -> None:
+    """Each of 24 actors has two decisions; 5 of a minibatch, rounded up, are one of each. Older ones are left out."""
+    algorithm = make_algorithm(minibatch_size=5, collection=CollectionConfig(num_envs=2))
+    rollout = collect(algorithm, count=48)
+    rollout.decisions.log_prob[:] += 0.005
+    rollout.decisions.version[:2] = -1
+    with pytest.raises(RatioError) as error:
+        algorithm.update(iter([rollout]))
+    assert error.value.actors == list(range(1, 24))
+
+
 # Rollouts that say nothing
 
 

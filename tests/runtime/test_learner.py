@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import math
 import re
 import threading
@@ -27,7 +28,7 @@ from lerobot_policy_pi_rl.runtime import checkpoint, snapshot
 from lerobot_policy_pi_rl.runtime import learner as learner_module
 from lerobot_policy_pi_rl.runtime.actor import Actor, Pace
 from lerobot_policy_pi_rl.runtime.checkpoint import CheckpointError, InUse
-from lerobot_policy_pi_rl.runtime.client import LearnerClient
+from lerobot_policy_pi_rl.runtime.client import ActorRefused, LearnerClient
 from lerobot_policy_pi_rl.runtime.collector import Collected, Collector, Group
 from lerobot_policy_pi_rl.runtime.evaluation import Evaluation
 from lerobot_policy_pi_rl.runtime.gather import Gathered, NothingUsable
@@ -39,6 +40,7 @@ from lerobot_policy_pi_rl.runtime.progress import Progress
 from lerobot_policy_pi_rl.runtime.server import PortUnavailable
 from lerobot_policy_pi_rl.runtime.snapshot import NotFinite
 from lerobot_policy_pi_rl.runtime.statistics import learning_metrics
+from lerobot_policy_pi_rl.runtime.tasks import PER_TASK
 from lerobot_policy_pi_rl.runtime.wire import WeightsHeader
 
 from .conftest import SOON, Line, MakeConfig, Train, as_actor, run_actor
@@ -353,7 +355,8 @@ def test_a_validation_of_few_starts_decides_nothing(
     def send_a_share(client: LearnerClient, values: dict[str, Any], *rest: Any) -> None:
         """As the one actor of three that is left, which has four of the ten starts."""
         if values["kind"] == "evaluation":
-            values = values | {"episodes": 4, "judged": 4, "successes": found.pop(0) if found else 0}
+            values = {name: value for name, value in values.items() if not name.startswith(PER_TASK)}
+            values |= {"episodes": 4, "judged": 4, "successes": found.pop(0) if found else 0}
         send(client, values, *rest)
 
     monkeypatch.setattr(LearnerClient, "send_interaction", send_a_share)
@@ -900,8 +903,49 @@ def test_a_policy_that_does_not_score_what_it_sampled_ends_the_run(
         return reduce(self, per_step, executed) + (0.1 if calls.count == 1 else 0.0)
 
     monkeypatch.setattr(PIRLAlgorithm, "reduce", off)
-    with pytest.raises(RatioError, match="ratio is off by"):
+    with pytest.raises(RatioError, match=r"actor\(s\) \[0\] .* ratio is off by") as error:
         train("--steps=2")
+    assert "\n" not in str(error.value)
+
+
+def test_an_actor_that_is_off_is_refused_by_name_and_the_others_go_on(
+    train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    collect = Collector.collect
+
+    def off(self: Collector, version: int, part: int = 0) -> Collected:
+        found = collect(self, version, part)
+        second = (found.decisions.env >= 4)[:, None]
+        return replace(
+            found, decisions=replace(found.decisions, log_prob=found.decisions.log_prob + 0.005 * second)
+        )
+
+    monkeypatch.setattr(Collector, "collect", off)
+    with pytest.raises(
+        ActorRefused, match=r"actor 1 ends: the learner rejected its decisions: other log-prob"
+    ):
+        train("--steps=3", actors=2)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["rollout/decisions"] for row in rows] == [16, 16, 16]
+    assert [row["progress/decisions"] for row in rows] == [16, 32, 48]
+    assert rows[0]["dropped/mismatched_decisions"] == 16
+    assert all(row["ppo/ratio_first_error"] <= 1e-3 for row in rows)
+    assert (tmp_path / "run/checkpoints/last").readlink() == Path("000003")
+    said = [record.getMessage() for record in caplog.records if "Rejected a message" in record.getMessage()]
+    assert said
+    assert all(line.startswith("Rejected a message of actor 1: other log-probabilities") for line in said)
+
+
+def test_actors_that_are_all_off_are_named_together(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    collect = Collector.collect
+
+    def off(self: Collector, version: int, part: int = 0) -> Collected:
+        found = collect(self, version, part)
+        return replace(found, decisions=replace(found.decisions, log_prob=found.decisions.log_prob + 0.005))
+
+    monkeypatch.setattr(Collector, "collect", off)
+    with pytest.raises(RatioError, match=r"actor\(s\) \[0, 1\]"):
+        train("--steps=2", actors=2)
 
 
 def test_a_run_of_which_nothing_is_usable_names_the_actor_and_saves(

@@ -249,8 +249,8 @@ class PIRLAlgorithmConfig(RLAlgorithmConfig):
     # Training ends when the best checkpoint would have to be brought back more often than this.
     max_rollbacks: int = 3
 
-    # Largest distance of the first minibatch's ratio from 1; null takes 1e-3, and 0.1 where a part of the policy is in
-    # bfloat16, or all of it runs in bfloat16 autocast.
+    # Largest distance from 1 of the probability ratio of an actor's fresh decisions; null takes 1e-3, and 0.1 where a
+    # part of the policy is in bfloat16, or all of it runs in bfloat16 autocast.
     ratio_tolerance: float | None = None
 
     # Filled in by LeRobot with the policy's configuration.

@@ -38,7 +38,6 @@ class Batch:
         scored: Steps of each chunk that its log-probability covers, `[N]`.
         log_prob: Reduced log-probability under the proximal policy, that before the update, `[N]`; `[N, T]` where each
             decision has T ratios.
-        recorded: Reduced log-probability of whole decisions as it was recorded, `[N]`.
         weight: Probability under the proximal policy over that under the one that collected, `[N]`.
         advantage: Normalised, `[N]`.
         reference: The steps of the policy before reinforcement learning, if a divergence from it is penalised.
@@ -48,7 +47,6 @@ class Batch:
     step: Tensor
     scored: Tensor
     log_prob: Tensor
-    recorded: Tensor
     weight: Tensor
     advantage: Tensor
     reference: Gaussian | None

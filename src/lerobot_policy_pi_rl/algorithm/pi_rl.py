@@ -43,7 +43,12 @@ Demonstrations = Callable[[int], dict[str, Tensor] | None]
 
 
 class RatioError(RuntimeError):
-    """The policy that scores is not the policy that sampled."""
+    """The policy that scores is not the policy that sampled; the text is one line."""
+
+    def __init__(self, text: str, actors: list[int]) -> None:
+        """Takes the text, and the numbers of the actors that sampled."""
+        super().__init__(text)
+        self.actors = actors
 
 
 class UpdateStopped(Exception):
@@ -232,29 +237,26 @@ class PIRLAlgorithm(RLAlgorithm):
             Losses, gradient norms and diagnostics, averaged over the minibatches.
 
         Raises:
-            RatioError: If the first minibatch's ratio is not 1.
+            RatioError: If an actor's decisions are not scored as they were sampled; nothing has changed then.
             UpdateStopped: If it was left in the middle (`stopping`).
         """
         rollout = next(batch_iterator)
         self.policy.eval()
-        material = self.evaluate(rollout)
+        contexts = self._encode(rollout.observations, self.config.context_memory_gb)
+        # Before anything is changed, so that the rollout can be given once more without some actors.
+        ratio_error = self.check_ratio(rollout, contexts)
+        material = self.evaluate(rollout, contexts)
         self._tell_of_silence(material)
         if self.critic is not None and material.critic is not None:
             self.critic.follow(material.critic.target[material.trained.to(self.device)])
         averages, extra = Averages(), self._statistics(material, rollout)
-        extra["ratio_first_error"] = self._first_ratio_error(material, rollout)
+        extra["ratio_first_error"] = ratio_error
         extra |= self._improve_policy(material, averages)
         self.policy_ready()
         extra["skipped_steps"] += self._train_critic(material, averages)
         self._decay_lr()
         self.optimization_step += 1
         return self._stats(averages, extra | {"lr": self.lr})
-
-    def _first_ratio_error(self, material: Material, rollout: Rollout) -> float:
-        """Checks the ratio on the minibatch that the policy sees first."""
-        batches = minibatches(material.trained, self.config.minibatch_size, self._generator(0))
-        rows = next(batches, None)
-        return 0.0 if rows is None else self.check_ratio(material, rows, rollout.decisions.version[rows])
 
     def _tell_of_silence(self, material: Material) -> None:
         self._silent = 0 if material.has_signal or material.over_cap else self._silent + 1
@@ -319,10 +321,15 @@ class PIRLAlgorithm(RLAlgorithm):
         return generator
 
     @torch.no_grad()
-    def evaluate(self, rollout: Rollout) -> Material:
-        """Contexts, values, advantages and reference steps of a rollout, computed once."""
+    def evaluate(self, rollout: Rollout, contexts: Contexts | None = None) -> Material:
+        """Contexts, values, advantages and reference steps of a rollout, computed once.
+
+        Args:
+            rollout: The decisions.
+            contexts: What was seen, if it is encoded already.
+        """
         decisions = rollout.decisions
-        contexts = self._encode(rollout.observations, self.config.context_memory_gb)
+        contexts = contexts or self._encode(rollout.observations, self.config.context_memory_gb)
         recorded = self.reduce(decisions.log_prob.to(self.device), decisions.scored.to(self.device))
         proximal, weight = self._proximal(decisions, contexts, recorded)
         near = (weight <= self.config.importance_cap).cpu()
@@ -346,7 +353,6 @@ class PIRLAlgorithm(RLAlgorithm):
             step=step,
             scored=decisions.scored.to(self.device),
             log_prob=proximal,
-            recorded=recorded,
             weight=weight,
             advantage=advantage,
             reference=self._reference_steps(contexts, rollout.observations, chain, step),
@@ -390,6 +396,7 @@ class PIRLAlgorithm(RLAlgorithm):
             weight[here] = torch.where(stale, moved, weight[here])
         return proximal, weight
 
+    @torch.no_grad()
     def _encode(self, observations: Observations, memory_gb: float) -> Contexts:
         return Contexts(
             self.policy,
@@ -488,35 +495,54 @@ class PIRLAlgorithm(RLAlgorithm):
         return log_ratio * terms if log_ratio.dim() == 1 else log_ratio.sum(1) * terms
 
     @torch.no_grad()
-    def check_ratio(self, material: Material, rows: Tensor, version: Tensor) -> float:
-        """Largest distance from 1 of the ratio of decisions that the current weights made.
+    def check_ratio(self, rollout: Rollout, contexts: Contexts) -> float:
+        """Largest distance from 1 of the ratio of decisions that the current weights made; 0 where there are none.
 
         Args:
-            material: The rollout.
-            rows: Some of its rows.
-            version: Of the weights that made these rows.
+            rollout: The decisions; some of each actor are looked at.
+            contexts: What was seen, encoded.
 
         Raises:
             RatioError: If it passes the tolerance: sampling and scoring do not agree, and PPO would be wrong.
         """
-        current = (version == self.optimization_step).to(self.device)
-        if not bool(current.any()):
+        decisions, rows = rollout.decisions, self._rows_to_check(rollout)
+        if not len(rows):
             return 0.0
-        log_ratio = torch.cat(
-            [
-                self.reduce(self._score(material.contexts.rows(micro), part).log_prob, part.scored)
-                - part.recorded
-                for micro, part in self._parts(material, rows)
-            ]
-        )
-        error = float((log_ratio[current].exp() - 1).abs().max())
-        if not error <= self.ratio_tolerance:
-            raise RatioError(
-                f"the first minibatch's probability ratio is off by {error:.2e} "
-                f"(tolerance {self.ratio_tolerance:.0e}): "
-                "actor and learner do not compute the same density; check that both run the same version and config"
+        log_ratio = []
+        for micro in self._micro_batches(rows):
+            recorded, chain, step, scored = (
+                value[micro].to(self.device)
+                for value in (decisions.log_prob, decisions.chain, decisions.step, decisions.scored)
             )
-        return error
+            sampled = self.reduce(recorded, scored)
+            score = self.policy.score(contexts.rows(micro), chain, step)
+            log_ratio.append(self.reduce(score.log_prob, scored) - sampled)
+        distance = (torch.cat(log_ratio).exp() - 1).abs().cpu()
+        # What is not a number is no less than the tolerance either.
+        off = ~(distance <= self.ratio_tolerance)
+        if bool(off.any()):
+            actors = self._actors(decisions, rows[off]).unique().tolist()
+            raise RatioError(
+                f"the decisions of actor(s) {actors} are not scored as they were sampled: the probability ratio is off "
+                f"by {float(distance.max()):.2e} (tolerance {self.ratio_tolerance:.0e}); check that both run the same "
+                "version and config; on hardware of another kind, raise algorithm.ratio_tolerance a little",
+                actors,
+            )
+        return float(distance.max())
+
+    def _rows_to_check(self, rollout: Rollout) -> Tensor:
+        """Usable rows that the current weights made: as many of each actor, all together about a minibatch."""
+        decisions, rows = rollout.decisions, rollout.usable
+        rows = rows[decisions.version[rows] == self.optimization_step]
+        rows = rows[torch.randperm(len(rows), generator=self._generator(0))]
+        by_actor = self._actors(decisions, rows)
+        actors = by_actor.unique()
+        share = -(-self.config.minibatch_size // max(1, len(actors)))
+        return torch.cat([rows[:0], *(rows[by_actor == actor][:share] for actor in actors)])
+
+    def _actors(self, decisions: DecisionBatch, rows: Tensor) -> Tensor:
+        """The actor that made each of some rows."""
+        return decisions.env[rows] // self.config.collection.num_envs
 
     def _parts(self, material: Material, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
         """Rows and what is known of them, as many at a time as fit into memory."""

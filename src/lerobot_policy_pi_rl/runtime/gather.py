@@ -49,6 +49,7 @@ DROPPED = (
     "stale_decisions",
     "repeated_decisions",
     "rolled_back_decisions",
+    "mismatched_decisions",
     "surplus_decisions",
     "statistics",
 )

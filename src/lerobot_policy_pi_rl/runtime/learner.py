@@ -18,7 +18,8 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, LAST_CHECKPOINT_LINK
 from lerobot.utils.random_utils import set_seed
 from torch import Tensor
 
-from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm, UpdateStopped
+from ..algorithm.decisions import DecisionBatch
+from ..algorithm.pi_rl import Demonstrations, PIRLAlgorithm, RatioError, UpdateStopped
 from ..algorithm.storage import Rollout, prepare
 from . import checkpoint
 from .access import read_learner_access
@@ -59,6 +60,9 @@ FINAL_DEMONSTRATIONS_S = 3.0
 HALF_AN_UPDATE = "an update was left in the middle, and there was no memory for a copy of what it began from"
 # What is said of an update whose weights are not finite, and what helps.
 OVERFLOW = ("the update made", "lower algorithm.lr and algorithm.lr_max, or algorithm.critic_lr")
+
+# Why a quota is refused that the learner scores otherwise than its actor.
+MISMATCHED = "other log-probabilities"
 
 # What the console shows beside the environment steps.
 SHOWN = {
@@ -204,7 +208,7 @@ class Learner:
             CheckpointNotWritten: If there is no room for the first checkpoint or for the last one.
             InUse: If another learner trains in the same folder.
             PortUnavailable: If the learner cannot listen where it should.
-            RatioError: If sampling and scoring do not agree.
+            RatioError: If sampling and scoring do not agree for any actor that has delivered.
         """
         # Files are changed after the port is open and the folder is owned: another learner may be running.
         with (
@@ -326,7 +330,7 @@ class Learner:
             self._algorithm.policy_ready = policy_ready
             # Asynchronous actors use the other cores all the time.
             torch.set_num_threads(1 if self._asynchronous else self._threads)
-            stats = self._update(gathered)
+            stats, learned = self._update(gathered.decisions)
             check_trained(self._algorithm, *OVERFLOW)
         updated = time.perf_counter()
         self._progress.seconds += updated - began
@@ -336,7 +340,6 @@ class Learner:
         if not early and not finished:
             self._publish_next(restart=True)
         self._watch(stats)
-        learned = len(gathered.decisions)
         self._log(gathered, stats, learned, ready_at[0] - updating, updated - ready_at[0])
 
     @contextlib.contextmanager
@@ -422,10 +425,38 @@ class Learner:
         if cause and self._progress.runaways >= RUNAWAY_ITERATIONS:
             self._stopped_by = cause
 
-    def _update(self, gathered: Gathered) -> TrainingStats:
-        self._rollouts.put(prepare(gathered.decisions, self._player.preprocess_packed))
-        self._trainer.reset_data_iterator()
-        return self._trainer.training_step()
+    def _update(self, decisions: DecisionBatch) -> tuple[TrainingStats, int]:
+        """One update, without the decisions of actors that the learner does not score as they sampled.
+
+        Returns:
+            What it tells, and of how many decisions it learned.
+
+        Raises:
+            RatioError: If no decision is left.
+        """
+        while True:
+            self._rollouts.put(prepare(decisions, self._player.preprocess_packed))
+            self._trainer.reset_data_iterator()
+            try:
+                return self._trainer.training_step(), len(decisions)
+            except RatioError as error:
+                decisions = self._without_refused(decisions, error)
+
+    def _without_refused(self, decisions: DecisionBatch, error: RatioError) -> DecisionBatch:
+        """Refuses the quotas of the actors that an error names, as long as others have delivered.
+
+        Their own collection, its environment steps and episodes stay counted.
+        """
+        actor = decisions.env // self._config.collection.num_envs
+        rows = torch.nonzero(~torch.isin(actor, torch.tensor(error.actors)))[:, 0]
+        if not len(rows):
+            raise error
+        for number in error.actors:
+            self._service.reject(number, MISMATCHED, str(error), quota=True)
+        refused = len(decisions) - len(rows)
+        self._gatherer.dropped["mismatched_decisions"] += refused
+        self._progress.decisions -= refused
+        return decisions.select(rows)
 
     def _account(self, gathered: Gathered, learned: bool = True) -> None:
         progress = self._progress
