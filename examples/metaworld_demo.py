@@ -222,8 +222,11 @@ def draw_curve(rows: list[dict[str, float]], summary: Summary, file: Path) -> No
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     exploring = [(r["progress/env_steps"], r["rollout/success"]) for r in rows if "rollout/success" in r]
     validated = [(r["progress/env_steps"], r["eval/success"]) for r in rows if "eval/success" in r]
-    axes.plot(*zip(*exploring, strict=True), color="tab:blue", alpha=0.35, label="while exploring")
-    axes.plot(*zip(*validated, strict=True), "o-", color="tab:blue", label="validation starts (ODE)")
+    # A short run may have no episode that has ended.
+    if exploring:
+        axes.plot(*zip(*exploring, strict=True), color="tab:blue", alpha=0.35, label="while exploring")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o-", color="tab:blue", label="validation starts (ODE)")
     axes.axhline(summary.supervised_success, color="tab:gray", ls="--", label="supervised, held-out starts")
     axes.axhline(summary.pi_rl_success, color="tab:green", ls="--", label="PI-RL, held-out starts")
     axes.set(

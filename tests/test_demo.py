@@ -34,3 +34,11 @@ def test_a_stage_that_fails_shows_the_end_of_its_log(tmp_path: Path) -> None:
 )
 def test_the_bar_of_training_is_read(line: str, step: int | None) -> None:
     assert demo.training_step(line) == step
+
+
+def test_a_curve_without_an_ended_episode_or_a_validation_is_drawn(tmp_path: Path) -> None:
+    plt = pytest.importorskip("matplotlib.pyplot")
+    summary = demo.Summary("reach-v3", 0, 10, 0.5, 0.5, 100, 0.1, "checkpoint")
+    demo.draw_curve([{"progress/env_steps": 100.0}], summary, tmp_path / "curve.png")
+    drawn = [line.get_label() for line in plt.gcf().axes[0].lines]
+    assert drawn == ["supervised, held-out starts", "PI-RL, held-out starts"]

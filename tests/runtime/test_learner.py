@@ -710,7 +710,7 @@ def test_a_learning_rate_is_changed_when_resuming(make_cfg: MakeConfig, train: T
     assert rates[-1] < PIRLAlgorithmConfig().lr
     assert resumed() == (rates[-1], PIRLAlgorithmConfig().critic_lr)
     assert resumed("--algorithm.critic_lr=0.0002") == (rates[-1], 0.0002)
-    assert resumed("--algorithm.lr=0.0001") == (0.0001, PIRLAlgorithmConfig().critic_lr)
+    assert resumed("--algorithm.lr=0.0002") == (0.0002, PIRLAlgorithmConfig().critic_lr)
 
 
 def test_a_changed_rate_of_the_critic_outlives_a_roll_back(
