@@ -25,6 +25,7 @@ NEWEST_TESTED = Version("0.6.2")
 
 PRIVATE_NAMES: dict[str, tuple[str, ...]] = {
     "lerobot.configs.train": ("_resolve_pretrained_from_cli",),
+    "lerobot.envs.libero": ("_init_states",),
     "lerobot.policies.evo1.flow_matching": ("_prepare_context", "_project_actions"),
     "lerobot.policies.evo1.modeling_evo1": (
         "_collect_image_batches",

@@ -25,6 +25,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot_policy_pi_rl.runtime.environments import ChunkedVectorEnv
 from lerobot_policy_pi_rl.runtime.observations import ObservationPath, offered_features
 from lerobot_policy_pi_rl.runtime.pipeline import PIRLTrainConfig
+from lerobot_policy_pi_rl.runtime.seeds import (
+    EVALUATION_SEED,
+    TRAINING_SEEDS,
+    VALIDATION_SEED,
+    recorded_start,
+)
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(240)
@@ -357,16 +363,30 @@ def test_the_ten_tasks_of_a_suite_are_dealt_and_cut_at_its_limit(
 def test_libero_s_episode_begins_where_its_seed_says_and_is_cut(libero: None) -> None:
     cfg = LiberoEnv(observation_height=SIZE, observation_width=SIZE, episode_length=7)
     with ChunkedVectorEnv(cfg, 2, 0) as vector:
-        for _ in range(2):
-            first = vector.reset(np.array([103, 12]))
-            np.testing.assert_allclose(first["robot_state/eef/pos"][:, 0], [0.03, 0.12])
+        first = vector.reset(np.array([103, 12]))
+        again = vector.reset(np.array([103, 12]))
+        np.testing.assert_array_equal(first["robot_state/eef/pos"], again["robot_state/eef/pos"])
         step = vector.step(np.zeros((2, 5, 7)), np.array([1, 2]))
         assert not step.done.any()
         step = vector.step(np.zeros((2, 5, 7)), np.array([1, 2]))
         assert step.executed.tolist() == [2, 2]
         assert step.truncated.all()
         assert not step.terminated.any()
-        np.testing.assert_allclose(step.observation["robot_state/eef/pos"][:, 0], [0.01, 0.02])
+        first = vector.reset(np.array([1, 2]))
+        np.testing.assert_array_equal(step.observation["robot_state/eef/pos"], first["robot_state/eef/pos"])
+
+
+def test_libero_s_starts_of_training_validation_and_reports_never_meet(libero: None) -> None:
+    """Of 50 starts, whose place is their number in centimetres, 10 and 10 are held out."""
+    cfg, begun = LiberoEnv(observation_height=SIZE, observation_width=SIZE), {}
+    with ChunkedVectorEnv(cfg, 2, 0) as vector:
+        for first in (EVALUATION_SEED, VALIDATION_SEED, TRAINING_SEEDS[0]):
+            places = [
+                vector.reset(np.array([seed, seed + 1]))["robot_state/eef/pos"][:, 0]
+                for seed in range(first, first + 400, 2)
+            ]
+            begun[first] = set(np.rint(100 * np.concatenate(places)).astype(int).tolist())
+    assert list(begun.values()) == [set(range(10)), set(range(10, 20)), set(range(20, 50))]
 
 
 def test_libero_s_own_processors_make_what_the_policy_reads(libero: None) -> None:
@@ -384,7 +404,7 @@ def test_libero_s_own_processors_make_what_the_policy_reads(libero: None) -> Non
         found = path.from_environment(vector.reset(np.array([3, 4])), vector.tasks)
     # Position, rotation of a quarter about z, gripper.
     expected = torch.tensor([0, 0, 0, 0, 0, torch.pi / 2, 0.1, -0.1]).repeat(2, 1)
-    expected[:, 0] = torch.tensor([0.03, 0.04])
+    expected[:, 0] = torch.tensor([recorded_start(seed, 50) / 100 for seed in (3, 4)])
     torch.testing.assert_close(found[OBS_STATE], expected)
     # The corner that was at the top left is at the bottom right.
     assert (found[IMAGE][..., -1, -1] == 1).all()

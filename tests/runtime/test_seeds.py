@@ -12,6 +12,7 @@ from lerobot_policy_pi_rl.runtime.seeds import (
     EVALUATION_SEED,
     TRAINING_SEEDS,
     VALIDATION_SEED,
+    recorded_start,
     stream,
     torch_seed,
 )
@@ -50,6 +51,34 @@ def test_no_start_serves_two_purposes() -> None:
     assert all(one < two for one, two in itertools.pairwise(first))
     assert VALIDATION_SEED - EVALUATION_SEED == 400_000
     assert TRAINING_SEEDS[0] - VALIDATION_SEED == 500_000
+
+
+@pytest.mark.parametrize(
+    ("count", "report", "validation", "training"),
+    [
+        (50, range(10), range(10, 20), range(20, 50)),
+        (7, [0], [1], range(2, 7)),
+        (4, *[range(4)] * 3),
+        (1, *[[0]] * 3),
+    ],
+)
+def test_recorded_starts_are_divided_by_purpose(
+    count: int, report: range, validation: range, training: range
+) -> None:
+    for first, expected in (
+        (0, report),
+        (EVALUATION_SEED, report),
+        (VALIDATION_SEED, validation),
+        (TRAINING_SEEDS[0], training),
+        (TRAINING_SEEDS[1] - 600, training),
+    ):
+        assert {recorded_start(seed, count) for seed in range(first, first + 600)} == set(expected)
+
+
+def test_every_task_has_all_recorded_starts_of_a_purpose() -> None:
+    """Task 3 of ten validates from every tenth seed."""
+    seeds = range(VALIDATION_SEED + 3, VALIDATION_SEED + 2000, 10)
+    assert {recorded_start(seed, 50) for seed in seeds} == set(range(10, 20))
 
 
 def test_training_starts_cover_their_range_and_no_other() -> None:

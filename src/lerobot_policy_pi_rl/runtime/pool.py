@@ -12,6 +12,8 @@ import gymnasium as gym
 import numpy as np
 from lerobot.envs.configs import EnvConfig
 
+from .seeds import recorded_start
+
 Observation = dict[str, np.ndarray]
 
 # Names under which environments report a success: LeRobot's; MetaWorld's and ManiSkill's; gym_hil's.
@@ -271,9 +273,11 @@ class _Slot:
     def reset(self, seed: int) -> Observation:
         """Starts the episode of a seed."""
         self._steps = 0
-        if hasattr(self._env.unwrapped, "init_state_id"):
+        env = self._env.unwrapped
+        if hasattr(env, "init_state_id"):
             # LIBERO takes the next of its recorded starts at every reset, whatever the seed.
-            self._env.unwrapped.init_state_id = int(seed)
+            starts = getattr(env, "_init_states", None)
+            env.init_state_id = int(seed) if starts is None else recorded_start(int(seed), len(starts))
         self._seen.clear()
         observation, info = self._env.reset(seed=int(seed))
         self._judged = reported_success(info) is not None
