@@ -97,5 +97,6 @@ def test_defaults_that_follow_from_the_explorer(make_config: MakeConfig) -> None
         "joint",
     ]
     # The learned deviation goes with independent noise.
-    assert [ExplorerConfig(kind).correlation for kind in ("flow_sde", "flow_noise")] == [0.5, 0.0]
+    correlated = [ExplorerConfig(kind, noise_correlation=0.5) for kind in ("flow_sde", "flow_noise")]
+    assert [explorer.correlation for explorer in correlated] == [0.5, 0.0]
     assert make_config({"base": None}).base == CompactConfig()

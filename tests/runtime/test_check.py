@@ -462,10 +462,11 @@ def test_the_launcher_starts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[bool] = []
     monkeypatch.setattr(command, "main", lambda: started.append(True))
     # It names the command there, by which errors are known to be a command's.
-    monkeypatch.setattr(sys, "argv", ["-m"])
+    given = ["--env.type=metaworld_state", "--policy.base.type=compact"]
+    monkeypatch.setattr(sys, "argv", ["-m", *given])
     launcher.check()
     assert started
-    assert sys.argv == ["lerobot-pi-rl-check"]
+    assert sys.argv == ["lerobot-pi-rl-check", *given]
 
 
 # The first minutes of a run

@@ -436,6 +436,9 @@ def test_a_running_learner_survives_and_trains_on_nothing_of_it(caplog: pytest.L
     assert caplog.text.count("Rejected a message") < 200
 
 
+REFUSED_CALL = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
 def introduce(server: LearnerServer, count: int) -> None:
     """Calls `Ready` with settings and names that nobody would send; every one is refused."""
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -445,4 +448,5 @@ def introduce(server: LearnerServer, count: int) -> None:
             metadata = {**good, "pi-rl-actor": str(number), "pi-rl-settings-bin": data}
             with pytest.raises(grpc.RpcError) as refusal:
                 stub.Ready(services_pb2.Empty(), metadata=list(metadata.items()))
-            assert refusal.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+            # By the learner, or by gRPC before it where the metadata is larger than any honest one.
+            assert refusal.value.code() in REFUSED_CALL

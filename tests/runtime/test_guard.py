@@ -5,7 +5,7 @@ import pytest
 from lerobot_policy_pi_rl.algorithm.configuration_pi_rl_algorithm import PIRLAlgorithmConfig
 from lerobot_policy_pi_rl.runtime.guard import has_collapsed, is_conclusive, runaway_cause
 
-CONFIG = PIRLAlgorithmConfig()
+CONFIG = PIRLAlgorithmConfig(target_kl=0.2)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def _check_loads(folder: Path) -> None:
     """
     try:
         config = load_stock_config(str(folder))
-        config.device = "cpu"
+        # As LeRobot's commands set them; EO1 looks there for the VLM that it was built from.
+        config.device, config.pretrained_path = "cpu", folder
         make_stock_policy(config, str(folder))
         # LeRobot's loaders raise any error of the libraries below them.
         overrides = {"device_processor": {"device": "cpu"}}
