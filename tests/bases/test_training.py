@@ -326,8 +326,8 @@ def without_advantage(algorithm: PIRLAlgorithm, monkeypatch: pytest.MonkeyPatch)
     rollout = collect(algorithm)
     evaluate = algorithm.evaluate
 
-    def level(given: Rollout) -> Material:
-        material = evaluate(given)
+    def level(*given: Any) -> Material:
+        material = evaluate(*given)
         batch = replace(material.batch, advantage=torch.zeros_like(material.batch.advantage))
         return replace(material, batch=batch, has_signal=True)
 
