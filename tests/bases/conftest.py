@@ -768,8 +768,11 @@ def save_adapters(save_stock: Callable[..., Path], tmp_path: Path) -> Callable[.
                 nn.init.normal_(parameter, std=0.1)
         adapted.save_pretrained(folder)
         adapted.config.save_pretrained(folder)
-        for file in base.glob("policy_p*"):
-            shutil.copy2(file, folder)
+        for entry in base.iterdir():
+            if entry.is_dir():
+                shutil.copytree(entry, folder / entry.name)
+            elif entry.name.startswith("policy_p"):
+                shutil.copy2(entry, folder)
         return folder
 
     return save
