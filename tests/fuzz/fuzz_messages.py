@@ -87,7 +87,7 @@ STATISTICS: dict[str, Any] = {
     "kind": "collection",
     "version": VERSION,
     "part": 0,
-    **dict.fromkeys(GATHERED["collection"], 1.5),
+    **dict.fromkeys(GATHERED["collection"], 2),
 }
 INTERACTION = encode_interaction(STATISTICS)
 SETTINGS = {"policy": {"steps": 4, "shape": [1, 2]}, "seed": 3}
