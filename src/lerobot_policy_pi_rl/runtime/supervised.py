@@ -13,7 +13,8 @@ from lerobot.utils.constants import CHECKPOINTS_DIR
 
 from .seeds import VALIDATION_SEED
 
-# A data set of this size or less is held in memory: LeRobot decodes 500 frames a second, a policy reads 50,000.
+# A data set of this size or less is held in memory: LeRobot decodes about 500 frames a second; a small
+# policy reads about 20,000.
 MEMORY_BYTES = 2**30
 BEST = "best"
 # Under the output folder: one line for each validation, with the names of docs/metrics.md.
